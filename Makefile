@@ -1,0 +1,41 @@
+# Two commands matter: `make train` and `make test`. Each does all the set-up that it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint types pytest bench clean
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "lightning-optim needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.installed  ## Virtual environment with pinned versions
+
+train: setup  ## Train a small GPT on the Python standard library, by one command
+	$(BIN)/lightning-optim fit --config examples/char_lm/config.yaml
+
+test: setup lint types pytest  ## Lint, types and the test suite
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+pytest: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: setup  ## Host step against torch; writes benchmarks/results/
+	$(BIN)/python benchmarks/host_step.py
+
+clean:  ## Remove the environment, builds and runs
+	rm -rf $(VENV) build dist runs .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,56 @@
+"""lightning-optim: choose what optimizes a model, and where the step runs, by configuration.
+
+>>> import torch, lightning_optim
+>>> model = torch.nn.Linear(4, 2)
+>>> optimizer = lightning_optim.AdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0)
+>>> schedule = lightning_optim.Cosine(optimizer, warmup_steps=10, total_steps=100)
+"""
+
+from lightning_optim._version import __version__
+from lightning_optim.optimizers import (
+    LAMB,
+    SGD,
+    Adam,
+    AdamOptim,
+    AdamW,
+    AdamWOptim,
+    Lion,
+    RuleOptimizer,
+    SGDOptim,
+    adopt,
+)
+from lightning_optim.param_groups import param_groups
+from lightning_optim.registry import (
+    create_optimizer,
+    list_optimizers,
+    list_schedulers,
+    optimizer_info,
+    scheduler_info,
+)
+from lightning_optim.schedulers import WSD, Cosine, Linear, Schedule
+from lightning_optim.warnings import LightningOptimWarning
+
+__all__ = [
+    "LAMB",
+    "SGD",
+    "WSD",
+    "Adam",
+    "AdamOptim",
+    "AdamW",
+    "AdamWOptim",
+    "Cosine",
+    "LightningOptimWarning",
+    "Linear",
+    "Lion",
+    "RuleOptimizer",
+    "SGDOptim",
+    "Schedule",
+    "__version__",
+    "adopt",
+    "create_optimizer",
+    "list_optimizers",
+    "list_schedulers",
+    "optimizer_info",
+    "param_groups",
+    "scheduler_info",
+]

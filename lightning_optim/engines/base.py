@@ -1,0 +1,193 @@
+"""What an engine is, what it is given, and how one is chosen."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_optim.rules.policy import Update
+
+ENGINE_VARIABLE = "LIGHTNING_OPTIM_ENGINE"
+
+#: Per-tensor scalars, which the bucket itself provides; all others come from a row of the table.
+TENSOR_SCALARS = ("step", "tensor_id")
+
+Scalars = Mapping[str, "float | Tensor"]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` -> ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The storage types of one bucket's tensors, by name, and the type in which the math is done.
+
+    Attributes:
+        math: ``torch.float32``, or ``torch.float64`` when the weights are float64.
+        dtypes: ``(tensor name, dtype)`` pairs in the order of the calling convention.
+    """
+
+    math: torch.dtype
+    dtypes: tuple[tuple[str, torch.dtype], ...]
+
+
+@dataclass
+class Bucket:
+    """Tensors that one Program updates: same rule, policy, flags, device and storage types.
+
+    Attributes:
+        update: The rule with its policy.
+        layout: The storage types.
+        device: Where all the tensors are.
+        tensors: For each tensor name of the calling convention, one tensor per parameter.
+        steps: One 0-dim float32 counter per parameter, on the CPU, or None if the update does not read it. The
+            engine advances them (the counter and the weight change together, or neither).
+        rows: For each parameter, the number of its row in the table of scalars (its param group).
+        ids: For each parameter, its stable number in the optimizer: the seed of its rounding noise.
+        sizes: For each parameter, its number of elements.
+        dense: Whether each parameter's tensors fill the same memory order without gaps, so that they can be
+            treated as flat arrays.
+        aliased: Whether two weights of the bucket share memory.
+    """
+
+    update: Update
+    layout: Layout
+    device: torch.device
+    tensors: dict[str, list[Tensor]]
+    steps: list[Tensor] | None
+    rows: array[int]
+    ids: array[int]
+    sizes: tuple[int, ...]
+    dense: bool = True
+    aliased: bool = False
+    label: str = ""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def scalars(self, index: int, table: Sequence[Scalars]) -> dict[str, float | Tensor]:
+        """All scalars of parameter ``index``, its step counted but not yet advanced."""
+        values = dict(table[self.rows[index]])
+        values["tensor_id"] = float(self.ids[index])
+        if self.steps is not None:
+            values["step"] = self.steps[index].item() + 1
+        return values
+
+
+@dataclass
+class Decision:
+    """Which engine runs a bucket, and why the others do not.
+
+    Attributes:
+        bucket: What is run, in words.
+        engine: The name of the engine chosen.
+        reason: Why it was.
+        rejected: For each engine that was considered before it, the reason against it.
+    """
+
+    bucket: str
+    engine: str
+    reason: str
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text = f"{self.bucket}: {self.engine} ({self.reason})"
+        return text + "".join(f"\n  not {name}: {reason}" for name, reason in self.rejected.items())
+
+
+class Engine(ABC):
+    """Runs an update over buckets. Stateless but for caches of compiled code.
+
+    Attributes:
+        name: As users write it in ``engine=``.
+    """
+
+    name: ClassVar[str]
+
+    def unavailable(self) -> str | None:
+        """Why this engine cannot run at all on this machine, or None if it can."""
+        return None
+
+    def rejects(self, bucket: Bucket) -> str | None:
+        """Why this engine cannot run ``bucket``, or None if it can; may compile."""
+        return None
+
+    @abstractmethod
+    def run(self, bucket: Bucket, table: Sequence[Scalars]) -> None:
+        """Advance the counters and update the weights and the state of ``bucket`` in place.
+
+        Args:
+            bucket: What to update. Gradients are only read.
+            table: The scalars of each param group; ``bucket.rows`` points into it.
+        """
+
+    def sum_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Sum of the squares of all elements of ``tensors``, as a 0-dim float64 tensor on their device."""
+        norms = torch._foreach_norm([t.detach() for t in tensors], 2, dtype=torch.float64)
+        return torch.stack([n.to(tensors[0].device) for n in norms]).square().sum()
+
+
+def advance(bucket: Bucket) -> None:
+    """Count one more step of every parameter of the bucket."""
+    if bucket.steps:
+        torch._foreach_add_(bucket.steps, 1)
+
+
+def requested_engine(argument: str) -> str:
+    """The engine asked for: the environment variable if set, else the argument.
+
+    Raises:
+        ValueError: Not the name of an engine, nor ``"auto"``.
+    """
+    from lightning_optim.engines import ENGINES
+
+    name, source = argument, "engine"
+    if os.environ.get(ENGINE_VARIABLE):
+        name, source = os.environ[ENGINE_VARIABLE], f"the environment variable {ENGINE_VARIABLE}"
+    if name != "auto" and name not in ENGINES:
+        raise ValueError(f"{source}={name!r} is not an engine; valid: auto, {', '.join(ENGINES)}")
+    return name
+
+
+def choose(bucket: Bucket, requested: str) -> tuple[Engine, Decision]:
+    """The engine for a bucket: the one requested, or the fastest that can run it.
+
+    Args:
+        bucket: What is to be run.
+        requested: ``"auto"`` or the name of an engine. An engine that cannot run the bucket is passed over with
+            one warning if it was requested by name or could not be built, silently (but in the report) otherwise.
+    """
+    from lightning_optim.engines import ENGINES, PREFERENCE
+    from lightning_optim.warnings import warn_once
+
+    preference = PREFERENCE.get(bucket.device.type, PREFERENCE["default"])
+    order = list(preference) if requested == "auto" else [requested, *(n for n in preference if n != requested)]
+    rejected: dict[str, str] = {}
+    for name in order:
+        engine = ENGINES[name]
+        missing = engine.unavailable()
+        reason = missing or engine.rejects(bucket)
+        if reason is None:
+            why = "the fastest that supports it" if requested == "auto" else "requested"
+            if requested not in ("auto", name):
+                why = f"in place of {requested}"
+            return engine, Decision(bucket.label, name, why, rejected)
+        rejected[name] = reason
+        if name == requested or missing:
+            fallback = order[order.index(name) + 1] if name != order[-1] else "eager"
+            warn_once(
+                f"lightning-optim: the {name} engine cannot be used ({reason}); stepping with {fallback} instead, "
+                "with the same results",
+                key=f"{name}: {reason}",
+                stacklevel=6,
+            )
+    raise RuntimeError(f"no engine can run {bucket.label}: {rejected}")

@@ -1,0 +1,88 @@
+"""The C compiler, the OpenMP library and the processor of this machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+#: Contraction to FMA is left on, as torch's own kernels have it. Nothing of `-ffast-math` that changes values is
+#: used: it would assume NaN away, and reassociate what Kahan summation needs as written. errno and floating-point
+#: traps, which nobody reads, would keep square roots and comparisons from being vectorized.
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-w")
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """What kernels are built with.
+
+    Attributes:
+        compiler: Path of the C compiler.
+        version: First line of ``compiler --version``.
+        flags: All flags, the processor's included.
+        libraries: What to link: torch's own OpenMP runtime, where its name differs from the system's.
+        processor: What the code is tuned for; part of the cache key, since a home folder may be shared by
+            machines with different processors.
+    """
+
+    compiler: str
+    version: str
+    flags: tuple[str, ...]
+    libraries: tuple[str, ...]
+    processor: str
+
+
+class ToolchainError(RuntimeError):
+    """No usable compiler; the message says why."""
+
+
+@lru_cache(maxsize=1)
+def find_toolchain() -> Toolchain:
+    """Look for a C compiler: ``$CC``, else ``cc``, ``gcc`` or ``clang`` in the PATH.
+
+    Raises:
+        ToolchainError: There is none, or it does not answer.
+    """
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        raise ToolchainError(f"no C compiler: {', '.join(names)} not found in PATH")
+    try:
+        shown = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ToolchainError(f"the C compiler {found} does not run: {error}") from error
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") else "-mcpu=native"
+    return Toolchain(
+        compiler=found,
+        version=shown.stdout.partition("\n")[0],
+        flags=(*FLAGS, native),
+        libraries=_torch_openmp(),
+        processor=_processor(),
+    )
+
+
+def _torch_openmp() -> tuple[str, ...]:
+    """The OpenMP runtime that torch has loaded, if the linker would not find it by its usual name.
+
+    Two OpenMP runtimes in one process are two pools of spinning threads on the same cores. A library that was
+    linked with plain ``-fopenmp`` asks the loader for ``libgomp.so.1`` and gets torch's copy if that is its name;
+    builds of torch whose copy is renamed (``libgomp-a34b3233.so.1``) must be linked by path.
+    """
+    libraries = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    libraries += sorted(Path(torch.__file__).parent.parent.glob("torch.libs/libgomp*.so*"))
+    return tuple(str(path) for path in libraries[:1] if path.name != "libgomp.so.1")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))

@@ -1,0 +1,28 @@
+"""Optimizers, one file each."""
+
+from lightning_optim.optimizers.adam import AdamOptim
+from lightning_optim.optimizers.adamw import AdamWOptim
+from lightning_optim.optimizers.adopt import adopt
+from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.optimizers.lamb import LAMB
+from lightning_optim.optimizers.lion import Lion
+from lightning_optim.optimizers.sgd import SGDOptim
+
+# The familiar names of the classes that torch.optim has too. Their own names differ because a second subclass of
+# Optimizer called AdamW would make `--optimizer AdamW` ambiguous for every LightningCLI of the process.
+Adam = AdamOptim
+AdamW = AdamWOptim
+SGD = SGDOptim
+
+__all__ = [
+    "LAMB",
+    "SGD",
+    "Adam",
+    "AdamOptim",
+    "AdamW",
+    "AdamWOptim",
+    "Lion",
+    "RuleOptimizer",
+    "SGDOptim",
+    "adopt",
+]

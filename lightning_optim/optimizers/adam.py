@@ -1,0 +1,119 @@
+"""Adam: adaptive moment estimation."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.rules.ops import lerp, maximum, sqrt
+from lightning_optim.rules.policy import Decay, Rounding
+from lightning_optim.rules.rule import Rule
+
+
+def adam(
+    p: Any,
+    g: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    max_exp_avg_sq: Any = None,
+    *,
+    lr: Any,
+    beta1: Any,
+    beta2: Any,
+    eps: Any,
+    step: Any,
+    amsgrad: bool,
+) -> Any:
+    """The rule of Adam and AdamW."""
+    exp_avg = lerp(exp_avg, g, 1 - beta1)
+    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * (g * g)
+    if amsgrad:
+        max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
+    second = max_exp_avg_sq if amsgrad else exp_avg_sq
+    denominator = sqrt(second) / sqrt(1 - beta2**step) + eps
+    update = lr / (1 - beta1**step) * (exp_avg / denominator)
+    return (update, exp_avg, exp_avg_sq, max_exp_avg_sq) if amsgrad else (update, exp_avg, exp_avg_sq)
+
+
+ADAM = Rule(adam, optional={"max_exp_avg_sq": "amsgrad"})
+
+
+class AdamOptim(RuleOptimizer):
+    r"""Adam, with state and results interchangeable with ``torch.optim.Adam``'s.
+
+    .. math:: \theta \leftarrow \theta - \eta\, \frac{m / (1-\beta_1^t)}{\sqrt{v / (1-\beta_2^t)} + \epsilon}
+
+    with :math:`m, v` the exponential moving averages of :math:`g` and :math:`g^2`. The public name is
+    ``lightning_optim.Adam``; the class's own differs so that ``--optimizer Adam`` stays torch's in any LightningCLI.
+
+    Args:
+        params: Parameters, named parameters or param groups.
+        lr: Learning rate, a number or a 0-dim tensor.
+        betas: Decay rates of the two averages.
+        eps: Added to the denominator.
+        weight_decay: Decay coefficient: added to the gradient as ``weight_decay * p`` (L2).
+        amsgrad: Divide by the largest second moment so far (arXiv:1904.09237).
+        maximize: Ascend.
+        decoupled_weight_decay: Decay the weights by ``lr * weight_decay`` instead (that is AdamW).
+        cautious: Zero updates whose sign disagrees with the gradient's (arXiv:2411.16085).
+        engine: See :class:`~lightning_optim.optimizers.base.RuleOptimizer`, as for the following.
+        rounding: How low-precision weights are written.
+        state_dtype: Storage type of the state.
+        max_grad_norm: Clip the global gradient norm inside the step.
+
+    Raises:
+        ValueError: An option out of its range, or unknown.
+
+    References:
+        Kingma and Ba, Adam: A Method for Stochastic Optimization, arXiv:1412.6980.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    >>> optimizer = AdamOptim([weight], lr=0.1)
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> weight.detach()
+    tensor([ 0.9000, -1.9000])
+    """
+
+    rule = ADAM
+    default_decay: ClassVar[Decay] = "l2"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        decoupled_weight_decay: bool = False,
+        cautious: bool = False,
+        engine: str = "auto",
+        rounding: Rounding = "nearest",
+        state_dtype: str | torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "cautious": cautious,
+        }
+        super().__init__(
+            params,
+            defaults,
+            engine=engine,
+            rounding=rounding,
+            state_dtype=state_dtype,
+            max_grad_norm=max_grad_norm,
+        )

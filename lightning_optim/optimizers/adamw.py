@@ -1,0 +1,92 @@
+"""AdamW: Adam with decoupled weight decay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.optimizers.adam import ADAM
+from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.optimizers.stepper import Group
+from lightning_optim.rules.policy import Decay, Rounding
+
+
+class AdamWOptim(RuleOptimizer):
+    r"""AdamW, with state and results interchangeable with ``torch.optim.AdamW``'s.
+
+    .. math:: \theta \leftarrow (1 - \eta\lambda)\,\theta
+              - \eta\, \frac{m / (1-\beta_1^t)}{\sqrt{v / (1-\beta_2^t)} + \epsilon}
+
+    with :math:`m, v` the exponential moving averages of :math:`g` and :math:`g^2`. The public name is
+    ``lightning_optim.AdamW``; the class's own differs so that ``--optimizer AdamW`` stays torch's in any
+    LightningCLI.
+
+    Args:
+        params: Parameters, named parameters or param groups.
+        lr: Learning rate, a number or a 0-dim tensor.
+        betas: Decay rates of the two averages.
+        eps: Added to the denominator.
+        weight_decay: Decay coefficient; the weights shrink by ``lr * weight_decay`` of themselves each step.
+        amsgrad: Divide by the largest second moment so far (arXiv:1904.09237).
+        maximize: Ascend.
+        cautious: Zero updates whose sign disagrees with the gradient's (arXiv:2411.16085).
+        engine: See :class:`~lightning_optim.optimizers.base.RuleOptimizer`, as for the following.
+        rounding: How low-precision weights are written.
+        state_dtype: Storage type of the state.
+        max_grad_norm: Clip the global gradient norm inside the step.
+
+    Raises:
+        ValueError: An option out of its range, or unknown.
+
+    References:
+        Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    >>> optimizer = AdamWOptim([weight], lr=0.1, weight_decay=0.5)
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> weight.detach()
+    tensor([ 0.8500, -1.8000])
+    """
+
+    rule = ADAM
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        cautious: bool = False,
+        engine: str = "auto",
+        rounding: Rounding = "nearest",
+        state_dtype: str | torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "cautious": cautious,
+        }
+        super().__init__(
+            params,
+            defaults,
+            engine=engine,
+            rounding=rounding,
+            state_dtype=state_dtype,
+            max_grad_norm=max_grad_norm,
+        )
+
+    @classmethod
+    def decay(cls, group: Group) -> Decay:
+        """Always decoupled, also for a state saved by ``torch.optim.Adam``: as ``torch.optim.AdamW``."""
+        return "decoupled"

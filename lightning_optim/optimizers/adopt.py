@@ -1,0 +1,71 @@
+"""Stepping torch's own optimizers with our engines."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_optim.engines.base import requested_engine
+from lightning_optim.optimizers.adam import AdamOptim
+from lightning_optim.optimizers.adamw import AdamWOptim
+from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.optimizers.options import check_option
+from lightning_optim.optimizers.sgd import SGDOptim
+from lightning_optim.optimizers.stepper import Options, Stepper
+
+#: Which of our classes has the rule of which of torch's.
+ADOPTABLE: dict[type[torch.optim.Optimizer], type[RuleOptimizer]] = {
+    torch.optim.Adam: AdamOptim,
+    torch.optim.AdamW: AdamWOptim,
+    torch.optim.SGD: SGDOptim,
+}
+
+
+class Adopted:
+    """A ``torch.optim`` optimizer whose parameters and state our engines update: see :func:`adopt`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, options: Options) -> None:
+        self.optimizer = optimizer
+        self._stepper = Stepper(optimizer, ADOPTABLE[type(optimizer)], options, native_state=True)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """What ``optimizer.step()`` does, gradients and all."""
+        self._stepper.step()
+
+    def engine_report(self) -> str:
+        """See :meth:`RuleOptimizer.engine_report`."""
+        return "\n".join(str(decision) for decision in self._stepper.report())
+
+
+def adopt(optimizer: torch.optim.Optimizer, *, engine: str = "auto", max_grad_norm: float | None = None) -> Adopted:
+    """Step an instance of ``torch.optim.SGD``, ``Adam`` or ``AdamW`` with our engines.
+
+    The instance stays what it is: its param groups, its state (the same keys and types), its schedulers and its
+    checkpoints; only the arithmetic is done elsewhere. Either may step at any time.
+
+    Args:
+        optimizer: The instance.
+        engine: As for our own optimizers.
+        max_grad_norm: Clip the global gradient norm inside the step.
+
+    Raises:
+        TypeError: Another optimizer, or a subclass, whose ``step`` may differ.
+        ValueError: ``differentiable=True``, or an unknown engine.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    >>> optimizer = torch.optim.SGD([weight], lr=0.1)
+    >>> weight.square().sum().backward()
+    >>> adopt(optimizer).step()
+    >>> weight.detach()
+    tensor([ 0.8000, -1.6000])
+    """
+    if type(optimizer) not in ADOPTABLE:
+        raise TypeError(
+            f"cannot adopt {type(optimizer).__module__}.{type(optimizer).__qualname__}; valid: "
+            f"{', '.join(f'torch.optim.{cls.__name__}' for cls in ADOPTABLE)}"
+        )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError("cannot adopt an optimizer with differentiable=True: engines step without autograd")
+    if max_grad_norm is not None:
+        check_option("adopt", "max_grad_norm", max_grad_norm, 1.0)
+    return Adopted(optimizer, Options(engine=requested_engine(engine), max_grad_norm=max_grad_norm))

@@ -1,0 +1,205 @@
+"""The one optimizer class: bookkeeping for every rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, cast, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.engines.base import requested_engine
+from lightning_optim.optimizers.loading import load_groups, load_state
+from lightning_optim.optimizers.options import check_group, check_option, check_parameters, parse_dtype
+from lightning_optim.optimizers.stepper import Group, Options, Stepper
+from lightning_optim.rules.policy import ROUNDINGS, Decay, Rounding
+from lightning_optim.rules.rule import Rule
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """A ``torch.optim.Optimizer`` that steps by a :class:`~lightning_optim.rules.rule.Rule`.
+
+    A subclass sets :attr:`rule` and has an explicit constructor; everything else (engines, state, checkpoints,
+    clipping, rounding, checks) is here.
+
+    Args:
+        params: Parameters, named parameters, or dicts of param groups, as for any torch optimizer.
+        defaults: The options that param groups may set, with their defaults.
+        engine: ``"auto"`` (the fastest that supports the parameters), ``"eager"``, ``"foreach"`` or ``"host"``; the
+            environment variable ``LIGHTNING_OPTIM_ENGINE`` overrides it. :meth:`engine_report` says what runs.
+        rounding: How weights stored as bfloat16 or float16 are written: ``"nearest"``, ``"stochastic"`` (bfloat16:
+            unbiased, reproducible) or ``"kahan"`` (one more slot keeps what rounding lost). Weights in float32 and
+            float64 need none.
+        state_dtype: Storage type of the state: ``"float32"``, ``"bfloat16"``, ``"float64"``; default float32
+            (float64 for float64 weights), also for low-precision weights.
+        max_grad_norm: Clip the gradients' global norm to this inside the step; ``p.grad`` is not changed.
+
+    Raises:
+        ValueError: An option out of its range, an unknown option, engine, rounding or state type.
+        TypeError: An option or a parameter of the wrong type.
+    """
+
+    rule: ClassVar[Rule]
+    #: How weight decay is applied where the group has no ``decoupled_weight_decay`` of its own.
+    default_decay: ClassVar[Decay] = "decoupled"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        engine: str = "auto",
+        rounding: Rounding = "nearest",
+        state_dtype: str | torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        name = type(self).public_name()
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"{name}: rounding={rounding!r}; valid: {', '.join(ROUNDINGS)}")
+        if max_grad_norm is not None:
+            check_option(name, "max_grad_norm", max_grad_norm, 1.0)
+        check_group(name, defaults, defaults)
+        self.options = Options(
+            engine=requested_engine(engine),
+            rounding=rounding,
+            state_dtype=parse_dtype("state_dtype", state_dtype),
+            max_grad_norm=max_grad_norm,
+        )
+        self._attach()
+        super().__init__(params, defaults)
+
+    @classmethod
+    def public_name(cls) -> str:
+        """The name under which users know the class (``AdamW`` for ``AdamWOptim``)."""
+        return cls.__name__.removesuffix("Optim")
+
+    # -- what a subclass may say differently --------------------------------------------------------------------
+
+    @classmethod
+    def flags(cls, group: Group, p: Tensor, fresh: bool) -> dict[str, bool]:
+        """Values of the rule's flags for one parameter: by default the group's options of the same names.
+
+        Args:
+            group: The param group.
+            p: The parameter.
+            fresh: Whether the parameter has had no step yet.
+        """
+        del p, fresh
+        return {name: bool(group[name]) for name in cls.rule.flags}
+
+    @classmethod
+    def decay(cls, group: Group) -> Decay:
+        """How weight decay is applied to a group: ``"none"`` where the rule does it itself."""
+        if "weight_decay" not in group or "weight_decay" in cls.rule.scalars:
+            return "none"
+        decoupled = group.get("decoupled_weight_decay")
+        return cls.default_decay if decoupled is None else ("decoupled" if decoupled else "l2")
+
+    @classmethod
+    def scalars(cls, group: Group) -> dict[str, float | Tensor]:
+        """The numbers of a group by the rule's names: ``betas`` gives ``beta1``, ``beta2``, ..."""
+        values = {f"beta{i}": _number(beta) for i, beta in enumerate(group.get("betas", ()), start=1)}
+        for name in (*cls.rule.scalars, "lr", "weight_decay"):
+            if name in group:
+                values[name] = _number(group[name])
+        return values
+
+    # -- torch.optim.Optimizer ----------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch._disable_dynamo  # the step calls compiled code; a compiled model beside it is not affected
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; gradients are not changed.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: A sparse gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._stepper.step()
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own; see ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            ValueError: An unknown option, a value out of its range, or a parameter twice.
+            TypeError: A parameter that is not floating-point or complex.
+        """
+        name = type(self).public_name()
+        if isinstance(param_group, dict):
+            check_group(name, param_group, self.defaults)
+        super().add_param_group(param_group)
+        try:
+            check_parameters(name, self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of an optimizer of the same kind: ours or torch's own class of the same name.
+
+        Unlike ``torch.optim``'s, it keeps the state's precision under low-precision weights, and owns its tensors.
+
+        Raises:
+            ValueError: The state is another optimizer's, of other parameters, or damaged.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
+            result = pre_hook(self, state_dict)
+            state_dict = state_dict if result is None else result
+        name = type(self).public_name()
+        required = [option for option in self.defaults if option in ("lr", "betas", "eps", "momentum", "weight_decay")]
+        groups = load_groups(name, self.param_groups, state_dict, self.defaults, required)
+        state = load_state(name, groups, state_dict, self._stepper)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in list(self._optimizer_load_state_dict_post_hooks.values()):
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "options": self.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+        self._attach()
+
+    # -- beyond torch -------------------------------------------------------------------------------------------
+
+    def engine_report(self) -> str:
+        """Which engine steps which parameters, and why each faster one does not.
+
+        Before the first step: what the first step would use, if every parameter had a gradient of its own dtype.
+        """
+        return "\n".join(str(decision) for decision in self._stepper.report())
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The gradients' global norm before clipping at the last step, if ``max_grad_norm`` is set."""
+        return self._stepper.grad_norm
+
+    def _attach(self) -> None:
+        self._stepper = Stepper(self, type(self), self.options)
+
+
+def _number(value: Any) -> float | Tensor:
+    if isinstance(value, Tensor):
+        return value.item() if value.device.type == "cpu" else value
+    return cast(float, value)

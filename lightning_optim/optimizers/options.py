@@ -1,0 +1,138 @@
+"""Checks of an optimizer's options: every error names the value and what would be valid."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Keys that a param group may have beside its optimizer's options: names, what schedulers and torch's own
+#: optimizers keep there. Anything else in a new group is taken for a typing error.
+METADATA = frozenset(
+    {
+        "params", "param_names", "name", "group_name", "lr_scale", "initial_lr", "max_lr", "min_lr", "max_momentum",
+        "base_momentum", "swa_lr", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay",
+    }
+)  # fmt: skip
+
+_Check = tuple[Callable[[float], bool], str]
+_NONNEGATIVE: _Check = (lambda x: 0 <= x < math.inf, "a finite number >= 0")
+_FRACTION: _Check = (lambda x: 0 <= x < 1, "a number in [0, 1)")
+_POSITIVE: _Check = (lambda x: x > 0, "a number > 0")
+
+#: Valid ranges by option name: the same name means the same thing in every optimizer.
+RANGES: dict[str, _Check] = {
+    "lr": _NONNEGATIVE,
+    "betas": _FRACTION,
+    "eps": _NONNEGATIVE,
+    "weight_decay": _NONNEGATIVE,
+    "momentum": _NONNEGATIVE,
+    "dampening": (math.isfinite, "a finite number"),
+    "max_weight_norm": _POSITIVE,
+    "max_trust_ratio": _POSITIVE,
+    "max_grad_norm": _POSITIVE,
+}
+
+
+def check_option(optimizer: str, name: str, value: Any, default: Any) -> None:
+    """Check one option of a param group.
+
+    Args:
+        optimizer: The optimizer's name, for the message.
+        name: The option's name.
+        value: Its value.
+        default: The optimizer's default, whose type (bool, number or tuple of numbers) the value must have.
+
+    Raises:
+        ValueError: A value out of its range.
+        TypeError: A value of another type.
+    """
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise TypeError(f"{optimizer}: {name}={value!r} is not a bool; valid: True, False")
+    elif name == "betas":
+        if not isinstance(value, (tuple, list)) or len(value) != len(default):
+            raise ValueError(f"{optimizer}: betas={value!r}; valid: {len(default)} numbers in [0, 1)")
+        for index, beta in enumerate(value):
+            _check_number(optimizer, f"betas[{index}]", beta, RANGES["betas"])
+    elif value is None and name in ("max_weight_norm", "max_trust_ratio"):
+        return
+    elif name in RANGES:
+        _check_number(optimizer, name, value, RANGES[name])
+
+
+def _check_number(optimizer: str, name: str, value: Any, check: _Check) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{optimizer}: {name} has shape {tuple(value.shape)}; valid: a number or a 0-dim tensor")
+        if value.device.type != "cpu":
+            return  # reading it would wait for the device
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{optimizer}: {name}={value!r} is a {type(value).__name__}; valid: {check[1]}")
+    if not check[0](float(value)):
+        raise ValueError(f"{optimizer}: {name}={value!r}; valid: {check[1]}")
+
+
+def check_group(optimizer: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Check all options of a param group: names and values.
+
+    Raises:
+        ValueError: An option out of its range, or a name that is neither an option nor known metadata.
+        TypeError: An option of the wrong type.
+    """
+    for name in group:
+        if name not in defaults and name not in METADATA:
+            raise ValueError(
+                f"{optimizer}: {name!r} in a param group is not an option{_did_you_mean(name, defaults)}; "
+                f"valid: {', '.join(sorted(defaults))}"
+            )
+    for name, default in defaults.items():
+        if name in group:
+            check_option(optimizer, name, group[name], default)
+
+
+def _did_you_mean(name: str, valid: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(valid), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def check_parameters(optimizer: str, group: Mapping[str, Any]) -> None:
+    """Check the tensors of a new param group.
+
+    Raises:
+        TypeError: A parameter of a type that has no gradient.
+        ValueError: A parameter twice in the group.
+    """
+    seen: set[int] = set()
+    for index, p in enumerate(group["params"]):
+        if not (p.is_floating_point() or p.is_complex()):
+            raise TypeError(
+                f"{optimizer}: parameter {index} of the group has dtype {p.dtype}; valid: floating-point or complex"
+            )
+        if id(p) in seen:
+            raise ValueError(
+                f"{optimizer}: parameter {index} of the group appears twice in it; pass each parameter once "
+                "(model.parameters() yields tied weights once)"
+            )
+        seen.add(id(p))
+
+
+def parse_dtype(name: str, value: str | torch.dtype | None) -> torch.dtype | None:
+    """The storage type of the state, from its name.
+
+    Raises:
+        ValueError: Not one of the storage types.
+    """
+    valid = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+    if value is None or value in valid.values():
+        return value  # type: ignore[return-value] # a dtype of `valid`
+    key = str(value).removeprefix("torch.")
+    if key not in valid:
+        raise ValueError(f"{name}={value!r}; valid: None, {', '.join(valid)}")
+    return valid[key]

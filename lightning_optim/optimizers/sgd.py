@@ -1,0 +1,124 @@
+"""SGD: stochastic gradient descent, with momentum."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.optimizers.stepper import Group
+from lightning_optim.rules.policy import Decay, Rounding
+from lightning_optim.rules.rule import Rule
+
+
+def sgd(
+    p: Any,
+    g: Any,
+    momentum_buffer: Any = None,
+    *,
+    lr: Any,
+    momentum: Any,
+    dampening: Any,
+    nesterov: bool,
+    has_momentum: bool,
+    undamped: bool,
+) -> Any:
+    """The rule of SGD; ``undamped`` at a damped buffer's first step, which torch takes as the gradient itself."""
+    if not has_momentum:
+        return lr * g
+    momentum_buffer = momentum * momentum_buffer + (g if undamped else (1 - dampening) * g)
+    return lr * (g + momentum * momentum_buffer if nesterov else momentum_buffer), momentum_buffer
+
+
+class SGDOptim(RuleOptimizer):
+    r"""SGD, with state and results interchangeable with ``torch.optim.SGD``'s.
+
+    .. math:: b \leftarrow \mu b + (1-\tau) g, \quad \theta \leftarrow \theta - \eta\, b
+
+    The public name is ``lightning_optim.SGD``; the class's own differs so that ``--optimizer SGD`` stays torch's in
+    any LightningCLI.
+
+    Args:
+        params: Parameters, named parameters or param groups.
+        lr: Learning rate, a number or a 0-dim tensor.
+        momentum: Momentum factor; 0 keeps no state.
+        dampening: Dampening of the gradient in the momentum buffer.
+        weight_decay: Decay coefficient: added to the gradient as ``weight_decay * p`` (L2).
+        nesterov: Nesterov's form of the momentum; needs ``momentum > 0`` and ``dampening == 0``.
+        maximize: Ascend.
+        decoupled_weight_decay: Decay the weights by ``lr * weight_decay`` instead (SGDW).
+        cautious: Zero updates whose sign disagrees with the gradient's (arXiv:2411.16085).
+        engine: See :class:`~lightning_optim.optimizers.base.RuleOptimizer`, as for the following.
+        rounding: How low-precision weights are written.
+        state_dtype: Storage type of the state.
+        max_grad_norm: Clip the global gradient norm inside the step.
+
+    Raises:
+        ValueError: An option out of its range, or unknown; Nesterov without momentum or with dampening.
+
+    References:
+        Sutskever et al., On the importance of initialization and momentum in deep learning, ICML 2013.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    >>> optimizer = SGDOptim([weight], lr=0.1, momentum=0.9)
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> weight.detach()
+    tensor([ 0.8000, -1.6000])
+    """
+
+    rule = Rule(sgd, optional={"momentum_buffer": "has_momentum"})
+    default_decay: ClassVar[Decay] = "l2"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        decoupled_weight_decay: bool = False,
+        cautious: bool = False,
+        engine: str = "auto",
+        rounding: Rounding = "nearest",
+        state_dtype: str | torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError(
+                f"SGD: nesterov=True with momentum={momentum}, dampening={dampening}; "
+                "valid: momentum > 0 and dampening == 0"
+            )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "cautious": cautious,
+        }
+        super().__init__(
+            params,
+            defaults,
+            engine=engine,
+            rounding=rounding,
+            state_dtype=state_dtype,
+            max_grad_norm=max_grad_norm,
+        )
+
+    @classmethod
+    def flags(cls, group: Group, p: Tensor, fresh: bool) -> dict[str, bool]:
+        """See :meth:`RuleOptimizer.flags`."""
+        return {
+            "nesterov": bool(group["nesterov"]),
+            "has_momentum": group["momentum"] != 0,
+            "undamped": fresh or group["dampening"] == 0,
+        }

@@ -1,0 +1,197 @@
+"""Every optimizer and schedule by name: what the CLI lists and the tests run through.
+
+A new optimizer is one file in ``optimizers/`` and one line in :data:`OPTIMIZERS`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_optim.optimizers import LAMB, SGD, Adam, AdamW, Lion, RuleOptimizer
+from lightning_optim.param_groups import param_groups
+from lightning_optim.rules.policy import Policy, Update
+from lightning_optim.schedulers import WSD, Cosine, Linear, Schedule
+
+
+@dataclass(frozen=True)
+class OptimizerInfo:
+    """What the registry knows about an optimizer.
+
+    Attributes:
+        name: Key for :func:`create_optimizer` and the CLI.
+        cls: The class.
+        paper: Where it is defined.
+        torch_equivalent: The class of ``torch.optim`` with which state and results are interchangeable, if any.
+    """
+
+    name: str
+    cls: type[RuleOptimizer]
+    paper: str
+    torch_equivalent: type[torch.optim.Optimizer] | None = None
+
+    @property
+    def summary(self) -> str:
+        """One line on what it is."""
+        return _first_line(self.cls)
+
+    @cached_property
+    def kind(self) -> str:
+        """``"elementwise"``, or ``"reduce"`` if an update depends on a norm of its tensor."""
+        weight = nn.Parameter(torch.zeros(2, 2))
+        group = self.create([weight]).param_groups[0]
+        flags = self.cls.flags(group, weight, True)
+        update = Update(self.cls.rule, Policy(), tuple(sorted(flags.items())))
+        return "reduce" if update.program.reduces else "elementwise"
+
+    @property
+    def create(self) -> Callable[..., RuleOptimizer]:
+        """The class as a callable: the subclasses' constructors differ from their base's."""
+        return self.cls
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the constructor's arguments after ``params``."""
+        return tuple(inspect.signature(self.cls).parameters)[1:]
+
+
+@dataclass(frozen=True)
+class SchedulerInfo:
+    """What the registry knows about a schedule.
+
+    Attributes:
+        name: Its key.
+        cls: The class.
+    """
+
+    name: str
+    cls: type[Schedule]
+
+    @property
+    def summary(self) -> str:
+        """One line on what it is."""
+        return _first_line(self.cls)
+
+
+OPTIMIZERS: dict[str, OptimizerInfo] = {
+    info.name: info
+    for info in (
+        OptimizerInfo("adam", Adam, "arXiv:1412.6980", torch.optim.Adam),
+        OptimizerInfo("adamw", AdamW, "arXiv:1711.05101", torch.optim.AdamW),
+        OptimizerInfo("lamb", LAMB, "arXiv:1904.00962"),
+        OptimizerInfo("lion", Lion, "arXiv:2302.06675"),
+        OptimizerInfo("sgd", SGD, "Sutskever et al., ICML 2013", torch.optim.SGD),
+    )
+}
+
+SCHEDULERS: dict[str, SchedulerInfo] = {
+    info.name: info
+    for info in (SchedulerInfo("cosine", Cosine), SchedulerInfo("linear", Linear), SchedulerInfo("wsd", WSD))
+}
+
+
+def list_optimizers() -> list[str]:
+    """Names of all optimizers.
+
+    >>> list_optimizers()
+    ['adam', 'adamw', 'lamb', 'lion', 'sgd']
+    """
+    return sorted(OPTIMIZERS)
+
+
+def list_schedulers() -> list[str]:
+    """Names of all schedules.
+
+    >>> list_schedulers()
+    ['cosine', 'linear', 'wsd']
+    """
+    return sorted(SCHEDULERS)
+
+
+def optimizer_info(name: str) -> OptimizerInfo:
+    """The registry's entry of an optimizer; upper and lower case are the same.
+
+    Raises:
+        ValueError: No such optimizer.
+    """
+    return _lookup("optimizer", name, OPTIMIZERS)
+
+
+def scheduler_info(name: str) -> SchedulerInfo:
+    """The registry's entry of a schedule; upper and lower case are the same.
+
+    Raises:
+        ValueError: No such schedule.
+    """
+    return _lookup("schedule", name, SCHEDULERS)
+
+
+def create_optimizer(
+    name: str,
+    model: nn.Module | Iterable[Any],
+    *,
+    layer_decay: float | None = None,
+    no_decay: Iterable[str] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> RuleOptimizer:
+    """Make an optimizer by name.
+
+    Args:
+        name: One of :func:`list_optimizers`.
+        model: A module, whose parameters are split by :func:`~lightning_optim.param_groups.param_groups`, or
+            parameters or param groups, which are taken as they are.
+        layer_decay: For a module: the factor of the learning rate from each layer to the one below it.
+        no_decay: For a module: further parameters without weight decay, as name patterns.
+        overrides: For a module: options by name pattern.
+        options: The optimizer's own, by name.
+
+    Raises:
+        ValueError: No such optimizer, or options for a module without one.
+        TypeError: An option that the optimizer does not have.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    >>> optimizer = create_optimizer("lion", model, lr=1e-4, weight_decay=0.1)
+    >>> [(group["name"], group["weight_decay"]) for group in optimizer.param_groups]
+    [('decay', 0.1), ('no_decay', 0.0)]
+    """
+    info = optimizer_info(name)
+    for option in options:
+        if option not in info.options:
+            close = difflib.get_close_matches(option, info.options, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise TypeError(f"{name} has no option {option!r}{hint}; valid: {', '.join(info.options)}")
+    if not isinstance(model, nn.Module):
+        if layer_decay is not None or no_decay is not None or overrides is not None:
+            raise ValueError("layer_decay, no_decay and overrides need a module; pass the model itself")
+        return info.create(model, **options)
+    signature = inspect.signature(info.cls).parameters
+    groups = param_groups(
+        model,
+        lr=options.get("lr", signature["lr"].default),
+        weight_decay=options.get("weight_decay", signature["weight_decay"].default),
+        layer_decay=layer_decay,
+        no_decay=no_decay,
+        overrides=overrides,
+    )
+    return info.create(groups, **options)
+
+
+def _lookup(what: str, name: str, table: Mapping[str, Any]) -> Any:
+    key = str(name).lower()
+    if key not in table:
+        close = difflib.get_close_matches(key, list(table), n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"unknown {what} {name!r}{hint}; valid: {', '.join(sorted(table))}")
+    return table[key]
+
+
+def _first_line(cls: type) -> str:
+    return (inspect.getdoc(cls) or "").partition("\n")[0].rstrip(".")

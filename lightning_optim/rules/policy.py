@@ -1,0 +1,154 @@
+"""What happens around a rule, in the rule's own language, so that all of it is one read and one write of memory.
+
+Unscale and clip, maximize, weight decay, the cautious mask, rounding and the store are independent of which rule
+runs; :func:`wrap` puts them around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from lightning_optim.rules.ops import maximum, mean, noise_key, round_to, sign, stochastic_round, where
+from lightning_optim.rules.rule import Rule
+from lightning_optim.rules.trace import Program, trace
+
+Decay = Literal["none", "l2", "decoupled", "proximal"]
+Rounding = Literal["nearest", "stochastic", "kahan"]
+DECAYS: tuple[Decay, ...] = ("none", "l2", "decoupled", "proximal")
+ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "kahan")
+KAHAN_SLOT = "kahan_compensation"
+
+# The floor of the cautious mask's mean, as in the authors' code (kyleliang919/C-Optim): a tensor in which almost
+# every sign disagrees must not take a thousandfold step.
+_CAUTION_FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Everything about a step that is not the rule.
+
+    Args:
+        decay: ``"l2"`` adds ``weight_decay * p`` to the gradient; ``"decoupled"`` multiplies the weight by
+            ``1 - lr * weight_decay`` before the update (AdamW); ``"proximal"`` divides it by
+            ``1 + lr * weight_decay`` after the update (Adan); ``"none"``.
+        cautious: Zero the update where its sign disagrees with the gradient's, and rescale the rest by the inverse
+            of the kept share (Cautious Optimizers, arXiv:2411.16085).
+        maximize: Ascend.
+        scaled: Multiply the gradient by the scalar ``grad_scale`` (unscaling and clipping; the gradient in memory
+            is not changed).
+        rounding: How a weight stored in fewer bits than the math is written: ``"nearest"``; ``"stochastic"``
+            (bfloat16; unbiased, also for bfloat16 slots); ``"kahan"`` (one more slot holds the lost part).
+        weight_dtype: Name of the weight's storage type, when ``rounding`` needs to know it.
+        low_precision_slots: The slots stored as bfloat16.
+        copy: Also write the new weight to a tensor named ``copy``, rounded to its storage type.
+
+    Raises:
+        ValueError: An unknown decay or rounding.
+    """
+
+    decay: Decay = "none"
+    cautious: bool = False
+    maximize: bool = False
+    scaled: bool = False
+    rounding: Rounding = "nearest"
+    weight_dtype: str = "float32"
+    low_precision_slots: tuple[str, ...] = ()
+    copy: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the names."""
+        if self.decay not in DECAYS:
+            raise ValueError(f"decay={self.decay!r}; valid: {', '.join(DECAYS)}")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding={self.rounding!r}; valid: {', '.join(ROUNDINGS)}")
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the weight is stored in fewer bits than the math has, so that ``rounding`` matters."""
+        return self.weight_dtype in ("bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Update:
+    """A rule with its policy: what an engine runs.
+
+    Attributes:
+        rule: The mathematics.
+        policy: What is around it.
+        flags: Values of the rule's flags, as sorted pairs.
+    """
+
+    rule: Rule
+    policy: Policy
+    flags: tuple[tuple[str, bool], ...] = ()
+    slots: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Derive the slots."""
+        slots = self.rule.slots(dict(self.flags))
+        if self.policy.rounding == "kahan" and self.policy.rounds:
+            slots += (KAHAN_SLOT,)
+        object.__setattr__(self, "slots", slots)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors of one parameter, in the order of the calling convention."""
+        return ("p", "g", *self.slots, *(("copy",) if self.policy.copy else ()))
+
+    @cached_property
+    def program(self) -> Program:
+        """The traced form."""
+        scalars = dict.fromkeys((*self.rule.scalars, "lr", "weight_decay", "grad_scale", "seed", "tensor_id", "step"))
+        return trace(self.run, tensors=self.tensors, scalars=scalars, name=self.rule.name)
+
+    def run(self, **values: Any) -> dict[str, Any]:
+        """The new value of each tensor that is written, from the tensors and scalars by name."""
+        policy = self.policy
+        p, g = values["p"], values["g"]
+        if policy.scaled:
+            g = g * values["grad_scale"]
+        if policy.maximize:
+            g = -g
+        if policy.decay == "l2":
+            g = g + values["weight_decay"] * p
+        shrink = values["lr"] * values["weight_decay"] if policy.decay in ("decoupled", "proximal") else 0.0
+        base = p * (1 - shrink) if policy.decay == "decoupled" else p
+        slots = {name: values[name] for name in self.slots if name != KAHAN_SLOT}
+        update, stores = self.rule(base, g, slots, values, dict(self.flags))
+        if policy.cautious:
+            kept = maximum(sign(update * g), 0.0)
+            update = where(update * g > 0, update, 0.0) / maximum(mean(kept), _CAUTION_FLOOR)
+        if KAHAN_SLOT in self.slots:
+            if policy.decay == "decoupled":
+                # Not `base - p - update`: the difference of two close numbers would lose the small decay.
+                change = -(shrink * p) - update
+            elif policy.decay == "proximal":
+                change = -(update + shrink * p) / (1 + shrink)
+            else:
+                change = -update
+            change = change + values[KAHAN_SLOT]
+            new = round_to(p + change, policy.weight_dtype)
+            stores[KAHAN_SLOT] = change - (new - p)
+        else:
+            new = base - update
+            if policy.decay == "proximal":
+                new = new / (1 + shrink)
+        if policy.rounding == "stochastic":
+            stores = {
+                name: self._dither(values, value, salt) if name in policy.low_precision_slots else value
+                for salt, (name, value) in enumerate(stores.items(), start=1)
+            }
+            if policy.rounds:
+                new = self._dither(values, new, 0)
+        stores["p"] = new
+        if policy.copy:
+            stores["copy"] = new
+        return stores
+
+    @staticmethod
+    def _dither(values: Mapping[str, Any], value: Any, salt: int) -> Any:
+        key = noise_key(values["seed"], values["tensor_id"], values["step"], salt)
+        return stochastic_round(value, key)
