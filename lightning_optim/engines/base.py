@@ -57,6 +57,10 @@ class Bucket:
         dense: Whether each parameter's tensors fill the same memory order without gaps, so that they can be
             treated as flat arrays.
         aliased: Whether two weights of the bucket share memory.
+        label: The bucket in words, for reports.
+        addresses: For engines that use them, the address of each tensor, field after field in the order of the
+            calling convention; read anew at every step.
+        step_addresses: Likewise, of each counter.
     """
 
     update: Update
@@ -70,9 +74,18 @@ class Bucket:
     dense: bool = True
     aliased: bool = False
     label: str = ""
+    addresses: array[int] | None = None
+    step_addresses: array[int] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def locate(self) -> None:
+        """Read the addresses of the tensors and counters."""
+        self.addresses = array("q")
+        for name in self.update.program.tensors:
+            self.addresses.extend(map(Tensor.data_ptr, self.tensors[name]))
+        self.step_addresses = None if self.steps is None else array("q", map(Tensor.data_ptr, self.steps))
 
     def scalars(self, index: int, table: Sequence[Scalars]) -> dict[str, float | Tensor]:
         """All scalars of parameter ``index``, its step counted but not yet advanced."""
@@ -109,9 +122,11 @@ class Engine(ABC):
 
     Attributes:
         name: As users write it in ``engine=``.
+        uses_addresses: Whether buckets must carry the addresses of their tensors.
     """
 
     name: ClassVar[str]
+    uses_addresses: ClassVar[bool] = False
 
     def unavailable(self) -> str | None:
         """Why this engine cannot run at all on this machine, or None if it can."""

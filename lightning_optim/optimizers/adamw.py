@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optimizers.adam import ADAM
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.optimizers.stepper import Group
+from lightning_optim.optimizers.plan import Group
 from lightning_optim.rules.policy import Decay, Rounding
 
 

@@ -9,8 +9,9 @@ from lightning_optim.optimizers.adam import AdamOptim
 from lightning_optim.optimizers.adamw import AdamWOptim
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.optimizers.options import check_option
+from lightning_optim.optimizers.plan import Options
 from lightning_optim.optimizers.sgd import SGDOptim
-from lightning_optim.optimizers.stepper import Options, Stepper
+from lightning_optim.optimizers.stepper import Stepper
 
 #: Which of our classes has the rule of which of torch's.
 ADOPTABLE: dict[type[torch.optim.Optimizer], type[RuleOptimizer]] = {

@@ -12,7 +12,8 @@ from torch.optim.optimizer import ParamsT
 from lightning_optim.engines.base import requested_engine
 from lightning_optim.optimizers.loading import load_groups, load_state
 from lightning_optim.optimizers.options import check_group, check_option, check_parameters, parse_dtype
-from lightning_optim.optimizers.stepper import Group, Options, Stepper
+from lightning_optim.optimizers.plan import Group, Options
+from lightning_optim.optimizers.stepper import Stepper
 from lightning_optim.rules.policy import ROUNDINGS, Decay, Rounding
 from lightning_optim.rules.rule import Rule
 
@@ -166,7 +167,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         name = type(self).public_name()
         required = [option for option in self.defaults if option in ("lr", "betas", "eps", "momentum", "weight_decay")]
         groups = load_groups(name, self.param_groups, state_dict, self.defaults, required)
-        state = load_state(name, groups, state_dict, self._stepper)
+        state = load_state(name, groups, state_dict, self._stepper.planner)
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in list(self._optimizer_load_state_dict_post_hooks.values()):
             post_hook(self)

@@ -15,7 +15,7 @@ from lightning_optim.optimizers.options import check_option
 from lightning_optim.rules.policy import KAHAN_SLOT
 
 if TYPE_CHECKING:
-    from lightning_optim.optimizers.stepper import Group, Stepper
+    from lightning_optim.optimizers.plan import Group, Planner
 
 
 def load_groups(
@@ -64,7 +64,7 @@ def load_groups(
 
 
 def load_state(
-    optimizer: str, groups: Sequence[Group], state_dict: Mapping[str, Any], stepper: Stepper
+    optimizer: str, groups: Sequence[Group], state_dict: Mapping[str, Any], planner: Planner
 ) -> defaultdict[Any, Any]:
     """The saved state as this optimizer's: its own copies, on each parameter's device, in its storage types.
 
@@ -82,21 +82,21 @@ def load_state(
         group, p = by_id[key]
         values = {name: value for name, value in values.items() if value is not None}
         if values:
-            state[p] = _load_one(f"{optimizer}: parameter {key}", group, p, values, stepper)
+            state[p] = _load_one(f"{optimizer}: parameter {key}", group, p, values, planner)
     return state
 
 
-def _load_one(where: str, group: Group, p: Tensor, values: Mapping[str, Any], stepper: Stepper) -> dict[str, Any]:
-    slots = stepper.slots(group, p)
-    known = {*stepper.method.rule.all_slots, "step", KAHAN_SLOT}
+def _load_one(where: str, group: Group, p: Tensor, values: Mapping[str, Any], planner: Planner) -> dict[str, Any]:
+    slots = planner.slots(group, p)
+    known = {*planner.method.rule.all_slots, "step", KAHAN_SLOT}
     unknown = sorted(set(values) - known)
     missing = sorted(set(slots) - {KAHAN_SLOT} - set(values))
-    if stepper.method.rule.counts_steps and "step" not in values:
+    if planner.method.rule.counts_steps and "step" not in values:
         missing.append("step")
     if unknown or missing:
         raise ValueError(
             f"{where}: the state of another optimizer, or damaged: it has {sorted(values)}, "
-            f"this one needs {sorted({*slots} - {KAHAN_SLOT} | ({'step'} if stepper.counts_steps() else set()))}"
+            f"this one needs {sorted({*slots} - {KAHAN_SLOT} | ({'step'} if planner.counts_steps() else set()))}"
         )
     loaded: dict[str, Any] = {}
     if "step" in values:
@@ -108,7 +108,7 @@ def _load_one(where: str, group: Group, p: Tensor, values: Mapping[str, Any], st
         if not isinstance(value, Tensor) or value.shape != p.shape:
             shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{where}: {slot} has shape {shown}, the parameter {tuple(p.shape)}")
-        dtype = stepper.slot_dtype(p, slot)
+        dtype = planner.slot_dtype(p, slot)
         if is_dense(p):
             own = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
         else:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.optimizers.stepper import Group
+from lightning_optim.optimizers.plan import Group
 from lightning_optim.rules.policy import Decay, Rounding
 from lightning_optim.rules.rule import Rule
 

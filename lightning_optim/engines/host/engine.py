@@ -34,14 +34,14 @@ class Kernel:
     """A compiled Program.
 
     Attributes:
-        function: ``lo_run``: see :class:`~lightning_optim.engines.host.printer.CPrinter`.
+        function: Callable[..., None]
         table_scalars: The columns of the table.
         work: Doubles of scratch for each tensor.
         reductions: Doubles of scratch for each chunk.
         results: Doubles returned for each tensor.
     """
 
-    function: ctypes._FuncPointer  # type: ignore[name-defined] # typeshed names it so, Python does not
+    function: Callable[..., None]
     table_scalars: tuple[str, ...]
     work: int
     reductions: int
@@ -89,6 +89,7 @@ class HostEngine(Engine):
     """Runs element-wise and reducing updates on dense CPU tensors of any mixture of floating-point types."""
 
     name = "host"
+    uses_addresses = True
 
     def __init__(self) -> None:
         self._kernels: dict[tuple[str, Layout], Kernel | str] = {}
@@ -125,8 +126,9 @@ class HostEngine(Engine):
             raise BuildError(kernel)
         columns = kernel.table_scalars
         rows = array("d", [float(row[name]) for row in table for name in columns])
-        fields = [bucket.tensors[name] for name in bucket.update.program.tensors]
-        self._call(kernel, fields, bucket.sizes, bucket.steps, bucket.rows, bucket.ids, rows)
+        if bucket.addresses is None or (bucket.step_addresses is None) != (bucket.steps is None):
+            raise ValueError("the host engine needs the addresses of the bucket's tensors: see Bucket.locate()")
+        self._call(kernel, bucket.addresses, bucket.sizes, bucket.step_addresses, bucket.rows, bucket.ids, rows)
 
     def sum_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
         """See :meth:`Engine.sum_of_squares`."""
@@ -137,7 +139,9 @@ class HostEngine(Engine):
             kernel = self._kernel(_SUM_OF_SQUARES, Layout(math, (("g", dtype),))) if dtype in C_TYPES else ""
             if not isinstance(kernel, str):
                 ids, sizes = array("i", [0] * len(tensors)), tuple([t.numel() for t in tensors])
-                results = self._call(kernel, [list(tensors)], sizes, None, ids, ids, array("d", [0.0]))
+                results = self._call(
+                    kernel, array("q", map(_data_ptr, tensors)), sizes, None, ids, ids, array("d", [0.0])
+                )
                 return torch.tensor(sum(results), dtype=torch.float64)
         return super().sum_of_squares(tensors)
 
@@ -154,21 +158,16 @@ class HostEngine(Engine):
     def _call(
         self,
         kernel: Kernel,
-        fields: list[list[Tensor]],
+        data: array[int],
         sizes: tuple[int, ...],
-        steps: list[Tensor] | None,
+        steps: array[int] | None,
         rows: array[int],
         ids: array[int],
         table: array[float],
     ) -> array[float]:
-        """Call the kernel on ``fields[field][tensor]``; returns its results."""
+        """Call the kernel on the tensors and counters at these addresses; returns its results."""
         count = len(rows)
         chunks = _divide(sizes, thread_count())
-        # Addresses are read anew at every step: a moved, swapped or reloaded tensor is never missed.
-        data = array("q")
-        for field in fields:
-            data.extend(map(_data_ptr, field))
-        step_data = array("q", map(_data_ptr, steps)) if steps is not None else None
         work = array("d", bytes(8 * kernel.work * count))
         partials = array("d", bytes(8 * kernel.reductions * len(chunks.tensor)))
         results = array("d", bytes(8 * kernel.results * count))
@@ -176,7 +175,7 @@ class HostEngine(Engine):
             count,
             data.buffer_info()[0],
             chunks.numel.buffer_info()[0],
-            None if step_data is None else step_data.buffer_info()[0],
+            None if steps is None else steps.buffer_info()[0],
             rows.buffer_info()[0],
             ids.buffer_info()[0],
             table.buffer_info()[0],
@@ -197,9 +196,8 @@ def _build(program: Program, layout: Layout) -> Kernel:
     printer = CPrinter(program, layout)
     function = load(printer.source(), find_toolchain()).lo_run
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    before_chunks = (integer, *[pointer] * 6)
-    of_chunks = (integer, pointer, pointer, integer, pointer, ctypes.c_int)
-    function.argtypes = (*before_chunks, *of_chunks, pointer, pointer, pointer)
+    chunks = [integer, pointer, pointer, integer, pointer, ctypes.c_int]
+    function.argtypes = [integer, *[pointer] * 6, *chunks, *[pointer] * 3]  # type: ignore[list-item] # ctypes' own
     function.restype = None
     return Kernel(
         function,

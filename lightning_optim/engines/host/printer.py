@@ -259,7 +259,8 @@ class CPrinter(Printer):
             lines += [
                 "    const double step = steps ? (double)*steps[t]" + (" + 1" if stage == 0 else "") + " : 0;",
                 *(["    if (steps) *steps[t] = (float)step;"] if stage == 0 else []),
-                f"    scalars_{stage}(table + {columns} * rows[t], step, (double)ids[t], numel[t], r, work + {width} * t);",
+                f"    scalars_{stage}(table + {columns} * rows[t], step, (double)ids[t], numel[t], r,",
+                f"              work + {width} * t);",
                 "    (void)c;",
                 "  }",
             ]

@@ -1,0 +1,277 @@
+"""Which parameters go into which bucket, and which engine runs it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_optim.engines.base import Bucket, Decision, Engine, Layout, choose, dtype_name
+from lightning_optim.engines.memory import aliased, in_order_of, is_dense, same_order
+from lightning_optim.rules.policy import KAHAN_SLOT, Decay, Policy, Rounding, Update
+from lightning_optim.rules.rule import Rule
+
+Group = dict[str, Any]
+
+make_update = lru_cache(maxsize=None)(Update)  # few distinct ones; each is traced once per process
+
+
+class Method(Protocol):
+    """What an optimizer class says about itself: see :class:`~lightning_optim.optimizers.base.RuleOptimizer`."""
+
+    rule: Rule
+
+    def flags(self, group: Group, p: Tensor, fresh: bool) -> dict[str, bool]:
+        """Values of the rule's flags."""
+
+    def decay(self, group: Group) -> Decay:
+        """How weight decay is applied."""
+
+    def scalars(self, group: Group) -> dict[str, float | Tensor]:
+        """The numbers of a param group, by the rule's names."""
+
+
+class Owner(Protocol):
+    """What holds the parameters and the state: a ``torch.optim.Optimizer``."""
+
+    param_groups: list[Group]
+    state: Any
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for all parameters of one optimizer.
+
+    Attributes:
+        engine: Name of the engine, or ``"auto"``.
+        rounding: See :class:`~lightning_optim.rules.policy.Policy`.
+        state_dtype: Storage type of new slots; None: float32 (float64 for float64 weights).
+        max_grad_norm: Clip the global norm of the gradients to this, inside the step; None: no clipping.
+        seed: Of the noise of stochastic rounding.
+    """
+
+    engine: str = "auto"
+    rounding: Rounding = "nearest"
+    state_dtype: torch.dtype | None = None
+    max_grad_norm: float | None = None
+    seed: int = 0
+
+
+@dataclass
+class Member:
+    """A parameter that has a gradient at this step.
+
+    Attributes:
+        index: Its place among the gradients of this step.
+        param: The parameter.
+        row: The number of its param group.
+        id: Its number among all parameters of the optimizer.
+        fresh: Whether it had no state before this step.
+    """
+
+    index: int
+    param: Tensor
+    row: int
+    id: int
+    fresh: bool
+
+
+@dataclass
+class Planned:
+    """A bucket, its engine, and how it is filled at every step.
+
+    Attributes:
+        bucket: What the engine is given.
+        engine: The engine.
+        decision: Why it is this one.
+        params: The bucket's parameters.
+        sources: The place of each one's gradient among those of the step.
+        view: How the engine must look at the tensors (complex numbers as pairs, a DTensor's shard), or None.
+        dtypes: Storage types by tensor name, before the view.
+        reorder: Whether gradients lie in memory otherwise than their parameters, and must be copied in order.
+        seen: For each tensor name, the identities and addresses that were last found to be as planned.
+    """
+
+    bucket: Bucket
+    engine: Engine
+    decision: Decision
+    params: list[Tensor]
+    sources: list[int]
+    view: Callable[[Tensor], Tensor] | None
+    dtypes: dict[str, torch.dtype]
+    reorder: bool
+    seen: dict[str, tuple[list[int] | None, array[int] | None]] = field(default_factory=dict)
+
+
+class Planner:
+    """Divides the parameters of an optimizer into buckets.
+
+    Args:
+        owner: Has ``param_groups`` and ``state``.
+        method: The rule, and how a param group's options map to its inputs.
+        options: What holds for all groups.
+        native_state: Create slots in the weight's dtype, as torch's own optimizers do.
+    """
+
+    def __init__(self, owner: Owner, method: Method, options: Options, native_state: bool) -> None:
+        self.owner = owner
+        self.method = method
+        self.options = options
+        self.native_state = native_state
+
+    def slot_dtype(self, p: Tensor, slot: str) -> torch.dtype:
+        """The storage type of a new slot of parameter ``p``."""
+        if slot == KAHAN_SLOT or self.native_state:
+            return p.dtype
+        wide = p.dtype in (torch.float64, torch.complex128)
+        real = self.options.state_dtype or (torch.float64 if wide else torch.float32)
+        return real.to_complex() if p.is_complex() else real
+
+    def slots(self, group: Group, p: Tensor) -> tuple[str, ...]:
+        """Names of the slots that parameter ``p`` has."""
+        return self._update(group, p, fresh=False, copy=False).slots
+
+    def counts_steps(self) -> bool:
+        """Whether the state has a ``step``."""
+        return self.method.rule.counts_steps or self.options.rounding == "stochastic"
+
+    def members(self, found: Sequence[Tensor | None]) -> list[Member]:
+        """The parameters that have a gradient, from the gradient or None of every parameter."""
+        members: list[Member] = []
+        rows = [row for row, group in enumerate(self.owner.param_groups) for _ in group["params"]]
+        params = [p for group in self.owner.param_groups for p in group["params"]]
+        for number, (p, row, g) in enumerate(zip(params, rows, found, strict=True)):
+            if g is not None:
+                members.append(Member(len(members), p, row, number, fresh=not self.owner.state.get(p)))
+        return members
+
+    def static(self, group: Group) -> tuple[Any, ...]:
+        """What of a group's options is compiled in, and may have been changed since the last step."""
+        flags = self.method.flags(group, group["params"][0], False) if group["params"] else {}
+        return (self.method.decay(group), group.get("maximize"), group.get("cautious"), *flags.values())
+
+    def _update(self, group: Group, p: Tensor, *, fresh: bool, copy: bool) -> Update:
+        flags = self.method.flags(group, p, fresh)
+        rule = self.method.rule
+        options = self.options
+        low: tuple[str, ...] = ()
+        if options.rounding == "stochastic":
+            low = tuple(s for s in rule.slots(flags) if self._stored_dtype(p, s) == torch.bfloat16)
+        policy = Policy(
+            decay=self.method.decay(group),
+            cautious=bool(group.get("cautious", False)),
+            maximize=bool(group.get("maximize", False)),
+            scaled=options.max_grad_norm is not None,
+            rounding=options.rounding,
+            weight_dtype=dtype_name(p.dtype),
+            low_precision_slots=low,
+            copy=copy,
+        )
+        return make_update(rule, policy, tuple(sorted(flags.items())))
+
+    def _stored_dtype(self, p: Tensor, slot: str) -> torch.dtype:
+        value = self.owner.state.get(p, {}).get(slot) if p in self.owner.state else None
+        return value.dtype if isinstance(value, Tensor) else self.slot_dtype(p, slot)
+
+    def prepare(self, members: list[Member]) -> None:
+        """Create the state that is missing, and bring loaded state into the form that engines expect."""
+        for member in members:
+            p, state = member.param, self.owner.state[member.param]
+            if self.counts_steps():
+                step = state.get("step", 0.0)
+                usable = (
+                    isinstance(step, Tensor)
+                    and step.dtype == torch.float32
+                    and not (p.device.type == "cpu" and step.device.type != "cpu")
+                )
+                if not usable:
+                    state["step"] = torch.tensor(float(step), dtype=torch.float32)
+            for slot in self.slots(self.owner.param_groups[member.row], p):
+                value = state.get(slot)
+                if value is None:
+                    state[slot] = torch.zeros_like(
+                        p, dtype=self.slot_dtype(p, slot), memory_format=torch.preserve_format
+                    )
+                elif is_dense(p) and not same_order(value, p):
+                    state[slot] = in_order_of(value, p)
+
+    def build(
+        self, members: list[Member], gradients: Sequence[Tensor], copies: Mapping[Tensor, Tensor] | None
+    ) -> list[Planned]:
+        """The buckets for these members and their gradients."""
+        same: dict[tuple[Any, ...], list[Member]] = {}
+        for member, g in zip(members, gradients, strict=True):
+            p, group = member.param, self.owner.param_groups[member.row]
+            _check_gradient(member, g)
+            update = self._update(group, p, fresh=member.fresh, copy=copies is not None)
+            dtypes = {"p": p.dtype, "g": g.dtype}
+            dtypes.update({slot: self._stored_dtype(p, slot) for slot in update.slots})
+            if copies is not None:
+                dtypes["copy"] = copies[p].dtype
+            view = _view(p, update)
+            layout = Layout(
+                math=torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32,
+                dtypes=tuple((name, dtype.to_real()) for name, dtype in dtypes.items()),
+            )
+            dense = is_dense(p if view is not _local else view(p))
+            key = (update, layout, p.device, dense, view, tuple(dtypes.items()))
+            same.setdefault(key, []).append(member)
+        plan = []
+        for (update, layout, device, dense, view, stored), bucket_members in same.items():
+            weights = [view(m.param) if view else m.param for m in bucket_members]
+            bucket = Bucket(
+                update=update,
+                layout=layout,
+                device=device,
+                tensors={"p": weights},
+                steps=None,
+                rows=array("i", [m.row for m in bucket_members]),
+                ids=array("i", [m.id for m in bucket_members]),
+                sizes=tuple(p.numel() for p in weights),
+                dense=dense,
+                aliased=aliased(weights),
+                label=_label(update, layout, device, len(bucket_members)),
+            )
+            engine, decision = choose(bucket, self.options.engine)
+            sources = [m.index for m in bucket_members]
+            seen_by_engine = [view(gradients[i]) if view else gradients[i] for i in sources]
+            reorder = dense and not all(map(same_order, seen_by_engine, weights))
+            params = [m.param for m in bucket_members]
+            plan.append(Planned(bucket, engine, decision, params, sources, view, dict(stored), reorder))
+        return plan
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _view(p: Tensor, update: Update) -> Callable[[Tensor], Tensor] | None:
+    """How an engine must look at a parameter's tensors."""
+    if p.is_complex():
+        return torch.view_as_real  # real and imaginary parts are updated as two numbers, as in torch.optim
+    if hasattr(p, "to_local") and not update.program.reduces:
+        return _local  # element-wise: each rank updates its shard; a reduction needs the DTensor's own operators
+    return None
+
+
+def _label(update: Update, layout: Layout, device: torch.device, count: int) -> str:
+    dtypes = ", ".join(f"{name} {dtype_name(dtype)}" for name, dtype in layout.dtypes)
+    return f"{update.rule.name}, {count} tensors on {device} ({dtypes})"
+
+
+def _check_gradient(member: Member, g: Tensor) -> None:
+    if g.layout != torch.strided:
+        raise RuntimeError(
+            f"parameter {member.id} (shape {tuple(member.param.shape)}) has a gradient of layout {g.layout}; valid: "
+            "dense gradients (use sparse=False in nn.Embedding), or torch.optim.SparseAdam for this parameter"
+        )
+    if g.shape != member.param.shape or g.device != member.param.device:
+        raise RuntimeError(
+            f"parameter {member.id} has shape {tuple(member.param.shape)} on {member.param.device}, its gradient "
+            f"{tuple(g.shape)} on {g.device}"
+        )
