@@ -1,0 +1,9 @@
+"""The automatic callbacks for the ``pytorch_lightning`` package, whose ``Callback`` is another class."""
+
+from pytorch_lightning import Callback
+
+from lightning_optim.control.schedule_totals import TotalsFiller
+
+
+class FillTotalSteps(TotalsFiller, Callback):
+    """As :class:`lightning_optim.callbacks.FillTotalSteps`, for ``pytorch_lightning.Trainer``."""
