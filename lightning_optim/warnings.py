@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 _seen: set[str] = set()
@@ -11,16 +12,20 @@ class LightningOptimWarning(UserWarning):
     """Something works, but not as fast or not quite as asked; the message names the reason."""
 
 
-def warn_once(message: str, *, key: str | None = None, stacklevel: int = 3) -> None:
+def warn_once(message: str, *, key: str | None = None) -> None:
     """Warn the first time that ``key`` (default: the message itself) comes up in this process.
 
     Args:
         message: What happened, why, and what is done instead.
         key: Messages with the same key are one warning.
-        stacklevel: As in :func:`warnings.warn`.
+
+    The warning points at the user's line: the first caller outside of this package and of torch.
     """
     key = message if key is None else key
     if key in _seen:
         return
     _seen.add(key)
-    warnings.warn(message, LightningOptimWarning, stacklevel=stacklevel)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("lightning_optim", "torch.")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, LightningOptimWarning, stacklevel=level)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.rules.policy import Update
+from lightning_optim.warnings import warn_once
 
 ENGINE_VARIABLE = "LIGHTNING_OPTIM_ENGINE"
 
@@ -173,36 +174,45 @@ def requested_engine(argument: str) -> str:
     return name
 
 
+class EngineError(RuntimeError):
+    """An engine should run a bucket, but cannot here: its build failed, say."""
+
+
 def choose(bucket: Bucket, requested: str) -> tuple[Engine, Decision]:
     """The engine for a bucket: the one requested, or the fastest that can run it.
 
+    An engine that was requested by name, or that is broken on this machine (no compiler, a failed build), is passed
+    over with one warning; one that does not support the bucket only leaves its reason in the Decision.
+
     Args:
         bucket: What is to be run.
-        requested: ``"auto"`` or the name of an engine. An engine that cannot run the bucket is passed over with
-            one warning if it was requested by name or could not be built, silently (but in the report) otherwise.
+        requested: ``"auto"`` or the name of an engine.
     """
     from lightning_optim.engines import ENGINES, PREFERENCE
-    from lightning_optim.warnings import warn_once
 
     preference = PREFERENCE.get(bucket.device.type, PREFERENCE["default"])
     order = list(preference) if requested == "auto" else [requested, *(n for n in preference if n != requested)]
     rejected: dict[str, str] = {}
+    unexpected: list[str] = []
     for name in order:
         engine = ENGINES[name]
-        missing = engine.unavailable()
-        reason = missing or engine.rejects(bucket)
+        broken = engine.unavailable()
+        try:
+            reason = broken or engine.rejects(bucket)
+        except EngineError as error:
+            broken = reason = str(error)
         if reason is None:
+            for other in unexpected:
+                warn_once(
+                    f"lightning-optim: the {other} engine cannot be used ({rejected[other]}); stepping with {name} "
+                    "instead, with the same results",
+                    key=f"{other} engine",
+                )
             why = "the fastest that supports it" if requested == "auto" else "requested"
-            if requested not in ("auto", name):
-                why = f"in place of {requested}"
-            return engine, Decision(bucket.label, name, why, rejected)
-        rejected[name] = reason
-        if name == requested or missing:
-            fallback = order[order.index(name) + 1] if name != order[-1] else "eager"
-            warn_once(
-                f"lightning-optim: the {name} engine cannot be used ({reason}); stepping with {fallback} instead, "
-                "with the same results",
-                key=f"{name}: {reason}",
-                stacklevel=6,
+            return engine, Decision(
+                bucket.label, name, why if requested in ("auto", name) else f"in place of {requested}", rejected
             )
+        rejected[name] = reason
+        if broken or name == requested:
+            unexpected.append(name)
     raise RuntimeError(f"no engine can run {bucket.label}: {rejected}")

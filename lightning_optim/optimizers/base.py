@@ -114,7 +114,6 @@ class RuleOptimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch._disable_dynamo  # the step calls compiled code; a compiled model beside it is not affected
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient; gradients are not changed.
 
@@ -131,8 +130,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Engines call compiled code of their own, which torch.compile cannot trace. Not a decorator: dynamo's wrapper
+        # costs 10 µs at every step, and its import more than a second at the first.
+        run = _outside_of_graphs if torch.compiler.is_compiling() else Stepper.step
         with torch.no_grad():
-            self._stepper.step()
+            run(self._stepper)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -198,6 +200,11 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _attach(self) -> None:
         self._stepper = Stepper(self, type(self), self.options)
+
+
+@torch._disable_dynamo
+def _outside_of_graphs(stepper: Stepper) -> None:
+    stepper.step()
 
 
 def _number(value: Any) -> float | Tensor:

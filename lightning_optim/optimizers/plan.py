@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,7 +95,7 @@ class Planned:
         view: How the engine must look at the tensors (complex numbers as pairs, a DTensor's shard), or None.
         dtypes: Storage types by tensor name, before the view.
         reorder: Whether gradients lie in memory otherwise than their parameters, and must be copied in order.
-        seen: For each tensor name, the identities and addresses that were last found to be as planned.
+        seen: For each tensor name, the tensors and addresses that were last found to be as planned.
     """
 
     bucket: Bucket
@@ -105,7 +106,7 @@ class Planned:
     view: Callable[[Tensor], Tensor] | None
     dtypes: dict[str, torch.dtype]
     reorder: bool
-    seen: dict[str, tuple[list[int] | None, array[int] | None]] = field(default_factory=dict)
+    seen: dict[str, tuple[list[weakref.ref[Tensor]], array[int] | None]] = field(default_factory=dict)
 
 
 class Planner:

@@ -6,6 +6,7 @@ torch's own instances alike.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from array import array
 from collections.abc import Mapping, Sequence
@@ -162,34 +163,37 @@ class Stepper:
 
 
 def _as_planned(planned: Planned, tensors: Mapping[str, list[Tensor]], steps: list[Tensor] | None) -> bool:
-    """Whether weights and slots have the types and the order in memory that were planned; notes addresses.
-
-    The types are looked at only where a tensor is another object, or lies elsewhere, than at the last step.
-    """
+    """Whether weights and slots have the types and the order in memory that were planned; notes addresses."""
     bucket = planned.bucket
     wanted = planned.engine.uses_addresses
-    addresses = array("q")
     dtypes = dict(bucket.layout.dtypes)
+    addresses = array("q")
     for name in bucket.update.program.tensors:
         column = tensors[name]
         here = array("q", map(_address, column)) if wanted else None
         if here is not None:
             addresses.extend(here)
-        if name == "g":
-            continue  # another one at every step, and part of the structure
-        now = (None if name == "p" else list(map(id, column)), here)  # the structure has the weights' identities
-        if planned.view is None and now == planned.seen.get(name):
-            continue
+        if name == "g" or _seen(planned, name, column, here):
+            continue  # gradients are others at every step, and part of the structure
         for tensor, p in zip(column, tensors["p"], strict=True):
             if tensor.dtype != dtypes[name] or (bucket.dense and not same_order(tensor, p)):
                 return False
-        planned.seen[name] = now
+        planned.seen[name] = ([weakref.ref(tensor) for tensor in column], here)
+    bucket.addresses = addresses if wanted else None
     if steps is not None:
         bucket.step_addresses = array("q", map(_address, steps)) if wanted else None
-        now = (list(map(id, steps)), bucket.step_addresses)
-        if now != planned.seen.get("step"):
+        if not _seen(planned, "step", steps, bucket.step_addresses):
             if any(step.dtype != torch.float32 for step in steps):
                 return False
-            planned.seen["step"] = now
-    bucket.addresses = addresses if wanted else None
+            planned.seen["step"] = ([weakref.ref(step) for step in steps], bucket.step_addresses)
     return True
+
+
+def _seen(planned: Planned, name: str, column: list[Tensor], here: array[int] | None) -> bool:
+    """Whether these are the very tensors of the last step, where they were: then they need no second look.
+
+    Weak references, because a plan must not keep state alive that its owner has moved or dropped; and not ``id``,
+    which a new tensor may have inherited from a freed one.
+    """
+    refs, there = planned.seen.get(name, ((), None))
+    return len(refs) == len(column) and here == there and all(map(operator.is_, map(operator.call, refs), column))

@@ -61,8 +61,7 @@ def stochastic_round(x: Tensor, key: float) -> Tensor:
     """
     if x.dtype != torch.float32:
         raise TypeError(f"stochastic rounding works on float32 math, not {x.dtype}")
-    bits = x.contiguous(memory_format=torch.preserve_format).view(torch.int32)
-    rounded = (bits + (noise(x, key) & 0xFFFF).to(torch.int32)) & -0x10000
+    rounded = (x.view(torch.int32) + (noise(x, key) & 0xFFFF).to(torch.int32)) & -0x10000
     return torch.where(torch.isfinite(x), rounded.view(torch.float32), x)
 
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from lightning_optim.engines.base import EngineError
 from lightning_optim.engines.host.toolchain import Toolchain
 
 CACHE_VARIABLE = "LIGHTNING_OPTIM_CACHE"
@@ -30,7 +31,7 @@ BUILD_SECONDS = 120.0
 LOCK_SECONDS = 30.0
 
 
-class BuildError(RuntimeError):
+class BuildError(EngineError):
     """A kernel could not be built or loaded; the message holds the compiler's."""
 
 

@@ -92,7 +92,7 @@ class HostEngine(Engine):
     uses_addresses = True
 
     def __init__(self) -> None:
-        self._kernels: dict[tuple[str, Layout], Kernel | str] = {}
+        self._kernels: dict[tuple[str, Layout], Kernel | BuildError] = {}
 
     def unavailable(self) -> str | None:
         """See :meth:`Engine.unavailable`."""
@@ -116,14 +116,12 @@ class HostEngine(Engine):
             return "the weights have gaps or overlaps in memory"
         if bucket.aliased:
             return "two weights share memory, so their updates must follow one another"
-        kernel = self._kernel(bucket.update.program, bucket.layout)
-        return kernel if isinstance(kernel, str) else None
+        self._kernel(bucket.update.program, bucket.layout)
+        return None
 
     def run(self, bucket: Bucket, table: Sequence[Scalars]) -> None:
         """See :meth:`Engine.run`."""
         kernel = self._kernel(bucket.update.program, bucket.layout)
-        if isinstance(kernel, str):
-            raise BuildError(kernel)
         columns = kernel.table_scalars
         rows = array("d", [float(row[name]) for row in table for name in columns])
         if bucket.addresses is None or (bucket.step_addresses is None) != (bucket.steps is None):
@@ -133,27 +131,27 @@ class HostEngine(Engine):
     def sum_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
         """See :meth:`Engine.sum_of_squares`."""
         dtypes = {t.dtype for t in tensors}
-        if len(dtypes) == 1 and all(type(t) is torch.Tensor and is_dense(t) for t in tensors):
-            dtype = dtypes.pop()
-            math = torch.float64 if dtype == torch.float64 else torch.float32
-            kernel = self._kernel(_SUM_OF_SQUARES, Layout(math, (("g", dtype),))) if dtype in C_TYPES else ""
-            if not isinstance(kernel, str):
-                ids, sizes = array("i", [0] * len(tensors)), tuple([t.numel() for t in tensors])
-                results = self._call(
-                    kernel, array("q", map(_data_ptr, tensors)), sizes, None, ids, ids, array("d", [0.0])
-                )
-                return torch.tensor(sum(results), dtype=torch.float64)
-        return super().sum_of_squares(tensors)
+        dtype = dtypes.pop()
+        if dtypes or dtype not in C_TYPES or not all(type(t) is Tensor and is_dense(t) for t in tensors):
+            return super().sum_of_squares(tensors)
+        math = torch.float64 if dtype == torch.float64 else torch.float32
+        kernel = self._kernel(_SUM_OF_SQUARES, Layout(math, (("g", dtype),)))
+        ids, sizes = array("i", [0] * len(tensors)), tuple([t.numel() for t in tensors])
+        results = self._call(kernel, array("q", map(_data_ptr, tensors)), sizes, None, ids, ids, array("d", [0.0]))
+        return torch.tensor(sum(results), dtype=torch.float64)
 
-    def _kernel(self, program: Program, layout: Layout) -> Kernel | str:
-        """The compiled Program, or why there is none."""
+    def _kernel(self, program: Program, layout: Layout) -> Kernel:
+        """The compiled Program; a build that failed is not tried again in this process."""
         key = (program.fingerprint, layout)
         if key not in self._kernels:
             try:
                 self._kernels[key] = _build(program, layout)
-            except (BuildError, ToolchainError) as error:
-                self._kernels[key] = str(error)
-        return self._kernels[key]
+            except BuildError as error:
+                self._kernels[key] = error
+        kernel = self._kernels[key]
+        if isinstance(kernel, BuildError):
+            raise kernel
+        return kernel
 
     def _call(
         self,
