@@ -1,0 +1,122 @@
+"""From parsed options to an optimizer: what ``configure_optimizers`` of the command line's model does.
+
+It runs when Lightning asks for the optimizer, not when the command line is parsed. By then ``configure_model``
+has built its layers and sharding strategies have replaced parameters, which the stock LightningCLI misses.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import ReduceLROnPlateau, instantiate_class
+
+from lightning_optim.param_groups import param_groups
+
+Interval = Literal["step", "epoch"]
+
+
+@dataclass(frozen=True)
+class ParamGroupOptions:
+    """How to split the model's parameters into groups (see ``lightning_optim.param_groups``).
+
+    Giving any of these splits them: biases, norms and whatever else has at most one dimension are not decayed.
+    ``--param_groups {}`` does it with the defaults.
+
+    Args:
+        weight_decay: Of the parameters that are decayed; by default the optimizer's own.
+        layer_decay: Factor in (0, 1] on the learning rate, once per layer of distance from the top.
+        no_decay: Glob patterns of further parameters without weight decay.
+        decay_embeddings: Whether the weights of embeddings are decayed.
+        overrides: Options by glob pattern of parameter names, such as ``{"head.*": {"lr": 1e-3}}``.
+        include_frozen: Whether parameters with ``requires_grad=False`` are included.
+    """
+
+    weight_decay: float | None = None
+    layer_decay: float | None = None
+    no_decay: list[str] | None = None
+    decay_embeddings: bool = True
+    overrides: dict[str, dict[str, Any]] | None = None
+    include_frozen: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """What the command line says about optimization.
+
+    Args:
+        optimizer: ``{"class_path": ..., "init_args": {...}}``.
+        lr_scheduler: The same for the schedule, if any.
+        groups: How to split the parameters; ``None`` makes one group of them.
+        interval: When the schedule steps; ``None`` for the default of :func:`schedule_config`.
+    """
+
+    optimizer: dict[str, Any]
+    lr_scheduler: dict[str, Any] | None = None
+    groups: ParamGroupOptions | None = None
+    interval: Interval | None = None
+
+    def attach(self, model: LightningModule) -> None:
+        """Make these options the model's ``configure_optimizers``."""
+        # Lightning looks through a `partial` when it asks whether the method is overridden.
+        model.configure_optimizers = partial(configure_optimizers, model, self)  # type: ignore[method-assign, assignment]
+
+
+def configure_optimizers(model: LightningModule, options: OptimizerOptions) -> dict[str, Any]:
+    """Build the optimizer and the schedule over the parameters that the model has now.
+
+    Args:
+        model: Its layers are built.
+        options: What to build.
+
+    Returns:
+        What ``LightningModule.configure_optimizers`` may return.
+    """
+    optimizer = instantiate_class(_parameters(model, options), options.optimizer)
+    if options.lr_scheduler is None:
+        return {"optimizer": optimizer}
+    scheduler = instantiate_class(optimizer, options.lr_scheduler)
+    return {"optimizer": optimizer, "lr_scheduler": schedule_config(scheduler, options.interval)}
+
+
+def schedule_config(scheduler: Any, interval: Interval | None = None) -> dict[str, Any]:
+    """How Lightning is to step a schedule.
+
+    The stock LightningCLI steps every schedule once per epoch, which makes a warmup of 100 steps last 100 epochs.
+    Here it is once per optimizer step, except for ``ReduceLROnPlateau``, which waits for its metric.
+    """
+    if isinstance(scheduler, ReduceLROnPlateau):
+        return {"scheduler": scheduler, "interval": interval or "epoch", "monitor": scheduler.monitor}
+    return {"scheduler": scheduler, "interval": interval or "step"}
+
+
+def _parameters(model: LightningModule, options: OptimizerOptions) -> Any:
+    if options.groups is None:
+        return model.parameters()
+    known = _arguments(options.optimizer)
+    chosen = asdict(options.groups)
+    decays = "weight_decay" in known
+    if chosen["weight_decay"] is None:
+        chosen["weight_decay"] = known["weight_decay"] if decays else 0.0
+    elif not decays:
+        raise ValueError(f"{options.optimizer['class_path']} has no weight_decay, so param_groups cannot set it")
+    groups = param_groups(model, lr=known.get("lr"), **chosen)
+    if not decays:
+        for group in groups:
+            del group["weight_decay"]
+    return groups
+
+
+def _arguments(spec: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a class will get, its own defaults included."""
+    module, _, name = spec["class_path"].rpartition(".")
+    cls = getattr(__import__(module, fromlist=[name]), name)
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(cls).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    return defaults | spec.get("init_args", {})
