@@ -22,6 +22,9 @@ class EagerEngine(Engine):
             stored = {name: tensors[index] for name, tensors in bucket.tensors.items()}
             loaded = {name: tensor.to(math) for name, tensor in stored.items() if name != "copy"}
             new = bucket.update.run(**loaded, **bucket.scalars(index, table))
+            own = set(map(id, loaded.values()))
+            # What is stored as it was loaded (slots that swap, say) is read before anything is written.
+            new = {name: value.clone() if id(value) in own else value for name, value in new.items()}
             for name, value in new.items():
                 stored[name].copy_(value)  # the one conversion to the storage type: round to nearest
         advance(bucket)

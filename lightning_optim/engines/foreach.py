@@ -65,6 +65,10 @@ def _lerp(a: Any, b: Any, weight: Any) -> Any:
     return None
 
 
+def _norm(a: Any) -> Any:
+    return None if a[0].device.type == "cpu" else torch._foreach_norm(a)  # see the operation's own comment
+
+
 def _same_kind(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     def call(a: Any, b: Any) -> Any:
         if isinstance(a, Tensor) or isinstance(b, Tensor):
@@ -91,7 +95,7 @@ _FOREACH: dict[str, Callable[..., Any]] = {
     "maximum": _same_kind(torch._foreach_maximum),
     "minimum": _same_kind(torch._foreach_minimum),
     "lerp": _lerp,
-    "norm": torch._foreach_norm,
+    "norm": _norm,
 }
 
 
@@ -121,8 +125,12 @@ class ForeachEngine(Engine):
                 for name, tensors in stored.items()
                 if name != "copy"
             }
-            for name, value in bucket.update.run(**loaded, **scalars).items():
-                torch._foreach_copy_(stored[name], value.tensors)
+            new = bucket.update.run(**loaded, **scalars)
+            own = set(map(id, loaded.values()))
+            # What is stored as it was loaded (slots that swap, say) is read before anything is written.
+            columns = {n: [t.clone() for t in v.tensors] if id(v) in own else v.tensors for n, v in new.items()}
+            for name, column in columns.items():
+                torch._foreach_copy_(stored[name], column)
         advance(bucket)
 
 

@@ -26,6 +26,11 @@ def same_order(a: Tensor, b: Tensor) -> bool:
     return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
 
 
+def form(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]:
+    """All that decides how a tensor is updated, apart from where it is and what is in it."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
 def in_order_of(tensor: Tensor, like: Tensor) -> Tensor:
     """``tensor`` itself, or a copy of it whose elements lie as ``like``'s do."""
     if same_order(tensor, like):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, cast, overload
 
 import torch
@@ -60,7 +61,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{name}: rounding={rounding!r}; valid: {', '.join(ROUNDINGS)}")
         if max_grad_norm is not None:
             check_option(name, "max_grad_norm", max_grad_norm, 1.0)
-        check_group(name, defaults, defaults)
+        check_group(name, defaults, {**defaults, **_declared_defaults(type(self), defaults)})
         self.options = Options(
             engine=requested_engine(engine),
             rounding=rounding,
@@ -179,6 +180,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it there: engines step without autograd
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
@@ -205,6 +207,13 @@ class RuleOptimizer(torch.optim.Optimizer):
 @torch._disable_dynamo
 def _outside_of_graphs(stepper: Stepper) -> None:
     stepper.step()
+
+
+def _declared_defaults(cls: type, options: Iterable[str]) -> dict[str, Any]:
+    """The defaults in the constructor's signature: what type an option has, whatever value was given."""
+    parameters = inspect.signature(cls).parameters
+    declared = {name: parameters[name].default for name in options if name in parameters}
+    return {name: default for name, default in declared.items() if default is not inspect.Parameter.empty}
 
 
 def _number(value: Any) -> float | Tensor:

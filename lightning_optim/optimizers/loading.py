@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.engines.memory import is_dense
-from lightning_optim.optimizers.options import check_option
+from lightning_optim.optimizers.options import RANGES, SWITCHES, check_option
 from lightning_optim.rules.policy import KAHAN_SLOT
 
 if TYPE_CHECKING:
@@ -42,8 +42,12 @@ def load_groups(
             raise ValueError(
                 f"{optimizer}: not an optimizer's state_dict: no {key!r}; it has {sorted(map(str, state_dict))}"
             )
+    if not isinstance(state_dict["state"], Mapping):
+        raise ValueError(f"{optimizer}: 'state' is a {type(state_dict['state']).__name__}; valid: a dict by parameter")
     saved = deepcopy(list(state_dict["param_groups"]))
-    ours, theirs = [len(g["params"]) for g in groups], [len(g.get("params", ())) for g in saved]
+    if not all(isinstance(group, dict) and "params" in group for group in saved):
+        raise ValueError(f"{optimizer}: not an optimizer's state_dict: a param group is no dict with 'params'")
+    ours, theirs = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved]
     if ours != theirs:
         raise ValueError(
             f"{optimizer}: the saved state is for param groups of {theirs} parameters, this optimizer has {ours}"
@@ -54,6 +58,13 @@ def load_groups(
             raise ValueError(
                 f"{optimizer}: saved param group {index} has no {', '.join(missing)}: the state of another optimizer? "
                 f"It has {sorted(set(new) - {'params'})}"
+            )
+        # Only what is known as another optimizer's option: a key of the user's own must not make a run lose its state.
+        foreign = sorted(set(new) & (SWITCHES | set(RANGES)) - set(defaults) - set(group))
+        if foreign:
+            raise ValueError(
+                f"{optimizer}: saved param group {index} has {', '.join(map(repr, foreign))}: the state of another "
+                f"optimizer? {optimizer}'s options are {', '.join(sorted(defaults))}"
             )
         for name, default in defaults.items():
             check_option(optimizer, name, new.setdefault(name, default), default)
@@ -73,6 +84,8 @@ def load_state(
     """
     state: defaultdict[Any, Any] = defaultdict(dict)
     saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    if len(set(saved_ids)) < len(saved_ids):
+        raise ValueError(f"{optimizer}: a parameter is twice in the saved param groups: {saved_ids}")
     places = [(group, p) for group in groups for p in group["params"]]
     by_id = dict(zip(saved_ids, places, strict=True))
     for key, values in state_dict["state"].items():
@@ -80,6 +93,8 @@ def load_state(
             state[key] = values  # not a parameter's: kept as it is, as torch does
             continue
         group, p = by_id[key]
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{optimizer}: parameter {key}: its state is a {type(values).__name__}; valid: a dict")
         values = {name: value for name, value in values.items() if value is not None}
         if values:
             state[p] = _load_one(f"{optimizer}: parameter {key}", group, p, values, planner)
@@ -105,10 +120,13 @@ def _load_one(where: str, group: Group, p: Tensor, values: Mapping[str, Any], pl
         if slot not in values:
             continue  # created with zeros at the next step: rounding="kahan" is new in this run
         value = values[slot]
-        if not isinstance(value, Tensor) or value.shape != p.shape:
-            shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{where}: {slot} has shape {shown}, the parameter {tuple(p.shape)}")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{where}: {slot} is a {type(value).__name__}; valid: a tensor")
+        if value.shape != p.shape:
+            raise ValueError(f"{where}: {slot} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
         dtype = planner.slot_dtype(p, slot)
+        if value.is_complex() != p.is_complex() or not (value.is_complex() or value.is_floating_point()):
+            raise ValueError(f"{where}: {slot} has dtype {value.dtype}; valid: what can be stored as {dtype}")
         if is_dense(p):
             own = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
         else:

@@ -24,6 +24,7 @@ _Check = tuple[Callable[[float], bool], str]
 _NONNEGATIVE: _Check = (lambda x: 0 <= x < math.inf, "a finite number >= 0")
 _FRACTION: _Check = (lambda x: 0 <= x < 1, "a number in [0, 1)")
 _POSITIVE: _Check = (lambda x: x > 0, "a number > 0")
+_FINITE: _Check = (math.isfinite, "a finite number")
 
 #: Valid ranges by option name: the same name means the same thing in every optimizer.
 RANGES: dict[str, _Check] = {
@@ -32,11 +33,14 @@ RANGES: dict[str, _Check] = {
     "eps": _NONNEGATIVE,
     "weight_decay": _NONNEGATIVE,
     "momentum": _NONNEGATIVE,
-    "dampening": (math.isfinite, "a finite number"),
+    "dampening": _FINITE,
     "max_weight_norm": _POSITIVE,
     "max_trust_ratio": _POSITIVE,
     "max_grad_norm": _POSITIVE,
 }
+
+#: Switches of single rules. With the ranges, they are what tells one optimizer's saved options from another's.
+SWITCHES = frozenset({"adapt_1d", "amsgrad", "nesterov"})
 
 
 def check_option(optimizer: str, name: str, value: Any, default: Any) -> None:
@@ -62,8 +66,8 @@ def check_option(optimizer: str, name: str, value: Any, default: Any) -> None:
             _check_number(optimizer, f"betas[{index}]", beta, RANGES["betas"])
     elif value is None and name in ("max_weight_norm", "max_trust_ratio"):
         return
-    elif name in RANGES:
-        _check_number(optimizer, name, value, RANGES[name])
+    elif name in RANGES or isinstance(default, Real):
+        _check_number(optimizer, name, value, RANGES.get(name, _FINITE))
 
 
 def _check_number(optimizer: str, name: str, value: Any, check: _Check) -> None:

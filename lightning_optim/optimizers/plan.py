@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.engines.base import Bucket, Decision, Engine, Layout, choose, dtype_name
-from lightning_optim.engines.memory import aliased, in_order_of, is_dense, same_order
+from lightning_optim.engines.memory import aliased, form, in_order_of, is_dense, same_order
 from lightning_optim.rules.policy import KAHAN_SLOT, Decay, Policy, Rounding, Update
 from lightning_optim.rules.rule import Rule
 
@@ -72,7 +72,8 @@ class Member:
         param: The parameter.
         row: The number of its param group.
         id: Its number among all parameters of the optimizer.
-        fresh: Whether it had no state before this step.
+        fresh: Whether it has no slots yet, and its first update differs from the later ones.
+        label: The parameter in words, for messages.
     """
 
     index: int
@@ -80,6 +81,7 @@ class Member:
     row: int
     id: int
     fresh: bool
+    label: str
 
 
 @dataclass
@@ -91,6 +93,7 @@ class Planned:
         engine: The engine.
         decision: Why it is this one.
         params: The bucket's parameters.
+        forms: Their sizes, strides, types and devices, as the engine sees them.
         sources: The place of each one's gradient among those of the step.
         view: How the engine must look at the tensors (complex numbers as pairs, a DTensor's shard), or None.
         dtypes: Storage types by tensor name, before the view.
@@ -102,6 +105,7 @@ class Planned:
     engine: Engine
     decision: Decision
     params: list[Tensor]
+    forms: list[Any]
     sources: list[int]
     view: Callable[[Tensor], Tensor] | None
     dtypes: dict[str, torch.dtype]
@@ -142,19 +146,36 @@ class Planner:
         return self.method.rule.counts_steps or self.options.rounding == "stochastic"
 
     def members(self, found: Sequence[Tensor | None]) -> list[Member]:
-        """The parameters that have a gradient, from the gradient or None of every parameter."""
+        """The parameters that have a gradient, from the gradient or None of every parameter.
+
+        Raises:
+            RuntimeError: A gradient that is sparse, or of another shape, device or kind of number than its parameter.
+        """
         members: list[Member] = []
-        rows = [row for row, group in enumerate(self.owner.param_groups) for _ in group["params"]]
-        params = [p for group in self.owner.param_groups for p in group["params"]]
-        for number, (p, row, g) in enumerate(zip(params, rows, found, strict=True)):
+        places = [
+            (row, group, index)
+            for row, group in enumerate(self.owner.param_groups)
+            for index in range(len(group["params"]))
+        ]
+        for number, ((row, group, index), g) in enumerate(zip(places, found, strict=True)):
             if g is not None:
-                members.append(Member(len(members), p, row, number, fresh=not self.owner.state.get(p)))
+                p = group["params"][index]
+                label = f"parameter {number} ({_named(group, index)}shape {tuple(p.shape)}, {p.device})"
+                _check_gradient(label, p, g)
+                members.append(Member(len(members), p, row, number, self._fresh(group, p), label))
         return members
+
+    def _fresh(self, group: Group, p: Tensor) -> bool:
+        state = self.owner.state.get(p) or {}
+        if any(state.get(slot) is not None for slot in self.method.rule.all_slots):
+            return False
+        return self.method.flags(group, p, True) != self.method.flags(group, p, False)
 
     def static(self, group: Group) -> tuple[Any, ...]:
         """What of a group's options is compiled in, and may have been changed since the last step."""
         flags = self.method.flags(group, group["params"][0], False) if group["params"] else {}
-        return (self.method.decay(group), group.get("maximize"), group.get("cautious"), *flags.values())
+        switches = [value for value in group.values() if isinstance(value, bool)]  # a flag may depend on the parameter
+        return (self.method.decay(group), *flags.values(), *switches)
 
     def _update(self, group: Group, p: Tensor, *, fresh: bool, copy: bool) -> Update:
         flags = self.method.flags(group, p, fresh)
@@ -198,6 +219,11 @@ class Planner:
                     state[slot] = torch.zeros_like(
                         p, dtype=self.slot_dtype(p, slot), memory_format=torch.preserve_format
                     )
+                elif not isinstance(value, Tensor) or value.shape != p.shape or value.device != p.device:
+                    shown = (
+                        f"shape {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
+                    )
+                    raise RuntimeError(f"{member.label}: its state does not fit: {slot} has {shown}")
                 elif is_dense(p) and not same_order(value, p):
                     state[slot] = in_order_of(value, p)
 
@@ -208,7 +234,6 @@ class Planner:
         same: dict[tuple[Any, ...], list[Member]] = {}
         for member, g in zip(members, gradients, strict=True):
             p, group = member.param, self.owner.param_groups[member.row]
-            _check_gradient(member, g)
             update = self._update(group, p, fresh=member.fresh, copy=copies is not None)
             dtypes = {"p": p.dtype, "g": g.dtype}
             dtypes.update({slot: self._stored_dtype(p, slot) for slot in update.slots})
@@ -243,7 +268,8 @@ class Planner:
             seen_by_engine = [view(gradients[i]) if view else gradients[i] for i in sources]
             reorder = dense and not all(map(same_order, seen_by_engine, weights))
             params = [m.param for m in bucket_members]
-            plan.append(Planned(bucket, engine, decision, params, sources, view, dict(stored), reorder))
+            forms = list(map(form, weights))
+            plan.append(Planned(bucket, engine, decision, params, forms, sources, view, dict(stored), reorder))
         return plan
 
 
@@ -265,14 +291,21 @@ def _label(update: Update, layout: Layout, device: torch.device, count: int) -> 
     return f"{update.rule.name}, {count} tensors on {device} ({dtypes})"
 
 
-def _check_gradient(member: Member, g: Tensor) -> None:
+def _named(group: Group, index: int) -> str:
+    return f"{group['param_names'][index]!r}, " if "param_names" in group else ""
+
+
+def _kind(p: Tensor) -> str:
+    return "complex" if p.is_complex() else "floating-point"
+
+
+def _check_gradient(label: str, p: Tensor, g: Tensor) -> None:
     if g.layout != torch.strided:
         raise RuntimeError(
-            f"parameter {member.id} (shape {tuple(member.param.shape)}) has a gradient of layout {g.layout}; valid: "
-            "dense gradients (use sparse=False in nn.Embedding), or torch.optim.SparseAdam for this parameter"
+            f"{label} has a gradient of layout {g.layout}; valid: dense gradients (use sparse=False in nn.Embedding), "
+            "or torch.optim.SparseAdam for this parameter"
         )
-    if g.shape != member.param.shape or g.device != member.param.device:
-        raise RuntimeError(
-            f"parameter {member.id} has shape {tuple(member.param.shape)} on {member.param.device}, its gradient "
-            f"{tuple(g.shape)} on {g.device}"
-        )
+    if g.shape != p.shape or g.device != p.device:
+        raise RuntimeError(f"{label} has a gradient of shape {tuple(g.shape)} on {g.device}")
+    if g.is_complex() != p.is_complex() or not (g.is_floating_point() or g.is_complex()):
+        raise RuntimeError(f"{label} has a gradient of type {g.dtype}; valid: any {_kind(p)} type")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.engines.base import Decision, Scalars
-from lightning_optim.engines.memory import in_order_of, same_order
+from lightning_optim.engines.memory import aliased, form, in_order_of, same_order
 from lightning_optim.optimizers.plan import Method, Options, Owner, Planned, Planner
 
 # Called for every parameter at every step: `map` over these is half the time of a comprehension.
@@ -86,7 +86,7 @@ class Stepper:
         table = self._table(gradients)
         for planned in self._plan:
             planned.engine.run(planned.bucket, table)
-            planned.bucket.tensors = {}  # gradients and state are their owner's to free or to move
+            planned.bucket.tensors, planned.bucket.steps = {}, None  # their owner's to free or to move
 
     def report(self) -> list[Decision]:
         """The engine of each bucket of the last step; before the first step, what it would be."""
@@ -170,30 +170,40 @@ def _as_planned(planned: Planned, tensors: Mapping[str, list[Tensor]], steps: li
     addresses = array("q")
     for name in bucket.update.program.tensors:
         column = tensors[name]
-        here = array("q", map(_address, column)) if wanted else None
-        if here is not None:
+        known = name == "g" or _known(planned, name, column)
+        if not known and not all(isinstance(tensor, Tensor) for tensor in column):
+            return False
+        here = array("q", map(_address, column)) if wanted or name == "p" else None
+        if wanted and here is not None:
             addresses.extend(here)
-        if name == "g" or _seen(planned, name, column, here):
+        if name == "g" or (known and here == planned.seen[name][1]):
             continue  # gradients are others at every step, and part of the structure
+        if name == "p" and (list(map(form, column)) != planned.forms or aliased(column) != bucket.aliased):
+            return False
         for tensor, p in zip(column, tensors["p"], strict=True):
-            if tensor.dtype != dtypes[name] or (bucket.dense and not same_order(tensor, p)):
+            if tensor.dtype != dtypes[name] or tensor.shape != p.shape or tensor.device != p.device:
+                return False
+            if bucket.dense and not same_order(tensor, p):
                 return False
         planned.seen[name] = ([weakref.ref(tensor) for tensor in column], here)
     bucket.addresses = addresses if wanted else None
     if steps is not None:
-        bucket.step_addresses = array("q", map(_address, steps)) if wanted else None
-        if not _seen(planned, "step", steps, bucket.step_addresses):
-            if any(step.dtype != torch.float32 for step in steps):
+        known = _known(planned, "step", steps)
+        if not known and not all(isinstance(step, Tensor) for step in steps):
+            return False
+        bucket.step_addresses = here = array("q", map(_address, steps)) if wanted else None
+        if not known or here != planned.seen["step"][1]:
+            if any(step.dtype != torch.float32 or step.device.type != "cpu" for step in steps):
                 return False
-            planned.seen["step"] = ([weakref.ref(step) for step in steps], bucket.step_addresses)
+            planned.seen["step"] = ([weakref.ref(step) for step in steps], here)
     return True
 
 
-def _seen(planned: Planned, name: str, column: list[Tensor], here: array[int] | None) -> bool:
-    """Whether these are the very tensors of the last step, where they were: then they need no second look.
+def _known(planned: Planned, name: str, column: list[Tensor]) -> bool:
+    """Whether these are the very tensors of the last step: if they are where they were, they need no second look.
 
     Weak references, because a plan must not keep state alive that its owner has moved or dropped; and not ``id``,
     which a new tensor may have inherited from a freed one.
     """
-    refs, there = planned.seen.get(name, ((), None))
-    return len(refs) == len(column) and here == there and all(map(operator.is_, map(operator.call, refs), column))
+    refs = planned.seen.get(name, ((), None))[0]
+    return len(refs) == len(column) and all(map(operator.is_, map(operator.call, refs), column))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from lightning_optim.rules.ops import maximum, mean, noise_key, round_to, sign, stochastic_round, where
+from lightning_optim.rules.ops import maximum, mean, noise_key, round_to, sign, stochastic_round
 from lightning_optim.rules.rule import Rule
 from lightning_optim.rules.trace import Program, trace
 
@@ -119,8 +119,9 @@ class Update:
         slots = {name: values[name] for name in self.slots if name != KAHAN_SLOT}
         update, stores = self.rule(base, g, slots, values, dict(self.flags))
         if policy.cautious:
+            # A product, not a selection: a NaN must not become a harmless zero.
             kept = maximum(sign(update * g), 0.0)
-            update = where(update * g > 0, update, 0.0) / maximum(mean(kept), _CAUTION_FLOOR)
+            update = update * kept / maximum(mean(kept), _CAUTION_FLOOR)
         if KAHAN_SLOT in self.slots:
             if policy.decay == "decoupled":
                 # Not `base - p - update`: the difference of two close numbers would lose the small decay.

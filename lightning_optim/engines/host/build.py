@@ -73,6 +73,7 @@ def load(source: str, toolchain: Toolchain) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
+        path.unlink(missing_ok=True)  # whole as it is, it is of no use: the next process must compile again
         raise BuildError(f"the compiled kernel does not load: {error}") from error
 
 

@@ -17,7 +17,7 @@ from lightning_optim.engines.host.printer import C_TYPES, CPrinter
 from lightning_optim.engines.host.threads import thread_count
 from lightning_optim.engines.host.toolchain import ToolchainError, find_toolchain
 from lightning_optim.engines.memory import is_dense
-from lightning_optim.rules.ops import sum as sum_of
+from lightning_optim.rules.ops import norm
 from lightning_optim.rules.trace import Program, trace
 
 #: Elements of a full chunk: small enough that a model of a million weights divides evenly over threads, large
@@ -135,10 +135,10 @@ class HostEngine(Engine):
         if dtypes or dtype not in C_TYPES or not all(type(t) is Tensor and is_dense(t) for t in tensors):
             return super().sum_of_squares(tensors)
         math = torch.float64 if dtype == torch.float64 else torch.float32
-        kernel = self._kernel(_SUM_OF_SQUARES, Layout(math, (("g", dtype),)))
+        kernel = self._kernel(_NORM, Layout(math, (("g", dtype),)))
         ids, sizes = array("i", [0] * len(tensors)), tuple([t.numel() for t in tensors])
         results = self._call(kernel, array("q", map(_data_ptr, tensors)), sizes, None, ids, ids, array("d", [0.0]))
-        return torch.tensor(sum(results), dtype=torch.float64)
+        return torch.tensor(sum(x * x for x in results), dtype=torch.float64)
 
     def _kernel(self, program: Program, layout: Layout) -> Kernel:
         """The compiled Program; a build that failed is not tried again in this process."""
@@ -206,8 +206,9 @@ def _build(program: Program, layout: Layout) -> Kernel:
     )
 
 
-def _square_sum(g: object) -> dict[str, object]:
-    return {"return": [sum_of(g * g)]}  # type: ignore[operator] # a value of the rules' language
+def _norm(g: object) -> dict[str, object]:
+    # Not the sum of g * g, which float32 may not hold: the squares of a norm are summed in float64.
+    return {"return": [norm(g)]}
 
 
-_SUM_OF_SQUARES = trace(_square_sum, tensors=("g",), scalars=(), name="sum_of_squares")
+_NORM = trace(_norm, tensors=("g",), scalars=())

@@ -285,7 +285,7 @@ class CPrinter(Printer):
             "            const int32_t *rows, const int32_t *ids, const double *table, int64_t chunks,\n"
             "            const int64_t *chunk_tensor, const int64_t *chunk_begin, int64_t chunk,\n"
             "            const int64_t *bounds, int parts, double *work, double *partials, double *results) {\n"
-            "  (void)partials; (void)results;\n" + "\n".join(lines) + "\n}\n"
+            "  (void)chunks; (void)partials; (void)results;\n" + "\n".join(lines) + "\n}\n"
         )
 
 
