@@ -131,10 +131,27 @@ class Mixed:
 
         return step
 
-    def with_casts(self, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-        """Any float32 optimizer between a cast of the gradients and one of the weights."""
+    def with_casts(self, optimizer: torch.optim.Optimizer, *, fresh: bool = False) -> Callable[[], None]:
+        """Any float32 optimizer between a cast of the gradients and one of the weights.
+
+        Args:
+            optimizer: Of the masters.
+            fresh: Cast to new gradients, as ``grad.float()`` in a training loop does; otherwise to buffers that are
+                kept, the best that can be made of it.
+        """
+        if fresh:
+
+            def loop() -> None:
+                for master in self.masters:
+                    master.grad = self.grads[master].float()
+                optimizer.step()
+                optimizer.zero_grad()
+                for master in self.masters:
+                    self.weights[master].copy_(master.detach())
+
+            return loop
         for master in self.masters:
-            master.grad = torch.zeros_like(master)  # kept: allocating it every step would be slower
+            master.grad = torch.zeros_like(master)
         buffers = [master.grad for master in self.masters if master.grad is not None]
         grads, weights = list(self.grads.values()), list(self.weights.values())
         masters = [master.detach() for master in self.masters]
@@ -160,9 +177,10 @@ def contenders(shapes: list[tuple[int, ...]]) -> list[Contender]:
         Contender("lightning-optim host", "lion", lightning_optim.Lion(_parameters(shapes), engine="host").step),
         Contender("lightning-optim host", "adamw mixed", Mixed(shapes).ours()),
     ]
-    mixed = Mixed(shapes)
-    fused = torch.optim.AdamW(mixed.masters, fused=True, **adamw)
-    found.append(Contender("torch fused + casts", "adamw mixed", mixed.with_casts(fused)))
+    for name, fresh in (("torch fused + casts, buffers kept", False), ("torch fused + casts, grad.float()", True)):
+        mixed = Mixed(shapes)
+        fused = torch.optim.AdamW(mixed.masters, fused=True, **adamw)
+        found.append(Contender(name, "adamw mixed", mixed.with_casts(fused, fresh=fresh)))
     if (deepspeed := _deepspeed_adam()) is not None:
         found.append(Contender("DeepSpeedCPUAdam", "adamw", deepspeed(_parameters(shapes), **adamw).step))
         mixed = Mixed(shapes)

@@ -23,7 +23,7 @@ from lightning_optim.optimizers.plan import Method, Options, Owner, Planned, Pla
 
 # Called for every parameter at every step: `map` over these is half the time of a comprehension.
 _grad, _dtype = attrgetter("grad"), attrgetter("dtype")
-_address, _stride = Tensor.data_ptr, Tensor.stride
+_address, _stride, _numel = Tensor.data_ptr, Tensor.stride, Tensor.numel
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class _Structure:
     """What a plan depends on and a step may change, apart from weights and slots, which filling checks."""
 
     params: list[int]
+    elements: list[int]
+    strides: list[tuple[int, ...]]
     sizes: list[int]
     absent: list[bool]
     grad_dtypes: list[torch.dtype]
@@ -106,6 +108,8 @@ class Stepper:
         groups = self.owner.param_groups
         return _Structure(
             params=list(map(id, params)),
+            elements=list(map(_numel, params)),
+            strides=list(map(_stride, params)),  # `p.data = p.data.t()` leaves the address as it is
             sizes=[len(group["params"]) for group in groups],
             absent=[g is None for g in found],
             grad_dtypes=list(map(_dtype, gradients)),

@@ -1,0 +1,42 @@
+"""torch's schedulers."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from .common import Net, assert_close, each, known_warnings, maker
+
+pytestmark = known_warnings
+
+
+@each
+@pytest.mark.parametrize("kind", ["LambdaLR", "OneCycleLR"])
+def test_torch_schedulers(name: str, kind: str) -> None:
+    """They warn of nothing, and what they set is what the step uses: lr, and one-cycle's momentum or betas."""
+    nets = [Net(torch.float64) for _ in range(2)]
+    scheduled, manual = (maker(name)(net.parameters()) for net in nets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedule: torch.optim.lr_scheduler.LRScheduler
+        if kind == "LambdaLR":
+            schedule = torch.optim.lr_scheduler.LambdaLR(scheduled, lambda step: 0.9**step)
+        else:
+            schedule = torch.optim.lr_scheduler.OneCycleLR(scheduled, max_lr=0.1, total_steps=8)
+        used = []
+        for step in range(6):
+            options = {k: v for k, v in scheduled.param_groups[0].items() if k in ("lr", "betas", "momentum")}
+            used.append(options)
+            manual.param_groups[0].update(options)
+            for net, optimizer in zip(nets, (scheduled, manual), strict=True):
+                optimizer.zero_grad()
+                net(torch.full((2, 6), 0.1 * step, dtype=torch.float64)).sum().backward()
+                optimizer.step()
+            schedule.step()
+    assert_close(nets[0].state_dict(), nets[1].state_dict(), rtol=0, atol=0)
+    assert len({options["lr"] for options in used}) == 6
+    moving = [key for key in ("betas", "momentum") if key in used[0]]
+    assert moving
+    assert (len({options[moving[0]] for options in used}) > 3) == (kind == "OneCycleLR")

@@ -1,0 +1,175 @@
+"""Two processes: DDP and FSDP2."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_optim import list_optimizers, optimizer_info
+
+from .common import (
+    Model,
+    Net,
+    assert_close,
+    assert_same_state,
+    by_hand,
+    dataset,
+    each,
+    fit,
+    known_warnings,
+    maker,
+    train,
+)
+
+pytestmark = known_warnings
+
+RANKS = 2
+TIMEOUT = 150  # seconds: importing torch and lightning twice on a busy machine takes 20
+SHARDED: dict[str, dict[str, Any]] = {"plain": {}, "clipped": {"max_grad_norm": 0.3}, "cautious": {"cautious": True}}
+
+
+def _launch(target: Callable[..., None], folder: Path) -> Path:
+    """Run ``target(rank, folder)`` in two fresh processes."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=target, args=(rank, folder), daemon=True) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        assert [process.exitcode for process in processes] == [0] * RANKS
+    finally:
+        for process in processes:
+            process.kill()
+    return folder
+
+
+def _join(rank: int, folder: Path) -> None:
+    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(RANKS))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", CUDA_VISIBLE_DEVICES="", GLOO_SOCKET_IFNAME="lo")
+    os.environ.pop("LIGHTNING_OPTIM_ENGINE", None)
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+
+
+class Shared(Model):
+    """Each rank sees every other sample, in order (Lightning's own sampler shuffles)."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        data = dataset(dtype=self.data_dtype)
+        return DataLoader(data, batch_size=self.batch, sampler=DistributedSampler(data, shuffle=False))
+
+
+def ddp_rank(rank: int, folder: Path) -> None:
+    """Trainer with DDP: each rank sees half of every batch."""
+    _join(rank, folder)
+    found = {}
+    for name in list_optimizers():
+        model = Shared(maker(name), torch.float64, batch=2)
+        run = fit(folder, model, strategy="ddp", devices=RANKS, use_distributed_sampler=False)
+        assert run.world_size == RANKS
+        found[name] = model.net.state_dict(), run.optimizers[0].state_dict()
+    torch.save(found, folder / f"ddp{rank}.pt")
+    dist.destroy_process_group()
+
+
+def fsdp2_rank(rank: int, folder: Path) -> None:
+    """``fully_shard``: parameters, gradients and state are DTensors; the last layer's bias is on one rank only."""
+    from torch.distributed.fsdp import fully_shard
+
+    _join(rank, folder)
+    mesh = dist.init_device_mesh("cpu", (RANKS,))
+    found: dict[tuple[str, str], Any] = {}
+    for name in list_optimizers():
+        for case, options in SHARDED.items():
+            net = Net(torch.float64)
+            fully_shard(net, mesh=mesh)
+            optimizer = maker(name, **options)(net.parameters())
+            train(net, optimizer, range(4))
+            full = StateDictOptions(full_state_dict=True)
+            state = get_optimizer_state_dict(net, optimizer, options=full)
+            found[name, case] = get_model_state_dict(net, options=full), state
+            if case == "plain":
+                assert optimizer_info(name).kind != "elementwise" or "eager" not in optimizer.engine_report()
+                sharded = get_optimizer_state_dict(net, optimizer)
+                dcp.save({"model": get_model_state_dict(net), "optimizer": sharded}, checkpoint_id=folder / name)
+    if rank == 0:
+        torch.save(found, folder / "fsdp2.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = _launch(ddp_rank, tmp_path_factory.mktemp("ddp"))
+    return [torch.load(folder / f"ddp{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, str], Any]]:
+    folder = _launch(fsdp2_rank, tmp_path_factory.mktemp("fsdp2"))
+    return folder, torch.load(folder / "fsdp2.pt", weights_only=True)
+
+
+@each
+def test_ddp(name: str, ddp: list[dict[str, Any]]) -> None:
+    """Both ranks have the same bits, and those of one process with the whole batch to rounding."""
+    (weights, state), (other_weights, other_state) = (rank[name] for rank in ddp)
+    assert_close(weights, other_weights, rtol=0, atol=0)
+    assert_same_state(state, other_state)
+    net, _ = by_hand(maker(name))
+    assert_close(weights, net.state_dict())
+
+
+@each
+@pytest.mark.parametrize("case", SHARDED)
+def test_fsdp2(name: str, case: str, fsdp2: tuple[Path, dict[tuple[str, str], Any]]) -> None:
+    """Norms are those of the whole tensors and of the whole model, not of a shard."""
+    weights, state = fsdp2[1][name, case]
+    net = Net(torch.float64)
+    optimizer = maker(name, **SHARDED[case])(net.parameters())
+    train(net, optimizer, range(4))
+    assert_close(weights, net.state_dict())
+    names = dict(enumerate(n for n, _ in net.named_parameters()))
+    for index, values in optimizer.state_dict()["state"].items():
+        assert_close(state["state"][names[index]], values)
+
+
+@each
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_fsdp2_checkpoint_in_one_process(name: str, fsdp2: tuple[Path, dict[tuple[str, str], Any]]) -> None:
+    """What two ranks saved in shards goes on whole in a single process."""
+    expected = Net(torch.float64)
+    reference = maker(name)(expected.parameters())
+    train(expected, reference, range(4))
+    net = Net(torch.float64)
+    optimizer = maker(name)(net.parameters())
+    target: dict[str, Any] = {"model": get_model_state_dict(net), "optimizer": get_optimizer_state_dict(net, optimizer)}
+    dcp.load(target, checkpoint_id=fsdp2[0] / name, no_dist=True)
+    set_model_state_dict(net, target["model"])
+    set_optimizer_state_dict(net, optimizer, target["optimizer"])
+    for one, other in ((net, optimizer), (expected, reference)):
+        train(one, other, range(4, 6))
+    assert_close(net.state_dict(), expected.state_dict())
