@@ -5,7 +5,6 @@ A new optimizer is one file in ``optimizers/`` and one line in :data:`OPTIMIZERS
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from lightning_optim.optimizers import LAMB, SGD, Adam, AdamW, Lion, RuleOptimizer
+from lightning_optim.optimizers.options import did_you_mean
 from lightning_optim.param_groups import param_groups
 from lightning_optim.rules.policy import Policy, Update
 from lightning_optim.schedulers import WSD, Cosine, Linear, Schedule
@@ -165,8 +165,7 @@ def create_optimizer(
     info = optimizer_info(name)
     for option in options:
         if option not in info.options:
-            close = difflib.get_close_matches(option, info.options, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            hint = did_you_mean(option, info.options)
             raise TypeError(f"{name} has no option {option!r}{hint}; valid: {', '.join(info.options)}")
     if not isinstance(model, nn.Module):
         if layer_decay is not None or no_decay is not None or overrides is not None:
@@ -187,9 +186,7 @@ def create_optimizer(
 def _lookup(what: str, name: str, table: Mapping[str, Any]) -> Any:
     key = str(name).lower()
     if key not in table:
-        close = difflib.get_close_matches(key, list(table), n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"unknown {what} {name!r}{hint}; valid: {', '.join(sorted(table))}")
+        raise ValueError(f"unknown {what} {name!r}{did_you_mean(key, table)}; valid: {', '.join(sorted(table))}")
     return table[key]
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_optim.engines import ENGINES, available_engines
+from lightning_optim.engines.base import Layout
 from lightning_optim.engines.host import HostEngine, build
 from lightning_optim.engines.host import toolchain as toolchains
 from lightning_optim.engines.host.engine import CHUNK, SERIAL_ELEMENTS, _divide
@@ -28,6 +29,7 @@ from lightning_optim.engines.host.printer import CPrinter
 from lightning_optim.engines.host.threads import thread_count
 from lightning_optim.optimizers import LAMB, AdamWOptim, Lion, RuleOptimizer, SGDOptim
 from lightning_optim.registry import OPTIMIZERS
+from lightning_optim.rules import Program, ops, trace
 from lightning_optim.warnings import LightningOptimWarning
 
 NO_COMPILER = ENGINES["host"].unavailable()
@@ -512,6 +514,62 @@ def test_generated_code_is_the_same_in_every_run() -> None:
     assert sources() == sources()
 
 
+def printer(program: Program, dtype: torch.dtype = torch.float32) -> CPrinter:
+    return CPrinter(program, Layout(dtype, tuple((name, dtype) for name in program.tensors)))
+
+
+def test_every_operation_has_its_templates() -> None:
+    reductions = {op.name for op in ops.OPS.values() if op.result == "reduction"}
+    rounding = {"round_to", "stochastic_round"}  # elements only
+    assert set(CPrinter.scalar_templates) == set(ops.OPS) - rounding
+    assert set(CPrinter.element_templates) == set(ops.OPS) - reductions - {"noise_key"}
+    assert set(CPrinter.accumulate_templates) == reductions
+
+
+def test_values_have_a_kind() -> None:
+    def rule(p: Any, g: Any, lr: Any, seed: Any) -> dict[str, Any]:
+        keys = [ops.noise_key(seed, 0.0, 1.0, salt) for salt in range(2)]
+        key = ops.where(lr > 0, *keys)
+        mask = ops.where(lr > 0, g > 0, p > 0)
+        return {"p": ops.stochastic_round(p * mask + ops.where(mask, p, g > 0), key) * ops.mean(mask)}
+
+    program = trace(rule, tensors=("p", "g"), scalars=("lr", "seed"))
+    c = printer(program)
+    kinds = [(node.op, c.kind(node)) for node in program.nodes]
+    assert sorted(kind for op, kind in kinds if op == "where") == ["bool", "key", "number"]
+    assert {kind for op, kind in kinds if op == "gt"} == {"bool"}
+    assert {kind for op, kind in kinds if op == "noise_key"} == {"key"}
+    assert {kind for op, kind in kinds if op not in ("where", "gt", "noise_key")} == {"number"}
+    # A key that was selected keeps its 32 bits.
+    selected = next(i for i, node in enumerate(program.nodes) if c.kind(node) == "key" and node.op == "where")
+    assert f"const uint32_t s{selected} = (uint32_t)w[{c.work_slots[selected]}];" in c.source()
+
+
+def test_what_passes_accumulate_and_hand_on() -> None:
+    def rule(p: Any, g: Any, lr: Any, step: Any) -> dict[str, Any]:
+        half = lr * 0.5
+        scaled = p / (ops.norm(p) + half)
+        return {"p": scaled * ops.sum(scaled) * ops.mean(g) * half, "return": [ops.norm(g) * step]}
+
+    program = trace(rule, tensors=("p", "g"), scalars=("lr", "step"))
+    c = printer(program)
+    first, second, last = program.passes
+    squares, sums = c.accumulated(first), c.accumulated(second)
+    nodes = program.nodes
+    assert {nodes[i].op: text for i, text in squares if nodes[nodes[i].args[0]].attr("name") == "g"} == {
+        "mean": f"(double){c.name(nodes[squares[-1][0]].args[0])}",
+        "norm": "(double)v1 * (double)v1",
+    }
+    assert [(nodes[i].op, text) for i, text in sums] == [("sum", f"(double)v{nodes[sums[0][0]].args[0]}")]
+    assert c.accumulated(last) == []
+    assert c.reductions == len(squares) == 3
+    assert [c.reduced_before(stage) for stage in range(3)] == [(), first.reductions, second.reductions]
+    assert [nodes[i].op for i in c.earlier_scalars(first)] == []
+    assert [nodes[i].op for i in c.earlier_scalars(second)] == ["scalar", "mul"]  # step; and half, for norm(p) + half
+    assert c.table_scalars == ["lr"]
+    assert list(c.work_slots.values()) == list(range(len(c.work_slots)))
+
+
 # ---------------------------------------------------------------- which engine, and why
 
 
@@ -547,8 +605,8 @@ def test_the_report_says_before_and_after_the_first_step_what_runs(fresh: pytest
     assert optimizer.engine_report() == before
     lines = before.splitlines()
     kinds = "(p float32, g float32, exp_avg float32, exp_avg_sq float32)"
-    assert lines[0] == f"adam, 1 tensors on cpu {kinds}: host (the fastest that supports it)"
-    assert lines[1] == f"adam, 1 tensors on cpu {kinds}: foreach (the fastest that supports it)"
+    assert lines[0] == f"AdamW, 1 tensors on cpu {kinds}: host (the fastest that supports it)"
+    assert lines[1] == f"AdamW, 1 tensors on cpu {kinds}: foreach (the fastest that supports it)"
     assert lines[2] == "  not host: the weights have gaps or overlaps in memory"
     assert "p float64" in lines[3]
     assert lines[3].endswith("host (the fastest that supports it)")

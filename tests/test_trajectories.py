@@ -666,7 +666,7 @@ def test_a_copy_that_lies_otherwise_in_memory_is_refused_or_right(engine: str) -
     p = nn.Parameter(torch.arange(6.0).reshape(2, 3).t())
     optimizer = SGDOptim([p], lr=1.0, engine=engine)
     copy = torch.zeros(3, 2, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="a copy must have its elements in memory in the order"):
+    with pytest.raises(ValueError, match="a copy must have .* its elements in the same order in memory"):
         optimizer._stepper.step(grads={p: torch.ones(3, 2)}, copies={p: copy})
     assert torch.equal(p.detach(), torch.arange(6.0).reshape(2, 3).t()), "a refused step changes nothing"
 

@@ -126,9 +126,9 @@ class ForeachEngine(Engine):
                 if name != "copy"
             }
             new = bucket.update.run(**loaded, **scalars)
-            own = set(map(id, loaded.values()))
+            own = {id(tensor) for column in loaded.values() for tensor in column.tensors}
             # What is stored as it was loaded (slots that swap, say) is read before anything is written.
-            columns = {n: [t.clone() for t in v.tensors] if id(v) in own else v.tensors for n, v in new.items()}
+            columns = {n: [t.clone() if id(t) in own else t for t in v.tensors] for n, v in new.items()}
             for name, column in columns.items():
                 torch._foreach_copy_(stored[name], column)
         advance(bucket)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,14 +32,33 @@ def form(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, torc
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether memory holds other numbers than the tensor's values: their negatives, or conjugates."""
+    return tensor.is_neg() or tensor.is_conj()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor is torch's own, so that its memory is at its address."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
 def in_order_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor`` itself, or a copy of it whose elements lie as ``like``'s do."""
-    if same_order(tensor, like):
+    """``tensor`` itself, or a copy of it whose elements lie in memory as ``like``'s do, and as they are.
+
+    A lazily negated tensor (autograd makes such gradients from conjugates) holds in memory the negatives of its values.
+    """
+    if same_order(tensor, like) and not is_lazy(tensor):
         return tensor
     return torch.empty_like(like, dtype=tensor.dtype, memory_format=torch.preserve_format).copy_(tensor)
 
 
 def aliased(tensors: Sequence[Tensor]) -> bool:
-    """Whether two non-empty tensors begin at the same address (weights tied through ``.data``)."""
-    addresses = [t.data_ptr() for t in tensors if t.numel()]
-    return len(set(addresses)) < len(addresses)
+    """Whether two tensors share memory (weights tied through ``.data``, overlapping views of one buffer)."""
+    ranges = sorted((t.data_ptr(), t.data_ptr() + _extent(t)) for t in tensors if t.numel())
+    return any(end > begin for (_, end), (begin, _) in pairwise(ranges))
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last; all that lie between count, also in gaps."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

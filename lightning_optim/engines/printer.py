@@ -1,8 +1,8 @@
 """From a Program to source text: what printing to C and printing to Triton have in common.
 
-A printer is a table of expression templates, one for scalars (float64, once per tensor) and one for elements,
-and four ways of writing: a constant, an assignment, a load and a store. Where a pass begins and ends, what is
-computed in it and in which order comes from the Program.
+A printer is tables of expression templates (for scalars, in float64, once per tensor; for elements; for what
+reductions accumulate) and a few ways of writing: a constant, an assignment, a load, a store, a widening. Where a
+pass begins and ends, what is computed in it and in which order comes from the Program.
 """
 
 from __future__ import annotations
@@ -10,28 +10,49 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
-from lightning_optim.engines.base import Layout
+from lightning_optim.engines.base import TENSOR_SCALARS, Layout
 from lightning_optim.rules.ops import OPS
 from lightning_optim.rules.trace import Node, Pass, Program, Rate
+
+#: What a value is, and so its type in a generated language: see :meth:`Printer.kind`.
+Kind = Literal["number", "bool", "key"]
 
 
 class Printer(ABC):
     """Prints the statements of a Program in one language.
 
-    Attributes:
-        scalar_templates: For each operation, its expression on float64 scalars, with ``{0}``, ``{1}``, ... for the
-            operands and the node's attributes by name.
-        element_templates: The same in the loop over elements, in the math type.
+    Templates are written with these placeholders:
 
-    A subclass writes :meth:`source`: the frame around the statements (functions, loops, launches).
+    - ``{0}``, ``{1}``, ...: the operands. Each is a name or a constant that needs no parentheses. The operand of a
+      reduction's scalar template is the accumulated value, in float64.
+    - ``{numel}``: :attr:`numel`; only in scalar templates.
+    - ``{index}``: :attr:`index`; only in element templates.
+    - the node's attributes by name: ``{dtype}`` of ``round_to``.
+
+    The frame that :meth:`source` writes around the statements (functions, loops, launches) must define what
+    :attr:`numel` and :attr:`index` refer to, and may not otherwise use the names ``s<number>`` and ``v<number>``,
+    which are the nodes' (see :meth:`name`).
+
+    Attributes:
+        scalar_templates: For each operation, its expression on float64 scalars; for each reduction, what it makes
+            of the accumulated value.
+        element_templates: For each operation that is not a reduction, its expression in the loop over elements, in
+            the math type.
+        accumulate_templates: For each reduction, what the loop adds up: an expression of its widened operand.
+        numel: Expression for the number of elements of the tensor, where scalars are evaluated.
+        index: Expression for the place in memory of the current element: its number in the whole tensor (not in a
+            chunk or block), an integer that must be able to exceed 32 bits.
     """
 
     scalar_templates: ClassVar[Mapping[str, str]]
     element_templates: ClassVar[Mapping[str, str]]
+    accumulate_templates: ClassVar[Mapping[str, str]] = {"sum": "{0}", "mean": "{0}", "norm": "{0} * {0}"}
+    numel: ClassVar[str] = "numel"
+    index: ClassVar[str]
 
     def __init__(self, program: Program, layout: Layout) -> None:
         self.program = program
@@ -52,7 +73,7 @@ class Printer(ABC):
 
     @abstractmethod
     def assign(self, name: str, expression: str, node: Node) -> str:
-        """A statement that names the value of ``node``."""
+        """A statement that names the value of ``node``, whose type follows from its rate and :meth:`kind`."""
 
     @abstractmethod
     def load(self, tensor: str, dtype: torch.dtype) -> str:
@@ -61,6 +82,25 @@ class Printer(ABC):
     @abstractmethod
     def store(self, tensor: str, dtype: torch.dtype, value: str) -> str:
         """A statement that rounds ``value`` to ``dtype`` and writes it to the current element of ``tensor``."""
+
+    @abstractmethod
+    def widen(self, value: str) -> str:
+        """``value``, an element (a number or a bool), in the type in which reductions accumulate; an operand."""
+
+    def kind(self, node: Node) -> Kind:
+        """What the value of ``node`` is.
+
+        - ``"number"``: float64 as a scalar, the math type as an element;
+        - ``"bool"``: a comparison, which rules also use as a number, 0 or 1;
+        - ``"key"``: an unsigned 32-bit integer.
+
+        Scalars of every kind travel as float64 (in ``work``, say); it is the loop over elements that converts them.
+        """
+        if node.op == "where":
+            first, second = (self.kind(self.program.nodes[arg]) for arg in node.args[1:])
+            return first if first == second else "number"
+        result = OPS[node.op].result if node.op in OPS else "number"
+        return "number" if result == "reduction" else result
 
     def name(self, index: int) -> str:
         """How the generated code calls node ``index``: its number, with a letter for its rate."""
@@ -80,7 +120,8 @@ class Printer(ABC):
         element = node.rate == Rate.ELEMENT
         templates = self.element_templates if element else self.scalar_templates
         operands = [self.operand(arg, element=element) for arg in node.args]
-        return templates[node.op].format(*operands, **dict(node.attrs))
+        place = {"index": self.index} if element else {"numel": self.numel}
+        return templates[node.op].format(*operands, **place, **dict(node.attrs))
 
     def element_statements(self, sweep: Pass, *, store: bool) -> list[str]:
         """The body of the loop of one pass: loads, operations and, in the last pass, stores."""
@@ -98,6 +139,14 @@ class Printer(ABC):
                 lines.append(self.store(tensor, self.dtypes[tensor], self.operand(index, element=True)))
         return lines
 
+    def accumulated(self, sweep: Pass) -> list[tuple[int, str]]:
+        """What the loop of a pass adds up, as ``(reduction node, expression of the current element)``."""
+        nodes = self.program.nodes
+        return [
+            (i, self.accumulate_templates[nodes[i].op].format(self.widen(self.name(nodes[i].args[0]))))
+            for i in sweep.reductions
+        ]
+
     def scalar_statements(
         self, sweep: Pass, read: Callable[[str], str], reduced: Callable[[int], str]
     ) -> Iterable[tuple[int, str]]:
@@ -106,17 +155,43 @@ class Printer(ABC):
         Args:
             sweep: The pass.
             read: The expression for a scalar input, from its name.
-            reduced: The expression for a reduction's accumulated value, from its node.
+            reduced: The expression for a reduction's accumulated value, from its node: an operand.
         """
         for index in sweep.scalars:
             node = self.program.nodes[index]
             if node.op == "scalar":
                 expression = read(node.attr("name"))
             elif OPS[node.op].result == "reduction":
-                expression = self.scalar_templates[node.op].format(reduced(index))
+                expression = self.scalar_templates[node.op].format(reduced(index), numel=self.numel)
             else:
                 expression = self.expression(index)
             yield index, self.assign(self.name(index), expression, node)
+
+    @property
+    def table_scalars(self) -> list[str]:
+        """The scalar inputs that come from a row of the table (one per param group), in its order."""
+        return [name for name in self.program.scalars if name not in TENSOR_SCALARS]
+
+    @property
+    def work_slots(self) -> dict[int, int]:
+        """The place of each scalar node in a tensor's part of ``work``, the memory that keeps scalars."""
+        scalars = [i for i, node in enumerate(self.program.nodes) if node.rate == Rate.SCALAR]
+        return {index: slot for slot, index in enumerate(scalars)}
+
+    @property
+    def reductions(self) -> int:
+        """The most reductions that any one pass has."""
+        return max(len(sweep.reductions) for sweep in self.program.passes)
+
+    def reduced_before(self, stage: int) -> tuple[int, ...]:
+        """The reductions that the pass before pass ``stage`` accumulated, in its order."""
+        return self.program.passes[stage - 1].reductions if stage else ()
+
+    def earlier_scalars(self, sweep: Pass) -> list[int]:
+        """The scalars of earlier stages that the scalars of a pass are computed from."""
+        nodes, own = self.program.nodes, set(sweep.scalars)
+        read = {arg for i in own for arg in nodes[i].args if nodes[arg].rate == Rate.SCALAR}
+        return sorted(read - own)
 
     @property
     def stored(self) -> frozenset[str]:

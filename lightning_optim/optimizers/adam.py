@@ -34,7 +34,7 @@ def adam(
     if amsgrad:
         max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
     second = max_exp_avg_sq if amsgrad else exp_avg_sq
-    denominator = sqrt(second) / sqrt(1 - beta2**step) + eps
+    denominator = sqrt(second) * (1 / sqrt(1 - beta2**step)) + eps  # one division per element, not two
     update = lr / (1 - beta1**step) * (exp_avg / denominator)
     return (update, exp_avg, exp_avg_sq, max_exp_avg_sq) if amsgrad else (update, exp_avg, exp_avg_sq)
 

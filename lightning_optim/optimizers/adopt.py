@@ -30,8 +30,15 @@ class Adopted:
 
     @torch.no_grad()
     def step(self) -> None:
-        """What ``optimizer.step()`` does, gradients and all."""
+        """What ``optimizer.step()`` does, the instance's step hooks and its schedulers' bookkeeping included."""
+        optimizer = self.optimizer
+        for before in list(optimizer._optimizer_step_pre_hooks.values()):
+            before(optimizer, (), {})
         self._stepper.step()
+        for after in list(optimizer._optimizer_step_post_hooks.values()):
+            after(optimizer, (), {})
+        # By this schedulers see that a step came before theirs.
+        optimizer._opt_called = True  # type: ignore[attr-defined] # torch sets it the same way, from outside
 
     def engine_report(self) -> str:
         """See :meth:`RuleOptimizer.engine_report`."""

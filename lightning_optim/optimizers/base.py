@@ -99,6 +99,14 @@ class RuleOptimizer(torch.optim.Optimizer):
         return cls.default_decay if decoupled is None else ("decoupled" if decoupled else "l2")
 
     @classmethod
+    def check(cls, group: Group) -> None:
+        """Check options that are valid each by itself, but not together.
+
+        Raises:
+            ValueError: They are not.
+        """
+
+    @classmethod
     def scalars(cls, group: Group) -> dict[str, float | Tensor]:
         """The numbers of a group by the rule's names: ``betas`` gives ``beta1``, ``beta2``, ..."""
         values = {f"beta{i}": _number(beta) for i, beta in enumerate(group.get("betas", ()), start=1)}
@@ -150,7 +158,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             check_group(name, param_group, self.defaults)
         super().add_param_group(param_group)
         try:
-            check_parameters(name, self.param_groups[-1])
+            check_parameters(name, self.param_groups[-1], self.options.rounding, self.options.state_dtype)
+            self.check(self.param_groups[-1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -169,7 +178,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             state_dict = state_dict if result is None else result
         name = type(self).public_name()
         required = [option for option in self.defaults if option in ("lr", "betas", "eps", "momentum", "weight_decay")]
-        groups = load_groups(name, self.param_groups, state_dict, self.defaults, required)
+        groups = load_groups(name, self.param_groups, state_dict, self.defaults, required, self.check)
         state = load_state(name, groups, state_dict, self._stepper.planner)
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in list(self._optimizer_load_state_dict_post_hooks.values()):

@@ -35,8 +35,8 @@ def lamb(
     """The rule of LAMB; without ``adapt`` it is Adam without decay."""
     exp_avg = lerp(exp_avg, g, 1 - beta1)
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * (g * g)
-    denominator = sqrt(exp_avg_sq) / sqrt(1 - beta2**step) + eps
-    direction = (exp_avg / (1 - beta1**step)) / denominator
+    denominator = sqrt(exp_avg_sq) * (1 / sqrt(1 - beta2**step)) + eps
+    direction = (exp_avg * (1 / (1 - beta1**step))) / denominator
     if not adapt:
         return lr * direction, exp_avg, exp_avg_sq
     direction = direction + weight_decay * p

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ def load_groups(
     state_dict: Mapping[str, Any],
     defaults: Mapping[str, Any],
     required: Sequence[str],
+    check: Callable[[Group], None],
 ) -> list[Group]:
     """The saved param groups with this optimizer's parameters.
 
@@ -32,6 +33,7 @@ def load_groups(
         groups: Its current groups.
         state_dict: What was saved.
         defaults: Its options; those that were not saved (torch's classes have fewer) take their defaults.
+        check: The optimizer's own check of a group's options together.
         required: Options that any state of this kind of optimizer has.
 
     Raises:
@@ -68,6 +70,7 @@ def load_groups(
             )
         for name, default in defaults.items():
             check_option(optimizer, name, new.setdefault(name, default), default)
+        check(new)
         new["params"] = group["params"]
         if "param_names" in group:
             new.setdefault("param_names", group["param_names"])

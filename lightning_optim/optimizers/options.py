@@ -11,14 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Keys that a param group may have beside its optimizer's options: names, what schedulers and torch's own
-#: optimizers keep there. Anything else in a new group is taken for a typing error.
-METADATA = frozenset(
+#: Keys that a param group may have beside its optimizer's options: names, and what schedulers keep there. Anything
+#: else in a new group is taken for a typing error.
+LABELS = frozenset(
     {
-        "params", "param_names", "name", "group_name", "lr_scale", "initial_lr", "max_lr", "min_lr", "max_momentum",
-        "base_momentum", "swa_lr", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay",
+        "params", "param_names", "name", "group_name", "initial_lr", "max_lr", "min_lr", "max_momentum",
+        "base_momentum", "swa_lr",
     }
 )  # fmt: skip
+
+#: Switches of torch's own optimizers, which a saved state has: accepted in a new group where they ask for nothing.
+TORCH_SWITCHES: dict[str, tuple[Any, ...]] = {
+    "foreach": (None, False),
+    "fused": (None, False),
+    "capturable": (False,),
+    "differentiable": (False,),
+}
 
 _Check = tuple[Callable[[float], bool], str]
 _NONNEGATIVE: _Check = (lambda x: 0 <= x < math.inf, "a finite number >= 0")
@@ -38,6 +46,9 @@ RANGES: dict[str, _Check] = {
     "max_trust_ratio": _POSITIVE,
     "max_grad_norm": _POSITIVE,
 }
+
+#: Numbers that may also be None: no bound.
+OPTIONAL = frozenset({"max_weight_norm", "max_trust_ratio"})
 
 #: Switches of single rules. With the ranges, they are what tells one optimizer's saved options from another's.
 SWITCHES = frozenset({"adapt_1d", "amsgrad", "nesterov"})
@@ -64,7 +75,7 @@ def check_option(optimizer: str, name: str, value: Any, default: Any) -> None:
             raise ValueError(f"{optimizer}: betas={value!r}; valid: {len(default)} numbers in [0, 1)")
         for index, beta in enumerate(value):
             _check_number(optimizer, f"betas[{index}]", beta, RANGES["betas"])
-    elif value is None and name in ("max_weight_norm", "max_trust_ratio"):
+    elif value is None and name in OPTIONAL:
         return
     elif name in RANGES or isinstance(default, Real):
         _check_number(optimizer, name, value, RANGES.get(name, _FINITE))
@@ -91,30 +102,43 @@ def check_group(optimizer: str, group: Mapping[str, Any], defaults: Mapping[str,
         TypeError: An option of the wrong type.
     """
     for name in group:
-        if name not in defaults and name not in METADATA:
-            raise ValueError(
-                f"{optimizer}: {name!r} in a param group is not an option{_did_you_mean(name, defaults)}; "
-                f"valid: {', '.join(sorted(defaults))}"
-            )
+        if name in defaults or name in LABELS or group[name] in TORCH_SWITCHES.get(name, ()):
+            continue
+        raise ValueError(
+            f"{optimizer}: {name}={group[name]!r} in a param group is not an option{did_you_mean(name, defaults)}; "
+            f"valid: {', '.join(sorted(defaults))}"
+        )
     for name, default in defaults.items():
         if name in group:
             check_option(optimizer, name, group[name], default)
 
 
-def _did_you_mean(name: str, valid: Iterable[str]) -> str:
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """A hint in brackets if ``name`` is close to a valid one, else nothing."""
     close = difflib.get_close_matches(name, list(valid), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def check_parameters(optimizer: str, group: Mapping[str, Any]) -> None:
+def check_parameters(optimizer: str, group: Mapping[str, Any], rounding: str, state_dtype: torch.dtype | None) -> None:
     """Check the tensors of a new param group.
 
     Raises:
         TypeError: A parameter of a type that has no gradient.
-        ValueError: A parameter twice in the group.
+        ValueError: A parameter twice in the group, or of a type that the rounding or the state's type do not go with.
     """
     seen: set[int] = set()
     for index, p in enumerate(group["params"]):
+        wide = p.dtype in (torch.float64, torch.complex128)
+        if rounding == "stochastic" and (p.dtype == torch.float16 or (wide and state_dtype == torch.bfloat16)):
+            raise ValueError(
+                f"{optimizer}: rounding='stochastic' with parameter {index} of the group in {p.dtype}; it rounds "
+                "float32 math to bfloat16; valid here: nearest, kahan"
+            )
+        if p.is_complex() and state_dtype == torch.bfloat16:
+            raise ValueError(
+                f"{optimizer}: state_dtype=bfloat16 with parameter {index} of the group in {p.dtype}, for which there "
+                "is no complex type; valid here: None, float32, float64"
+            )
         if not (p.is_floating_point() or p.is_complex()):
             raise TypeError(
                 f"{optimizer}: parameter {index} of the group has dtype {p.dtype}; valid: floating-point or complex"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.engines.base import Bucket, Decision, Engine, Layout, choose, dtype_name
-from lightning_optim.engines.memory import aliased, form, in_order_of, is_dense, same_order
+from lightning_optim.engines.memory import aliased, form, in_order_of, is_dense, is_plain
 from lightning_optim.rules.policy import KAHAN_SLOT, Decay, Policy, Rounding, Update
 from lightning_optim.rules.rule import Rule
 
@@ -26,6 +27,9 @@ class Method(Protocol):
     """What an optimizer class says about itself: see :class:`~lightning_optim.optimizers.base.RuleOptimizer`."""
 
     rule: Rule
+
+    def public_name(self) -> str:
+        """The name under which users know it."""
 
     def flags(self, group: Group, p: Tensor, fresh: bool) -> dict[str, bool]:
         """Values of the rule's flags."""
@@ -53,14 +57,12 @@ class Options:
         rounding: See :class:`~lightning_optim.rules.policy.Policy`.
         state_dtype: Storage type of new slots; None: float32 (float64 for float64 weights).
         max_grad_norm: Clip the global norm of the gradients to this, inside the step; None: no clipping.
-        seed: Of the noise of stochastic rounding.
     """
 
     engine: str = "auto"
     rounding: Rounding = "nearest"
     state_dtype: torch.dtype | None = None
     max_grad_norm: float | None = None
-    seed: int = 0
 
 
 @dataclass
@@ -178,7 +180,7 @@ class Planner:
         return (self.method.decay(group), *flags.values(), *switches)
 
     def _update(self, group: Group, p: Tensor, *, fresh: bool, copy: bool) -> Update:
-        flags = self.method.flags(group, p, fresh)
+        flags = {name: bool(value) for name, value in self.method.flags(group, p, fresh).items()}
         rule = self.method.rule
         options = self.options
         low: tuple[str, ...] = ()
@@ -199,6 +201,13 @@ class Planner:
     def _stored_dtype(self, p: Tensor, slot: str) -> torch.dtype:
         value = self.owner.state.get(p, {}).get(slot) if p in self.owner.state else None
         return value.dtype if isinstance(value, Tensor) else self.slot_dtype(p, slot)
+
+    def _plain(self, p: Tensor, g: Tensor, update: Update, copies: Mapping[Tensor, Tensor] | None) -> bool:
+        state = self.owner.state.get(p) or {}
+        slots = [state[slot] for slot in update.slots if isinstance(state.get(slot), Tensor)]
+        if hasattr(p, "to_local"):
+            slots = [_local(slot) for slot in slots]
+        return all(map(is_plain, [g, *slots, *([copies[p]] if copies is not None else [])]))
 
     def prepare(self, members: list[Member]) -> None:
         """Create the state that is missing, and bring loaded state into the form that engines expect."""
@@ -224,7 +233,7 @@ class Planner:
                         f"shape {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
                     )
                     raise RuntimeError(f"{member.label}: its state does not fit: {slot} has {shown}")
-                elif is_dense(p) and not same_order(value, p):
+                elif is_dense(p) and in_order_of(value, p) is not value:
                     state[slot] = in_order_of(value, p)
 
     def build(
@@ -245,10 +254,11 @@ class Planner:
                 dtypes=tuple((name, dtype.to_real()) for name, dtype in dtypes.items()),
             )
             dense = is_dense(p if view is not _local else view(p))
-            key = (update, layout, p.device, dense, view, tuple(dtypes.items()))
+            plain = self._plain(p, g if view is not _local else view(g), update, copies)
+            key = (update, layout, p.device, dense, plain, view, tuple(dtypes.items()))
             same.setdefault(key, []).append(member)
         plan = []
-        for (update, layout, device, dense, view, stored), bucket_members in same.items():
+        for (update, layout, device, dense, plain, view, stored), bucket_members in same.items():
             weights = [view(m.param) if view else m.param for m in bucket_members]
             bucket = Bucket(
                 update=update,
@@ -259,18 +269,23 @@ class Planner:
                 rows=array("i", [m.row for m in bucket_members]),
                 ids=array("i", [m.id for m in bucket_members]),
                 sizes=tuple(p.numel() for p in weights),
+                plain=plain,
                 dense=dense,
                 aliased=aliased(weights),
-                label=_label(update, layout, device, len(bucket_members)),
+                label=f"{self.method.public_name()}, {_described(layout, device, len(bucket_members))}",
             )
             engine, decision = choose(bucket, self.options.engine)
             sources = [m.index for m in bucket_members]
             seen_by_engine = [view(gradients[i]) if view else gradients[i] for i in sources]
-            reorder = dense and not all(map(same_order, seen_by_engine, weights))
+            reorder = dense and not all(map(operator.is_, map(in_order_of, seen_by_engine, weights), seen_by_engine))
             params = [m.param for m in bucket_members]
             forms = list(map(form, weights))
             plan.append(Planned(bucket, engine, decision, params, forms, sources, view, dict(stored), reorder))
         return plan
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj())
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -280,15 +295,15 @@ def _local(tensor: Tensor) -> Tensor:
 def _view(p: Tensor, update: Update) -> Callable[[Tensor], Tensor] | None:
     """How an engine must look at a parameter's tensors."""
     if p.is_complex():
-        return torch.view_as_real  # real and imaginary parts are updated as two numbers, as in torch.optim
+        return _as_real  # real and imaginary parts are updated as two numbers, as in torch.optim
     if hasattr(p, "to_local") and not update.program.reduces:
         return _local  # element-wise: each rank updates its shard; a reduction needs the DTensor's own operators
     return None
 
 
-def _label(update: Update, layout: Layout, device: torch.device, count: int) -> str:
+def _described(layout: Layout, device: torch.device, count: int) -> str:
     dtypes = ", ".join(f"{name} {dtype_name(dtype)}" for name, dtype in layout.dtypes)
-    return f"{update.rule.name}, {count} tensors on {device} ({dtypes})"
+    return f"{count} tensors on {device} ({dtypes})"
 
 
 def _named(group: Group, index: int) -> str:

@@ -90,11 +90,6 @@ class SGDOptim(RuleOptimizer):
         state_dtype: str | torch.dtype | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError(
-                f"SGD: nesterov=True with momentum={momentum}, dampening={dampening}; "
-                "valid: momentum > 0 and dampening == 0"
-            )
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -115,10 +110,19 @@ class SGDOptim(RuleOptimizer):
         )
 
     @classmethod
+    def check(cls, group: Group) -> None:
+        """See :meth:`RuleOptimizer.check`."""
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError(
+                f"SGD: nesterov=True with momentum={group['momentum']}, dampening={group['dampening']}; "
+                "valid: momentum > 0 and dampening == 0"
+            )
+
+    @classmethod
     def flags(cls, group: Group, p: Tensor, fresh: bool) -> dict[str, bool]:
         """See :meth:`RuleOptimizer.flags`."""
         return {
             "nesterov": bool(group["nesterov"]),
-            "has_momentum": group["momentum"] != 0,
-            "undamped": fresh or group["dampening"] == 0,
+            "has_momentum": bool(group["momentum"] != 0),
+            "undamped": bool(fresh or group["dampening"] == 0),
         }

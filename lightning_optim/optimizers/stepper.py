@@ -17,13 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.engines.base import Decision, Scalars
-from lightning_optim.engines.memory import aliased, form, in_order_of, same_order
+from lightning_optim.engines.base import Bucket, Decision, Scalars
+from lightning_optim.engines.memory import aliased, form, in_order_of, is_lazy, is_plain, same_order
 from lightning_optim.optimizers.plan import Method, Options, Owner, Planned, Planner
 
 # Called for every parameter at every step: `map` over these is half the time of a comprehension.
 _grad, _dtype = attrgetter("grad"), attrgetter("dtype")
-_address, _stride, _numel = Tensor.data_ptr, Tensor.stride, Tensor.numel
+_address, _stride, _numel, _is_neg = Tensor.data_ptr, Tensor.stride, Tensor.numel, Tensor.is_neg
+
+
+#: Of the noise of stochastic rounding. The same in all processes: replicas must round alike.
+NOISE_SEED = 0.0
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,16 @@ class _Structure:
     """What a plan depends on and a step may change, apart from weights and slots, which filling checks."""
 
     params: list[int]
+    dtypes: list[torch.dtype]
     elements: list[int]
     strides: list[tuple[int, ...]]
     sizes: list[int]
     absent: list[bool]
+    grad_types: set[type]
     grad_dtypes: list[torch.dtype]
+    grad_elements: list[int]
     grad_strides: list[tuple[int, ...] | None]
+    grad_lazy: bool
     static: list[tuple[Any, ...]]
     copies: bool
 
@@ -72,6 +80,7 @@ class Stepper:
         params = [p for group in self.owner.param_groups for p in group["params"]]
         found = list(map(_grad, params)) if grads is None else [grads.get(p) for p in params]
         gradients = [g for g in found if g is not None]
+        self.grad_norm = None
         if not gradients:
             return
         structure = self._describe(params, found, gradients, copies is not None)
@@ -81,13 +90,19 @@ class Stepper:
             self.planner.prepare(members)
             self._plan = self.planner.build(members, gradients, copies)
             if not self._fill(gradients, copies):
-                raise ValueError("a copy must have its elements in memory in the order of its parameter's")
+                raise ValueError(
+                    "a copy must have its parameter's shape and device, and its elements in the same order in memory"
+                )
             # A first step may be special (SGD's dampening): with fresh members, the next step plans again.
             if not any(member.fresh for member in members):
                 self._structure = structure
-        table = self._table(gradients)
+        coefficient = self._clip_coefficient(gradients)
         for planned in self._plan:
-            planned.engine.run(planned.bucket, table)
+            planned.engine.run(planned.bucket, self._table(planned.bucket, coefficient))
+            if planned.engine.uses_addresses:
+                # Behind torch's back: a later backward through an old weight must fail as after any in-place update.
+                written = planned.bucket.tensors
+                torch.autograd.graph.increment_version([*written["p"], *written.get("copy", ())])
             planned.bucket.tensors, planned.bucket.steps = {}, None  # their owner's to free or to move
 
     def report(self) -> list[Decision]:
@@ -108,12 +123,16 @@ class Stepper:
         groups = self.owner.param_groups
         return _Structure(
             params=list(map(id, params)),
+            dtypes=list(map(_dtype, params)),
             elements=list(map(_numel, params)),
             strides=list(map(_stride, params)),  # `p.data = p.data.t()` leaves the address as it is
             sizes=[len(group["params"]) for group in groups],
             absent=[g is None for g in found],
+            grad_types=set(map(type, gradients)),
             grad_dtypes=list(map(_dtype, gradients)),
+            grad_elements=list(map(_numel, gradients)),
             grad_strides=grad_strides,
+            grad_lazy=any(map(_is_neg, gradients)),
             static=list(map(self.planner.static, groups)),
             copies=copies,
         )
@@ -142,28 +161,32 @@ class Stepper:
             bucket.tensors, bucket.steps = tensors, steps
         return True
 
-    def _table(self, gradients: list[Tensor]) -> list[Scalars]:
+    def _table(self, bucket: Bucket, coefficient: Tensor | None) -> list[Scalars]:
         """The scalars of each param group."""
-        common: dict[str, float | Tensor] = {"seed": float(self.planner.options.seed)}
-        if self.planner.options.max_grad_norm is not None:
-            common["grad_scale"] = self._clip_coefficient(gradients, self.planner.options.max_grad_norm)
+        common: dict[str, float | Tensor] = {"seed": NOISE_SEED}
+        if coefficient is not None:
+            # On a device it stays there: reading it would wait for the device.
+            local = coefficient.to(bucket.device, bucket.layout.math if bucket.device.type != "cpu" else None)
+            common["grad_scale"] = local.item() if local.device.type == "cpu" else local
         return [{**self.planner.method.scalars(group), **common} for group in self.owner.param_groups]
 
-    def _clip_coefficient(self, gradients: list[Tensor], max_norm: float) -> float | Tensor:
+    def _clip_coefficient(self, gradients: list[Tensor]) -> Tensor | None:
         """What to multiply gradients by, as ``torch.nn.utils.clip_grad_norm_`` does: NaN if the norm is."""
-        if any(not isinstance(g, torch.nn.Parameter) and type(g) is not Tensor for g in gradients):
+        max_norm = self.planner.options.max_grad_norm
+        if max_norm is None:
+            return None
+        if not all(map(is_plain, gradients)):
             total = torch.nn.utils.get_total_norm(gradients)
             self.grad_norm = total.full_tensor() if hasattr(total, "full_tensor") else total
         else:
             columns: dict[torch.device, list[Tensor]] = {}
             for g in gradients:
-                columns.setdefault(g.device, []).append(torch.view_as_real(g) if g.is_complex() else g)
+                columns.setdefault(g.device, []).append(torch.view_as_real(g.resolve_conj()) if g.is_complex() else g)
             engines = {planned.bucket.device: planned.engine for planned in self._plan}
             first = gradients[0].device
             parts = [engines[device].sum_of_squares(column).to(first) for device, column in columns.items()]
             self.grad_norm = torch.stack(parts).sum().sqrt()
-        coefficient = (max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        return coefficient.item() if coefficient.device.type == "cpu" else coefficient.float()
+        return (max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
 
 def _as_planned(planned: Planned, tensors: Mapping[str, list[Tensor]], steps: list[Tensor] | None) -> bool:
@@ -187,7 +210,9 @@ def _as_planned(planned: Planned, tensors: Mapping[str, list[Tensor]], steps: li
         for tensor, p in zip(column, tensors["p"], strict=True):
             if tensor.dtype != dtypes[name] or tensor.shape != p.shape or tensor.device != p.device:
                 return False
-            if bucket.dense and not same_order(tensor, p):
+            if bucket.plain and name != "p" and not is_plain(tensor):
+                return False
+            if bucket.dense and (not same_order(tensor, p) or (name != "p" and is_lazy(tensor))):
                 return False
         planned.seen[name] = ([weakref.ref(tensor) for tensor in column], here)
     bucket.addresses = addresses if wanted else None
@@ -197,7 +222,7 @@ def _as_planned(planned: Planned, tensors: Mapping[str, list[Tensor]], steps: li
             return False
         bucket.step_addresses = here = array("q", map(_address, steps)) if wanted else None
         if not known or here != planned.seen["step"][1]:
-            if any(step.dtype != torch.float32 or step.device.type != "cpu" for step in steps):
+            if any(step.dtype != torch.float32 or (wanted and step.device.type != "cpu") for step in steps):
                 return False
             planned.seen["step"] = ([weakref.ref(step) for step in steps], here)
     return True

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,14 +39,15 @@ class Op:
         arity: Number of operands.
         scalar: Meaning for Python floats (and bools).
         tensor: Meaning when at least one operand is a tensor.
-        result: ``"number"``, ``"bool"``, or ``"reduction"`` (one number per tensor).
+        result: ``"number"``, ``"bool"``, ``"reduction"`` (one number per tensor), or ``"key"`` (an unsigned 32-bit
+            integer, which travels as a float64 scalar: float32 would lose bits of it).
     """
 
     name: str
     arity: int
     scalar: Callable[..., Any]
     tensor: Callable[..., Any]
-    result: str = "number"
+    result: Literal["number", "bool", "key", "reduction"] = "number"
 
 
 def _tensor_like(reference: Tensor, value: Any) -> Tensor:
@@ -159,7 +160,7 @@ OPS: dict[str, Op] = {
         Op("le", 2, lambda a, b: a <= b, lambda a, b: a <= b, "bool"),
         Op("where", 3, _scalar_where, _tensor_where),
         Op("round_to", 1, _not_for_scalars("round_to"), rounding.round_to),
-        Op("noise_key", 4, rounding.noise_key, rounding.noise_key),
+        Op("noise_key", 4, rounding.noise_key, rounding.noise_key, "key"),
         Op("stochastic_round", 2, _not_for_scalars("stochastic_round"), rounding.stochastic_round),
         Op("sum", 1, _not_for_scalars("sum"), torch.sum, "reduction"),
         Op("norm", 1, _not_for_scalars("norm"), _tensor_norm, "reduction"),

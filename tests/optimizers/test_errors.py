@@ -101,7 +101,9 @@ def test_misspelled_options_are_refused(name: str) -> None:
     info = optimizer_info(name)
     with pytest.raises(TypeError, match="weight_deacy"):
         info.create(parameters(), weight_deacy=0.1)
-    with pytest.raises(ValueError, match=r"'weight_deacy' in a param group.*did you mean 'weight_decay'.*valid: .*lr"):
+    with pytest.raises(
+        ValueError, match=r"weight_deacy=0.1 in a param group.*did you mean 'weight_decay'.*valid: .*lr"
+    ):
         make(name, [{"params": parameters(), "weight_deacy": 0.1}])
 
 

@@ -64,7 +64,10 @@ def load(source: str, toolchain: Toolchain) -> ctypes.CDLL:
     Raises:
         BuildError: The compiler failed, or its library does not load.
     """
-    folder = private_folder(cache_folder())
+    try:
+        folder = private_folder(cache_folder())
+    except OSError as error:
+        raise BuildError(f"there is no folder to keep kernels in: {error}") from error
     key = hashlib.sha256("\0".join([source, str(toolchain)]).encode()).hexdigest()[:32]
     path = _cached(folder, key)
     if path is None:
@@ -108,6 +111,7 @@ def _compile(source: str, toolchain: Toolchain, folder: Path, key: str) -> Path:
                 capture_output=True,
                 text=True,
                 timeout=BUILD_SECONDS,
+                cwd=scratch,  # relative names keep its messages free of a path that is another one every time
                 env={**os.environ, "TMPDIR": scratch},
                 check=False,
             )
@@ -123,17 +127,15 @@ def _compile(source: str, toolchain: Toolchain, folder: Path, key: str) -> Path:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Let one process build while the others wait; on file systems without locks, all build, which is as correct."""
-    with contextlib.suppress(OSError), path.open("w") as file:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.02)
-            except OSError:
-                break
+    """Let one process build while the others wait; on file systems without locks all build, which is as correct."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            file = stack.enter_context(path.open("w"))
+            deadline = time.monotonic() + LOCK_SECONDS
+            while time.monotonic() < deadline:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.02)
         yield
-        return
-    yield

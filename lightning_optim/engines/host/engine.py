@@ -16,9 +16,10 @@ from lightning_optim.engines.host.build import BuildError, load
 from lightning_optim.engines.host.printer import C_TYPES, CPrinter
 from lightning_optim.engines.host.threads import thread_count
 from lightning_optim.engines.host.toolchain import ToolchainError, find_toolchain
-from lightning_optim.engines.memory import is_dense
+from lightning_optim.engines.memory import is_dense, is_lazy, is_plain
 from lightning_optim.rules.ops import norm
 from lightning_optim.rules.trace import Program, trace
+from lightning_optim.warnings import warn_once
 
 #: Elements of a full chunk: small enough that a model of a million weights divides evenly over threads, large
 #: enough that a chunk's fixed cost (about 30 ns) is nothing beside its memory time (16 Ki × 28 B at 30 GB/s: 15 µs).
@@ -110,8 +111,10 @@ class HostEngine(Engine):
             if dtype not in C_TYPES:
                 return f"{name} is stored as {dtype}"
         for tensor in bucket.tensors["p"]:
-            if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            if not is_plain(tensor):
                 return f"{type(tensor).__name__} weights need torch's own operators"
+        if not bucket.plain or any(map(is_lazy, bucket.tensors["p"])):
+            return "gradients or slots of other types than Tensor, or lazily negated ones, need torch's own operators"
         if not bucket.dense:
             return "the weights have gaps or overlaps in memory"
         if bucket.aliased:
@@ -130,15 +133,24 @@ class HostEngine(Engine):
 
     def sum_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
         """See :meth:`Engine.sum_of_squares`."""
-        dtypes = {t.dtype for t in tensors}
-        dtype = dtypes.pop()
-        if dtypes or dtype not in C_TYPES or not all(type(t) is Tensor and is_dense(t) for t in tensors):
-            return super().sum_of_squares(tensors)
-        math = torch.float64 if dtype == torch.float64 else torch.float32
-        kernel = self._kernel(_NORM, Layout(math, (("g", dtype),)))
-        ids, sizes = array("i", [0] * len(tensors)), tuple([t.numel() for t in tensors])
-        results = self._call(kernel, array("q", map(_data_ptr, tensors)), sizes, None, ids, ids, array("d", [0.0]))
-        return torch.tensor(sum(x * x for x in results), dtype=torch.float64)
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        others: list[Tensor] = []
+        for t in tensors:
+            fits = t.dtype in C_TYPES and is_plain(t) and is_dense(t)  # signs do not matter to squares
+            (by_dtype.setdefault(t.dtype, []) if fits else others).append(t)
+        total = super().sum_of_squares(others) if others else torch.zeros((), dtype=torch.float64)
+        for dtype, column in by_dtype.items():
+            math = torch.float64 if dtype == torch.float64 else torch.float32
+            try:
+                kernel = self._kernel(_NORM, Layout(math, (("g", dtype),)))
+            except BuildError as error:
+                warn_once(f"lightning-optim: clipping by torch's own operators ({error})", key=f"norm: {error}")
+                total += super().sum_of_squares(column)
+                continue
+            ids, sizes = array("i", [0] * len(column)), tuple([t.numel() for t in column])
+            norms = self._call(kernel, array("q", map(_data_ptr, column)), sizes, None, ids, ids, array("d", [0.0]))
+            total += sum(x * x for x in norms)
+        return total
 
     def _kernel(self, program: Program, layout: Layout) -> Kernel:
         """The compiled Program; a build that failed is not tried again in this process."""

@@ -6,8 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from lightning_optim.engines.base import TENSOR_SCALARS
-from lightning_optim.engines.printer import Printer
+from lightning_optim.engines.printer import Kind, Printer
 from lightning_optim.rules.trace import Node, Pass, Rate
 
 #: C types of the storage formats; bfloat16 is handled as its bits.
@@ -17,6 +16,9 @@ C_TYPES = {
     torch.float16: "_Float16",
     torch.bfloat16: "uint16_t",
 }
+
+#: C types of the values in the loop over elements. A bool is a `real`, 0 or 1: vectors of one width throughout.
+_ELEMENT_TYPES: dict[Kind, str] = {"number": "real", "bool": "real", "key": "uint32_t"}
 
 _HEADER = """\
 #include <math.h>
@@ -120,7 +122,7 @@ class CPrinter(Printer):
         "noise_key": "noise_key({0}, {1}, {2}, {3})",
         "sum": "{0}",
         "norm": "sqrt({0})",
-        "mean": "{0} / (numel > 0 ? (double)numel : 1.0)",
+        "mean": "{0} / ({numel} > 0 ? (double){numel} : 1.0)",
     }
     element_templates: ClassVar = {
         **_COMMON,
@@ -134,24 +136,9 @@ class CPrinter(Printer):
         "minimum": "minimum({0}, {1})",
         "lerp": "lerp({0}, {1}, {2})",
         "round_to": "(real)load_{dtype}(store_{dtype}({0}))",
-        "stochastic_round": "(real)stochastic_round({0}, {1}, (uint64_t)(begin + i))",
+        "stochastic_round": "(real)stochastic_round({0}, {1}, {index})",
     }
-
-    @property
-    def table_scalars(self) -> list[str]:
-        """The scalar inputs that come from a row of the table, in its order."""
-        return [name for name in self.program.scalars if name not in TENSOR_SCALARS]
-
-    @property
-    def work_slots(self) -> dict[int, int]:
-        """The place of each scalar node in a tensor's part of ``work``."""
-        scalars = [i for i, node in enumerate(self.program.nodes) if node.rate == Rate.SCALAR]
-        return {index: slot for slot, index in enumerate(scalars)}
-
-    @property
-    def reductions(self) -> int:
-        """The most reductions that any one pass has."""
-        return max(len(sweep.reductions) for sweep in self.program.passes)
+    index: ClassVar = "(uint64_t)(begin + i)"
 
     def number(self, value: float, *, element: bool) -> str:
         """See :meth:`Printer.number`."""
@@ -163,7 +150,8 @@ class CPrinter(Printer):
 
     def assign(self, name: str, expression: str, node: Node) -> str:
         """See :meth:`Printer.assign`."""
-        return f"const {'real' if node.rate == Rate.ELEMENT else 'double'} {name} = {expression};"
+        ctype = _ELEMENT_TYPES[self.kind(node)] if node.rate == Rate.ELEMENT else "double"
+        return f"const {ctype} {name} = {expression};"
 
     def load(self, tensor: str, dtype: torch.dtype) -> str:
         """See :meth:`Printer.load`."""
@@ -172,6 +160,10 @@ class CPrinter(Printer):
     def store(self, tensor: str, dtype: torch.dtype, value: str) -> str:
         """See :meth:`Printer.store`."""
         return f"p_{tensor}[i] = store_{_suffix(dtype)}({value});"
+
+    def widen(self, value: str) -> str:
+        """See :meth:`Printer.widen`."""
+        return f"(double){value}"
 
     def source(self) -> str:
         """See :meth:`Printer.source`."""
@@ -188,11 +180,8 @@ class CPrinter(Printer):
 
     def _scalars(self, stage: int, sweep: Pass) -> str:
         """The function that evaluates, for one tensor, the scalars needed before a pass."""
-        slots, nodes = self.work_slots, self.program.nodes
-        own = set(sweep.scalars)
-        previous = self.program.passes[stage - 1].reductions if stage else ()
-        needed = {arg for i in own for arg in nodes[i].args if arg in slots and arg not in own}
-        lines = [f"  const double {self.name(i)} = w[{slots[i]}];" for i in sorted(needed)]
+        slots, previous = self.work_slots, self.reduced_before(stage)
+        lines = [f"  const double {self.name(i)} = w[{slots[i]}];" for i in self.earlier_scalars(sweep)]
         table = {name: f"row[{column}]" for column, name in enumerate(self.table_scalars)}
         statements = self.scalar_statements(
             sweep,
@@ -218,16 +207,13 @@ class CPrinter(Printer):
             field = self.program.tensors.index(tensor)
             lines.append(f"  {const}{ctype} *restrict p_{tensor} = ({const}{ctype} *)data[{field} * n + t] + begin;")
         for i in sweep.inputs:
-            # A noise key has 32 significant bits, which a float cannot hold.
-            kind = "uint32_t" if nodes[i].op == "noise_key" else "real"
-            lines.append(f"  const {kind} {self.name(i)} = ({kind})w[{slots[i]}];")
+            ctype = _ELEMENT_TYPES[self.kind(nodes[i])]
+            lines.append(f"  const {ctype} {self.name(i)} = ({ctype})w[{slots[i]}];")
         sums = [f"r{k}" for k in range(len(sweep.reductions))]
         if sums:
             lines.append(f"  double {', '.join(f'{s} = 0' for s in sums)};")
         body = self.element_statements(sweep, store=store)
-        for total, index in zip(sums, sweep.reductions, strict=True):
-            value = f"(double){self.operand(nodes[index].args[0], element=True)}"
-            body.append(f"{total} += {f'{value} * {value}' if nodes[index].op == 'norm' else value};")
+        body += [f"{total} += {value};" for total, (_, value) in zip(sums, self.accumulated(sweep), strict=True)]
         clause = f" reduction(+:{', '.join(sums)})" if sums else ""
         if body:
             lines += [f"#pragma omp simd{clause}", "  for (int64_t i = 0; i < count; ++i) {"]
@@ -245,7 +231,7 @@ class CPrinter(Printer):
         columns = max(len(self.table_scalars), 1)
         lines = []
         for stage, sweep in enumerate(self.program.passes):
-            previous = self.program.passes[stage - 1].reductions if stage else ()
+            previous = self.reduced_before(stage)
             lines += [
                 "  for (int64_t t = 0, c = 0; t < n; ++t) {",
                 f"    double r[{max(len(previous), 1)}] = {{0}};",
