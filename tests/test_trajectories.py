@@ -6,8 +6,8 @@ may differ from the engine's by
 
 - ``ROUNDINGS`` roundings of the math type, relative to the old or the new value, whichever is larger: the longest
   chain of operations from memory to a result is some 15 long (Adam: three for each average, square root, quotient,
-  sum with eps, quotient, product with the step size, cast of a scalar where it enters, decay, difference), and the
-  worst seen is under 4;
+  sum with eps, quotient, product with the step size, cast of a scalar where it enters, decay,
+  difference);
 - what the reference itself changes by when the gradient moves by ``WIGGLE`` roundings: this allows the other side
   of a discontinuity (Lion's sign, the cautious mask) to the elements that lie on it, and to no others.
 
@@ -666,7 +666,7 @@ def test_a_copy_that_lies_otherwise_in_memory_is_refused_or_right(engine: str) -
     p = nn.Parameter(torch.arange(6.0).reshape(2, 3).t())
     optimizer = SGDOptim([p], lr=1.0, engine=engine)
     copy = torch.zeros(3, 2, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="a copy must have .* its elements in the same order in memory"):
+    with pytest.raises(ValueError, match=r"a copy must have .* its elements in the same order in memory"):
         optimizer._stepper.step(grads={p: torch.ones(3, 2)}, copies={p: copy})
     assert torch.equal(p.detach(), torch.arange(6.0).reshape(2, 3).t()), "a refused step changes nothing"
 

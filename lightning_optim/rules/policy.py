@@ -1,4 +1,4 @@
-"""What happens around a rule, in the rule's own language, so that all of it is one read and one write of memory.
+"""What happens around a rule, in the rule's own language, so that rule and policy are one Program.
 
 Unscale and clip, maximize, weight decay, the cautious mask, rounding and the store are independent of which rule
 runs; :func:`wrap` puts them around it.

@@ -57,7 +57,7 @@ def find_toolchain() -> Toolchain:
         shown = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
     except (OSError, subprocess.SubprocessError) as error:
         raise ToolchainError(f"the C compiler {found} does not run: {error}") from error
-    native = "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") else "-mcpu=native"
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     return Toolchain(
         compiler=found,
         version=shown.stdout.partition("\n")[0],
