@@ -39,6 +39,8 @@ from lightning_optim.rules import Policy, Rule, Update
 RESULTS = Path(__file__).parent / "results"
 SIZES = {"1M": 1e6, "10M": 1e7, "124M": None}
 
+_KEPT, _FRESH = "torch fused + casts, buffers kept", "torch fused + casts, grad.float()"
+
 #: How long the timed steps of one turn take, at least one step.
 BURST_SECONDS = 0.01
 
@@ -181,7 +183,7 @@ def contenders(shapes: list[tuple[int, ...]]) -> list[Contender]:
         Contender("lightning-optim host", "lion", lightning_optim.Lion(_parameters(shapes), engine="host").step),
         Contender("lightning-optim host", "adamw mixed", Mixed(shapes).ours()),
     ]
-    for name, fresh in (("torch fused + casts, buffers kept", False), ("torch fused + casts, grad.float()", True)):
+    for name, fresh in ((_KEPT, False), (_FRESH, True)):
         mixed = Mixed(shapes)
         fused = torch.optim.AdamW(mixed.masters, fused=True, **adamw)
         found.append(Contender(name, "adamw mixed", mixed.with_casts(fused, fresh=fresh)))
@@ -319,6 +321,37 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"First step with an empty kernel cache: {builds}.", ""])
 
 
+def summary(result: dict[str, Any]) -> str:
+    """The table for the README: one column for each size, in the tensors of GPT-2; all rows are in the results."""
+    cases = [case for case in result["cases"] if case["tensors"] > 1]
+    about = result["machine"]
+
+    def row(title: str, job: str, name: str, field: str, form: str) -> str:
+        cells = []
+        for case in cases:
+            found = [r for r in case["rows"] if (r["job"], r["name"]) == (job, name)]
+            cells.append(format(found[0][field], form) + ("×" if "ours" in field else "") if found else "")
+        return f"| {title} | {' | '.join(cells)} |"
+
+    ours, faster, share = "lightning-optim host", "ours_is_faster_by", "share_of_limit"
+    lines = [
+        f"| weights, in {cases[0]['tensors']} tensors | {' | '.join(case['label'].split()[0] for case in cases)} |",
+        "|---|" + "---|" * len(cases),
+        row("AdamW float32, against torch fused", "adamw", "torch fused", faster, ".2f"),
+        row("AdamW float32, against torch foreach", "adamw", "torch foreach", faster, ".2f"),
+        row("AdamW float32, share of the limit", "adamw", ours, share, ".0%"),
+        row("Lion float32, share of the limit", "lion", ours, share, ".0%"),
+        row("mixed, against torch fused and `grad.float()`", "adamw mixed", _FRESH, faster, ".2f"),
+        row("mixed, against torch fused and casts to kept buffers", "adamw mixed", _KEPT, faster, ".2f"),
+        row("mixed, share of the limit", "adamw mixed", ours, share, ".0%"),
+        "",
+        f"{about['cpu']}, {about['threads']} threads, {about['simd']}, torch {about['torch']}, {about['date']}; "
+        "`python benchmarks/host_step.py`, all rows in `benchmarks/results/`. At 1M all data is in the cache, and the "
+        "rest of the time is Python's.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def run_case(shapes: list[tuple[int, ...]], rounds: int, seconds: float) -> list[dict[str, Any]]:
     """Measure all contenders on tensors of these shapes; their memory (17 GB at 124M) is free again on return."""
     runs = contenders(shapes)
@@ -360,7 +393,7 @@ def main() -> None:
     (arguments.output / "host_step.md").write_text(markdown(result))
     print(markdown(result))
     if arguments.readme:
-        update_readme(markdown(result))
+        update_readme(summary(result))
 
 
 if __name__ == "__main__":
