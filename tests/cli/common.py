@@ -34,10 +34,6 @@ QUIET = [
 
 # Of LightningCLI itself, about its use of jsonargparse; of the Trainer, about a data loader of four batches.
 known_warnings = [
-    # Without a C compiler the host engine says so and another one takes its place, "with the same results".
-    pytest.mark.filterwarnings(
-        "ignore:.*the host engine cannot be used .no C compiler:lightning_optim.warnings.LightningOptimWarning"
-    ),
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*(does not have many workers|LeafSpec|number of training batches)"),
 ]
