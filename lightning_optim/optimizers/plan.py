@@ -98,7 +98,6 @@ class Planned:
         forms: Their sizes, strides, types and devices, as the engine sees them.
         sources: The place of each one's gradient among those of the step.
         view: How the engine must look at the tensors (complex numbers as pairs, a DTensor's shard), or None.
-        dtypes: Storage types by tensor name, before the view.
         reorder: Whether gradients lie in memory otherwise than their parameters, and must be copied in order.
         seen: For each tensor name, the tensors and addresses that were last found to be as planned.
     """
@@ -110,7 +109,6 @@ class Planned:
     forms: list[Any]
     sources: list[int]
     view: Callable[[Tensor], Tensor] | None
-    dtypes: dict[str, torch.dtype]
     reorder: bool
     seen: dict[str, tuple[list[weakref.ref[Tensor]], array[int] | None]] = field(default_factory=dict)
 
@@ -255,10 +253,10 @@ class Planner:
             )
             dense = is_dense(p if view is not _local else view(p))
             plain = self._plain(p, g if view is not _local else view(g), update, copies)
-            key = (update, layout, p.device, dense, plain, view, tuple(dtypes.items()))
+            key = (update, layout, p.device, dense, plain, view)
             same.setdefault(key, []).append(member)
         plan = []
-        for (update, layout, device, dense, plain, view, stored), bucket_members in same.items():
+        for (update, layout, device, dense, plain, view), bucket_members in same.items():
             weights = [view(m.param) if view else m.param for m in bucket_members]
             bucket = Bucket(
                 update=update,
@@ -280,7 +278,7 @@ class Planner:
             reorder = dense and not all(map(operator.is_, map(in_order_of, seen_by_engine, weights), seen_by_engine))
             params = [m.param for m in bucket_members]
             forms = list(map(form, weights))
-            plan.append(Planned(bucket, engine, decision, params, forms, sources, view, dict(stored), reorder))
+            plan.append(Planned(bucket, engine, decision, params, forms, sources, view, reorder))
         return plan
 
 
