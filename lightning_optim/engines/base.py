@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_optim.engines.memory import Reading, read_forms
 from lightning_optim.rules.policy import Update
 from lightning_optim.warnings import warn_once
 
@@ -138,6 +139,14 @@ class Engine(ABC):
     def rejects(self, bucket: Bucket) -> str | None:
         """Why this engine cannot run ``bucket``, or None if it can; may compile."""
         return None
+
+    def read(self, tensors: list[Tensor]) -> Reading:
+        """What is compared from step to step to see that tensors still are as planned.
+
+        Raises:
+            RuntimeError, TypeError, AttributeError: One of them is no tensor, or none that has strides.
+        """
+        return read_forms(tensors)
 
     @abstractmethod
     def run(self, bucket: Bucket, table: Sequence[Scalars]) -> None:

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Where tensors are, and what they are.
+
+    Attributes:
+        addresses: Of their first elements, for engines that use them.
+        forms: Equal to that of another reading if and only if the tensors have the same types, devices, shapes and
+            strides.
+    """
+
+    addresses: array[int]
+    forms: Any
+
+
+def read_forms(tensors: Sequence[Tensor]) -> Reading:
+    """A reading without addresses, for tensors of any class."""
+    kinds = (attrgetter("dtype"), attrgetter("device"), attrgetter("shape"), Tensor.stride)
+    return Reading(array("q"), [list(map(kind, tensors)) for kind in kinds])
+
+
+def read(tensors: Sequence[Tensor]) -> Reading:
+    """A reading of torch's own tensors."""
+    return Reading(array("q", map(Tensor.data_ptr, tensors)), read_forms(tensors).forms)
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -46,7 +75,12 @@ def in_order_of(tensor: Tensor, like: Tensor) -> Tensor:
     """``tensor`` itself, or a copy of it whose elements lie in memory as ``like``'s do, and as they are.
 
     A lazily negated tensor (autograd makes such gradients from conjugates) holds in memory the negatives of its values.
+
+    Raises:
+        RuntimeError: They differ in shape.
     """
+    if tensor.shape != like.shape:
+        raise RuntimeError(f"shapes {tuple(tensor.shape)} and {tuple(like.shape)} differ")  # copying would broadcast
     if same_order(tensor, like) and not is_lazy(tensor):
         return tensor
     return torch.empty_like(like, dtype=tensor.dtype, memory_format=torch.preserve_format).copy_(tensor)

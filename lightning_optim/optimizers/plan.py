@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.engines.base import Bucket, Decision, Engine, Layout, choose, dtype_name
-from lightning_optim.engines.memory import aliased, form, in_order_of, is_dense, is_plain
+from lightning_optim.engines.memory import Reading, aliased, form, in_order_of, is_dense, is_plain
 from lightning_optim.rules.policy import KAHAN_SLOT, Decay, Policy, Rounding, Update
 from lightning_optim.rules.rule import Rule
 
@@ -99,7 +99,9 @@ class Planned:
         sources: The place of each one's gradient among those of the step.
         view: How the engine must look at the tensors (complex numbers as pairs, a DTensor's shard), or None.
         reorder: Whether gradients lie in memory otherwise than their parameters, and must be copied in order.
-        seen: For each tensor name, the tensors and addresses that were last found to be as planned.
+        kept: The slots, copies and counters that were last found to be as planned. Weak references: a plan must not
+            keep state alive that its owner has moved or dropped; and no ``id``, which a new tensor may have inherited.
+        reading: Of all tensors then.
     """
 
     bucket: Bucket
@@ -110,7 +112,8 @@ class Planned:
     sources: list[int]
     view: Callable[[Tensor], Tensor] | None
     reorder: bool
-    seen: dict[str, tuple[list[weakref.ref[Tensor]], array[int] | None]] = field(default_factory=dict)
+    kept: list[weakref.ref[Tensor]] = field(default_factory=list)
+    reading: Reading | None = None
 
 
 class Planner:
@@ -215,7 +218,9 @@ class Planner:
                 step = state.get("step", 0.0)
                 usable = (
                     isinstance(step, Tensor)
+                    and is_plain(step)
                     and step.dtype == torch.float32
+                    and step.numel() == 1
                     and not (p.device.type == "cpu" and step.device.type != "cpu")
                 )
                 if not usable:

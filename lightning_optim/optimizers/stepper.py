@@ -11,6 +11,7 @@ import weakref
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -18,12 +19,11 @@ import torch
 from torch import Tensor
 
 from lightning_optim.engines.base import Bucket, Decision, Scalars
-from lightning_optim.engines.memory import aliased, form, in_order_of, is_lazy, is_plain, same_order
+from lightning_optim.engines.memory import Reading, aliased, form, in_order_of, is_lazy, is_plain, same_order
 from lightning_optim.optimizers.plan import Method, Options, Owner, Planned, Planner
 
 # Called for every parameter at every step: `map` over these is half the time of a comprehension.
-_grad, _dtype = attrgetter("grad"), attrgetter("dtype")
-_address, _stride, _numel, _is_neg = Tensor.data_ptr, Tensor.stride, Tensor.numel, Tensor.is_neg
+_grad, _is_neg = attrgetter("grad"), Tensor.is_neg
 
 
 #: Of the noise of stochastic rounding. The same in all processes: replicas must round alike.
@@ -32,18 +32,12 @@ NOISE_SEED = 0.0
 
 @dataclass(frozen=True)
 class _Structure:
-    """What a plan depends on and a step may change, apart from weights and slots, which filling checks."""
+    """What a plan depends on and a step may change, apart from what filling reads of each tensor."""
 
     params: list[int]
-    dtypes: list[torch.dtype]
-    elements: list[int]
-    strides: list[tuple[int, ...]]
     sizes: list[int]
     absent: list[bool]
     grad_types: set[type]
-    grad_dtypes: list[torch.dtype]
-    grad_elements: list[int]
-    grad_strides: list[tuple[int, ...] | None]
     grad_lazy: bool
     static: list[tuple[Any, ...]]
     copies: bool
@@ -116,22 +110,12 @@ class Stepper:
     def _describe(
         self, params: list[Tensor], found: Sequence[Tensor | None], gradients: list[Tensor], copies: bool
     ) -> _Structure:
-        try:
-            grad_strides: list[tuple[int, ...] | None] = list(map(_stride, gradients))
-        except RuntimeError:  # sparse tensors have none; planning refuses them by name
-            grad_strides = [None] * len(gradients)
         groups = self.owner.param_groups
         return _Structure(
             params=list(map(id, params)),
-            dtypes=list(map(_dtype, params)),
-            elements=list(map(_numel, params)),
-            strides=list(map(_stride, params)),  # `p.data = p.data.t()` leaves the address as it is
             sizes=[len(group["params"]) for group in groups],
             absent=[g is None for g in found],
             grad_types=set(map(type, gradients)),
-            grad_dtypes=list(map(_dtype, gradients)),
-            grad_elements=list(map(_numel, gradients)),
-            grad_strides=grad_strides,
             grad_lazy=any(map(_is_neg, gradients)),
             static=list(map(self.planner.static, groups)),
             copies=copies,
@@ -141,24 +125,32 @@ class Stepper:
         """Gather this step's tensors; False if a tensor no longer is what the plan was made for."""
         state = self.owner.state
         for planned in self._plan:
-            bucket, view = planned.bucket, planned.view
+            update = planned.bucket.update
             states = [state[p] for p in planned.params]
-            tensors = {"p": planned.params, "g": [gradients[i] for i in planned.sources]}
             try:
-                for slot in bucket.update.slots:
-                    tensors[slot] = [s[slot] for s in states]
-                steps = [s["step"] for s in states] if "step" in bucket.update.program.scalars else None
+                kept = {slot: [s[slot] for s in states] for slot in update.slots}
+                steps = [s["step"] for s in states] if "step" in update.program.scalars else []
             except KeyError:
                 return False
             if copies is not None:
-                tensors["copy"] = [copies[p] for p in planned.params]
-            if view is not None:
-                tensors = {name: list(map(view, column)) for name, column in tensors.items()}
-            if planned.reorder:
-                tensors["g"] = list(map(in_order_of, tensors["g"], tensors["p"]))
-            if not _as_planned(planned, tensors, steps):
+                kept["copy"] = [copies[p] for p in planned.params]
+            tensors = {"p": planned.params, "g": [gradients[i] for i in planned.sources], **kept}
+            try:
+                if planned.view is not None:
+                    tensors = {name: list(map(planned.view, column)) for name, column in tensors.items()}
+                if planned.reorder:
+                    tensors["g"] = list(map(in_order_of, tensors["g"], tensors["p"]))
+                reading = planned.engine.read([*chain.from_iterable(tensors.values()), *steps])
+            except (RuntimeError, TypeError, AttributeError):  # no tensor at all, or one of quite another kind
                 return False
-            bucket.tensors, bucket.steps = tensors, steps
+            if not _as_planned(planned, tensors, steps, [*chain.from_iterable(kept.values()), *steps], reading):
+                return False
+            bucket = planned.bucket
+            bucket.tensors, bucket.steps = tensors, steps if "step" in update.program.scalars else None
+            if planned.engine.uses_addresses:
+                end = len(bucket) * len(tensors)
+                bucket.addresses = reading.addresses[:end]
+                bucket.step_addresses = None if bucket.steps is None else reading.addresses[end:]
         return True
 
     def _table(self, bucket: Bucket, coefficient: Tensor | None) -> list[Scalars]:
@@ -189,50 +181,35 @@ class Stepper:
         return (max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
 
-def _as_planned(planned: Planned, tensors: Mapping[str, list[Tensor]], steps: list[Tensor] | None) -> bool:
-    """Whether weights and slots have the types and the order in memory that were planned; notes addresses."""
-    bucket = planned.bucket
-    wanted = planned.engine.uses_addresses
-    dtypes = dict(bucket.layout.dtypes)
-    addresses = array("q")
-    for name in bucket.update.program.tensors:
-        column = tensors[name]
-        known = name == "g" or _known(planned, name, column)
-        if not known and not all(isinstance(tensor, Tensor) for tensor in column):
-            return False
-        here = array("q", map(_address, column)) if wanted or name == "p" else None
-        if wanted and here is not None:
-            addresses.extend(here)
-        if name == "g" or (known and here == planned.seen[name][1]):
-            continue  # gradients are others at every step, and part of the structure
-        if name == "p" and (list(map(form, column)) != planned.forms or aliased(column) != bucket.aliased):
-            return False
-        for tensor, p in zip(column, tensors["p"], strict=True):
-            if tensor.dtype != dtypes[name] or tensor.shape != p.shape or tensor.device != p.device:
+def _as_planned(
+    planned: Planned, tensors: Mapping[str, list[Tensor]], steps: list[Tensor], kept: list[Tensor], reading: Reading
+) -> bool:
+    """Whether all tensors have the types and the order in memory that were planned.
+
+    The very tensors of the last step, where and as they were, need no second look; gradients are others at every step.
+    """
+    bucket, seen = planned.bucket, planned.reading
+    count = len(bucket)
+    here = reading.addresses or array("q", map(Tensor.data_ptr, tensors["p"]))
+    if seen is not None and reading.forms == seen.forms and len(kept) == len(planned.kept):
+        same_place = here[:count] == seen.addresses[:count] and here[2 * count :] == seen.addresses[2 * count :]
+        if same_place and all(map(operator.is_, map(operator.call, planned.kept), kept)):
+            return True
+    if list(map(form, tensors["p"])) != planned.forms or aliased(tensors["p"]) != bucket.aliased:
+        return False
+    for name, dtype in bucket.layout.dtypes:
+        for tensor, p in zip(tensors[name], tensors["p"], strict=True):
+            if tensor.dtype != dtype or tensor.shape != p.shape or tensor.device != p.device:
                 return False
             if bucket.plain and name != "p" and not is_plain(tensor):
                 return False
             if bucket.dense and (not same_order(tensor, p) or (name != "p" and is_lazy(tensor))):
                 return False
-        planned.seen[name] = ([weakref.ref(tensor) for tensor in column], here)
-    bucket.addresses = addresses if wanted else None
-    if steps is not None:
-        known = _known(planned, "step", steps)
-        if not known and not all(isinstance(step, Tensor) for step in steps):
+    for step in steps:
+        if step.dtype != torch.float32 or step.numel() != 1 or not is_plain(step):
             return False
-        bucket.step_addresses = here = array("q", map(_address, steps)) if wanted else None
-        if not known or here != planned.seen["step"][1]:
-            if any(step.dtype != torch.float32 or (wanted and step.device.type != "cpu") for step in steps):
-                return False
-            planned.seen["step"] = ([weakref.ref(step) for step in steps], here)
+        if planned.engine.uses_addresses and step.device.type != "cpu":
+            return False
+    planned.kept = list(map(weakref.ref, kept))
+    planned.reading = Reading(here, reading.forms)
     return True
-
-
-def _known(planned: Planned, name: str, column: list[Tensor]) -> bool:
-    """Whether these are the very tensors of the last step: if they are where they were, they need no second look.
-
-    Weak references, because a plan must not keep state alive that its owner has moved or dropped; and not ``id``,
-    which a new tensor may have inherited from a freed one.
-    """
-    refs = planned.seen.get(name, ((), None))[0]
-    return len(refs) == len(column) and all(map(operator.is_, map(operator.call, refs), column))

@@ -58,8 +58,13 @@ def private_folder(folder: Path) -> Path:
     return Path(temporary)
 
 
-def load(source: str, toolchain: Toolchain) -> ctypes.CDLL:
+def load(source: str, toolchain: Toolchain, kind: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
     """The library built from ``source``: from the cache if it is there and intact, else compiled now.
+
+    Args:
+        source: C code.
+        toolchain: What to compile it with.
+        kind: ``ctypes.CDLL``, whose functions run without the GIL, or ``ctypes.PyDLL``, whose functions hold it.
 
     Raises:
         BuildError: The compiler failed, or its library does not load.
@@ -74,7 +79,7 @@ def load(source: str, toolchain: Toolchain) -> ctypes.CDLL:
         with _lock(folder / f"{key}.lock"):
             path = _cached(folder, key) or _compile(source, toolchain, folder, key)
     try:
-        return ctypes.CDLL(str(path))
+        return kind(str(path))
     except OSError as error:
         path.unlink(missing_ok=True)  # whole as it is, it is of no use: the next process must compile again
         raise BuildError(f"the compiled kernel does not load: {error}") from error

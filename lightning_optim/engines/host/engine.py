@@ -14,9 +14,10 @@ from torch import Tensor
 from lightning_optim.engines.base import Bucket, Engine, Layout, Scalars
 from lightning_optim.engines.host.build import BuildError, load
 from lightning_optim.engines.host.printer import C_TYPES, CPrinter
+from lightning_optim.engines.host.reader import native_reader
 from lightning_optim.engines.host.threads import thread_count
 from lightning_optim.engines.host.toolchain import ToolchainError, find_toolchain
-from lightning_optim.engines.memory import is_dense, is_lazy, is_plain
+from lightning_optim.engines.memory import Reading, is_dense, is_lazy, is_plain, read
 from lightning_optim.rules.ops import norm
 from lightning_optim.rules.trace import Program, trace
 from lightning_optim.warnings import warn_once
@@ -121,6 +122,10 @@ class HostEngine(Engine):
             return "two weights share memory, so their updates must follow one another"
         self._kernel(bucket.update.program, bucket.layout)
         return None
+
+    def read(self, tensors: list[Tensor]) -> Reading:
+        """See :meth:`Engine.read`."""
+        return (native_reader() or read)(tensors)
 
     def run(self, bucket: Bucket, table: Sequence[Scalars]) -> None:
         """See :meth:`Engine.run`."""

@@ -102,8 +102,8 @@ class CPrinter(Printer):
       ``steps[t]``: address of the float32 counter, or ``steps`` NULL;
     - ``rows[t]``, ``ids[t]``, and ``table``: one row of :attr:`table_scalars` per param group;
     - ``chunk_tensor[c]``, ``chunk_begin[c]``, ``chunk`` (elements of a full one), ``bounds[parts + 1]``: each of
-      ``parts`` threads does a fixed run of chunks, so that results do not depend on timing, and memory stays with
-      the thread that touched it;
+      ``parts`` threads does its own run of chunks, so that memory stays with the thread that touched it, and then
+      helps the others; what a chunk yields does not depend on who did it, nor when;
     - scratch: ``work`` (the scalars of each tensor), ``partials`` (the reductions of each chunk);
     - ``results``: the Program's results, for each tensor.
     """
@@ -229,7 +229,7 @@ class CPrinter(Printer):
         """The exported function."""
         width = max(len(self.work_slots), 1)
         columns = max(len(self.table_scalars), 1)
-        lines = []
+        lines = ["  int64_t next[8 * parts];  /* of each part, its next chunk; a cache line apart */"]
         for stage, sweep in enumerate(self.program.passes):
             previous = self.reduced_before(stage)
             lines += [
@@ -252,12 +252,17 @@ class CPrinter(Printer):
             ]
             if sweep.elements or (stage == len(self.program.passes) - 1 and self.program.stores):
                 lines += [
+                    "  for (int part = 0; part < parts; ++part) next[8 * part] = bounds[part];",
                     "#pragma omp parallel for schedule(static, 1) num_threads(parts) if (parts > 1)",
                     "  for (int part = 0; part < parts; ++part)",
-                    "    for (int64_t c = bounds[part]; c < bounds[part + 1]; ++c) {",
-                    "      const int64_t t = chunk_tensor[c], begin = chunk_begin[c], left = numel[t] - begin;",
-                    f"      sweep_{stage}(data, n, t, begin, left < chunk ? left : chunk, work + {width} * t,",
-                    f"              partials + {self.reductions} * c);",
+                    "    for (int k = 0; k < parts; ++k) {",
+                    "      const int from = (part + k) % parts;",
+                    "      int64_t c;",
+                    "      while ((c = __atomic_fetch_add(&next[8 * from], 1, __ATOMIC_RELAXED)) < bounds[from + 1]) {",
+                    "        const int64_t t = chunk_tensor[c], begin = chunk_begin[c], left = numel[t] - begin;",
+                    f"        sweep_{stage}(data, n, t, begin, left < chunk ? left : chunk, work + {width} * t,",
+                    f"                partials + {self.reductions} * c);",
+                    "      }",
                     "    }",
                 ]
         for column, index in enumerate(self.program.results):
