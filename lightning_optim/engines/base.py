@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.engines.memory import Reading, read_forms
+from lightning_optim.engines.scaling import Scaling
 from lightning_optim.rules.policy import Update
 from lightning_optim.warnings import warn_once
 
@@ -51,8 +52,9 @@ class Bucket:
         layout: The storage types.
         device: Where all the tensors are.
         tensors: For each tensor name of the calling convention, one tensor per parameter.
-        steps: One 0-dim float32 counter per parameter, on the CPU, or None if the update does not read it. The
-            engine advances them when it has updated all of the bucket.
+        steps: One 0-dim float32 counter per parameter, where the engine wants it (see
+            :attr:`Engine.controls_on_device`), or None if the update does not read it. The engine advances them
+            when it has updated all of the bucket.
         rows: For each parameter, the number of its row in the table of scalars (its param group).
         ids: For each parameter, its stable number in the optimizer: the seed of its rounding noise.
         sizes: For each parameter, its number of elements.
@@ -127,10 +129,13 @@ class Engine(ABC):
     Attributes:
         name: As users write it in ``engine=``.
         uses_addresses: Whether buckets must carry the addresses of their tensors.
+        controls_on_device: Whether counters are kept on the weights' device (otherwise on the CPU), and whether
+            unscaling, clipping and leaving a step out are decided there, by :meth:`run` itself.
     """
 
     name: ClassVar[str]
     uses_addresses: ClassVar[bool] = False
+    controls_on_device: ClassVar[bool] = False
 
     def unavailable(self) -> str | None:
         """Why this engine cannot run at all on this machine, or None if it can."""
@@ -149,20 +154,24 @@ class Engine(ABC):
         return read_forms(tensors)
 
     @abstractmethod
-    def run(self, bucket: Bucket, table: Sequence[Scalars]) -> None:
+    def run(self, bucket: Bucket, table: Sequence[Scalars], scaling: Scaling | None = None) -> None:
         """Advance the counters and update the weights and the state of ``bucket`` in place.
 
         Args:
             bucket: What to update. Gradients are only read.
             table: The scalars of each param group; ``bucket.rows`` points into it.
+            scaling: For engines whose ``controls_on_device`` is set: what becomes the scalar ``grad_scale``, and
+                when nothing is to be done. For all others the table has ``grad_scale`` already.
         """
 
-    def sum_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Sum of the squares of all elements of ``tensors``, as a 0-dim float64 tensor on their device."""
-        if tensors[0].device.type == "cpu":
+    def sum_of_squares(self, bucket: Bucket) -> Tensor:
+        """The sum of squares of the bucket's gradients, in one or more parts: 1-dim float64 on their device."""
+        tensors = bucket.tensors["g"]
+        if bucket.device.type == "cpu" or not bucket.plain:
             # Not `_foreach_norm(dtype=float64)`, which is right but not vectorized on the CPU (11 ns an element).
-            return torch.stack([torch.linalg.vector_norm(t.double()) for t in tensors]).square().sum()
-        return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float64)).square().sum()
+            norms = [torch.linalg.vector_norm(t.double()) for t in tensors]
+            return torch.stack([getattr(norm, "full_tensor", lambda norm=norm: norm)() for norm in norms]).square()
+        return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)).square()
 
 
 def advance(bucket: Bucket) -> None:

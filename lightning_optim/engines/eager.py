@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lightning_optim.engines.base import Bucket, Engine, Scalars, advance
+from lightning_optim.engines.scaling import Scaling
 
 
 class EagerEngine(Engine):
@@ -15,7 +16,7 @@ class EagerEngine(Engine):
     name = "eager"
 
     @torch.no_grad()
-    def run(self, bucket: Bucket, table: Sequence[Scalars]) -> None:
+    def run(self, bucket: Bucket, table: Sequence[Scalars], scaling: Scaling | None = None) -> None:
         """See :meth:`Engine.run`."""
         math = bucket.layout.math
         for index in range(len(bucket)):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.engines.base import Bucket, Engine, Scalars, advance
+from lightning_optim.engines.scaling import Scaling
 from lightning_optim.rules.ops import OPS, Operand
 
 # A rule makes a temporary list for each intermediate value; working on parts of a long list bounds their memory.
@@ -115,7 +116,7 @@ class ForeachEngine(Engine):
         return None
 
     @torch.no_grad()
-    def run(self, bucket: Bucket, table: Sequence[Scalars]) -> None:
+    def run(self, bucket: Bucket, table: Sequence[Scalars], scaling: Scaling | None = None) -> None:
         """See :meth:`Engine.run`."""
         for indices in _parts(bucket):
             scalars = bucket.scalars(indices[0], table)

@@ -206,8 +206,12 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The gradients' global norm before clipping at the last step, if ``max_grad_norm`` is set."""
-        return self._stepper.grad_norm
+        """The global norm of the gradients, unscaled and not yet clipped, at the last step; None if none was needed.
+
+        It is needed for ``max_grad_norm``, and where the step itself looks for infinite gradients.
+        """
+        scaling = self._stepper.scaling
+        return None if scaling is None else scaling.norm()
 
     def _attach(self) -> None:
         self._stepper = Stepper(self, type(self), self.options)

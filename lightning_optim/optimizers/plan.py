@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_optim.engines.base import Bucket, Decision, Engine, Layout, choose, dtype_name
 from lightning_optim.engines.memory import Reading, aliased, form, in_order_of, is_dense, is_plain
+from lightning_optim.optimizers.shards import Shards, local, same_parts, shards_of
 from lightning_optim.rules.policy import KAHAN_SLOT, Decay, Policy, Rounding, Update
 from lightning_optim.rules.rule import Rule
 
@@ -98,6 +99,7 @@ class Planned:
         forms: Their sizes, strides, types and devices, as the engine sees them.
         sources: The place of each one's gradient among those of the step.
         view: How the engine must look at the tensors (complex numbers as pairs, a DTensor's shard), or None.
+        shards: Over what the bucket's tensors are divided, if the engine is given their local parts.
         reorder: Whether gradients lie in memory otherwise than their parameters, and must be copied in order.
         kept: The slots, copies and counters that were last found to be as planned. Weak references: a plan must not
             keep state alive that its owner has moved or dropped; and no ``id``, which a new tensor may have inherited.
@@ -111,6 +113,7 @@ class Planned:
     forms: list[Any]
     sources: list[int]
     view: Callable[[Tensor], Tensor] | None
+    shards: Shards
     reorder: bool
     kept: list[weakref.ref[Tensor]] = field(default_factory=list)
     reading: Reading | None = None
@@ -142,7 +145,7 @@ class Planner:
 
     def slots(self, group: Group, p: Tensor) -> tuple[str, ...]:
         """Names of the slots that parameter ``p`` has."""
-        return self._update(group, p, fresh=False, copy=False).slots
+        return self._update(group, p, fresh=False).slots
 
     def counts_steps(self) -> bool:
         """Whether the state has a ``step``."""
@@ -180,7 +183,7 @@ class Planner:
         switches = [value for value in group.values() if isinstance(value, bool)]  # a flag may depend on the parameter
         return (self.method.decay(group), *flags.values(), *switches)
 
-    def _update(self, group: Group, p: Tensor, *, fresh: bool, copy: bool) -> Update:
+    def _update(self, group: Group, p: Tensor, *, fresh: bool, copy: bool = False, scaled: bool = False) -> Update:
         flags = {name: bool(value) for name, value in self.method.flags(group, p, fresh).items()}
         rule = self.method.rule
         options = self.options
@@ -191,7 +194,7 @@ class Planner:
             decay=self.method.decay(group),
             cautious=bool(group.get("cautious", False)),
             maximize=bool(group.get("maximize", False)),
-            scaled=options.max_grad_norm is not None,
+            scaled=scaled,
             rounding=options.rounding,
             weight_dtype=dtype_name(p.dtype),
             low_precision_slots=low,
@@ -207,7 +210,7 @@ class Planner:
         state = self.owner.state.get(p) or {}
         slots = [state[slot] for slot in update.slots if isinstance(state.get(slot), Tensor)]
         if hasattr(p, "to_local"):
-            slots = [_local(slot) for slot in slots]
+            slots = [local(slot) for slot in slots]
         return all(map(is_plain, [g, *slots, *([copies[p]] if copies is not None else [])]))
 
     def prepare(self, members: list[Member]) -> None:
@@ -217,11 +220,7 @@ class Planner:
             if self.counts_steps():
                 step = state.get("step", 0.0)
                 usable = (
-                    isinstance(step, Tensor)
-                    and is_plain(step)
-                    and step.dtype == torch.float32
-                    and step.numel() == 1
-                    and not (p.device.type == "cpu" and step.device.type != "cpu")
+                    isinstance(step, Tensor) and is_plain(step) and step.dtype == torch.float32 and step.numel() == 1
                 )
                 if not usable:
                     state["step"] = torch.tensor(float(step), dtype=torch.float32)
@@ -240,28 +239,40 @@ class Planner:
                     state[slot] = in_order_of(value, p)
 
     def build(
-        self, members: list[Member], gradients: Sequence[Tensor], copies: Mapping[Tensor, Tensor] | None
+        self,
+        members: list[Member],
+        gradients: Sequence[Tensor],
+        copies: Mapping[Tensor, Tensor] | None,
+        scaled: bool,
     ) -> list[Planned]:
-        """The buckets for these members and their gradients."""
+        """The buckets for these members and their gradients.
+
+        Args:
+            members: The parameters.
+            gradients: The gradient of each.
+            copies: For each parameter, a tensor to which the new weight is written too, if it is wanted.
+            scaled: Whether gradients are to be multiplied by ``grad_scale``.
+        """
         same: dict[tuple[Any, ...], list[Member]] = {}
         for member, g in zip(members, gradients, strict=True):
             p, group = member.param, self.owner.param_groups[member.row]
-            update = self._update(group, p, fresh=member.fresh, copy=copies is not None)
+            update = self._update(group, p, fresh=member.fresh, copy=copies is not None, scaled=scaled)
             dtypes = {"p": p.dtype, "g": g.dtype}
             dtypes.update({slot: self._stored_dtype(p, slot) for slot in update.slots})
             if copies is not None:
                 dtypes["copy"] = copies[p].dtype
-            view = _view(p, update)
+            view = _view(p, g, update)
+            shards = shards_of(p) if view is local else ()
             layout = Layout(
                 math=torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32,
                 dtypes=tuple((name, dtype.to_real()) for name, dtype in dtypes.items()),
             )
-            dense = is_dense(p if view is not _local else view(p))
-            plain = self._plain(p, g if view is not _local else view(g), update, copies)
-            key = (update, layout, p.device, dense, plain, view)
+            dense = is_dense(p if view is not local else view(p))
+            plain = self._plain(p, g if view is not local else view(g), update, copies)
+            key = (update, layout, p.device, dense, plain, view, shards)
             same.setdefault(key, []).append(member)
         plan = []
-        for (update, layout, device, dense, plain, view), bucket_members in same.items():
+        for (update, layout, device, dense, plain, view, shards), bucket_members in same.items():
             weights = [view(m.param) if view else m.param for m in bucket_members]
             bucket = Bucket(
                 update=update,
@@ -278,29 +289,39 @@ class Planner:
                 label=f"{self.method.public_name()}, {_described(layout, device, len(bucket_members))}",
             )
             engine, decision = choose(bucket, self.options.engine)
+            if "step" in update.program.scalars:
+                self._place_counters(bucket_members, counter_device(engine, device))
             sources = [m.index for m in bucket_members]
             seen_by_engine = [view(gradients[i]) if view else gradients[i] for i in sources]
             reorder = dense and not all(map(operator.is_, map(in_order_of, seen_by_engine, weights), seen_by_engine))
             params = [m.param for m in bucket_members]
             forms = list(map(form, weights))
-            plan.append(Planned(bucket, engine, decision, params, forms, sources, view, reorder))
+            plan.append(Planned(bucket, engine, decision, params, forms, sources, view, shards, reorder))
         return plan
+
+    def _place_counters(self, members: list[Member], device: torch.device) -> None:
+        """Move step counters to where the engine keeps them."""
+        for member in members:
+            state = self.owner.state.get(member.param) or {}  # none yet, if this is but a report
+            if isinstance(step := state.get("step"), Tensor) and step.device != device:
+                state["step"] = step.to(device)
+
+
+def counter_device(engine: Engine, device: torch.device) -> torch.device:
+    """Where an engine keeps the step counters of weights on ``device``."""
+    return device if engine.controls_on_device else torch.device("cpu")
 
 
 def _as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj())
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _view(p: Tensor, update: Update) -> Callable[[Tensor], Tensor] | None:
+def _view(p: Tensor, g: Tensor, update: Update) -> Callable[[Tensor], Tensor] | None:
     """How an engine must look at a parameter's tensors."""
     if p.is_complex():
         return _as_real  # real and imaginary parts are updated as two numbers, as in torch.optim
-    if hasattr(p, "to_local") and not update.program.reduces:
-        return _local  # element-wise: each rank updates its shard; a reduction needs the DTensor's own operators
+    if not update.program.reduces and same_parts(p, g):
+        return local  # element-wise: each rank updates its shard; a reduction needs the DTensor's own operators
     return None
 
 

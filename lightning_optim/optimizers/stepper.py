@@ -20,7 +20,9 @@ from torch import Tensor
 
 from lightning_optim.engines.base import Bucket, Decision, Scalars
 from lightning_optim.engines.memory import Reading, aliased, form, in_order_of, is_lazy, is_plain, same_order
-from lightning_optim.optimizers.plan import Method, Options, Owner, Planned, Planner
+from lightning_optim.engines.scaling import LossScale, Scaling
+from lightning_optim.optimizers.plan import Method, Options, Owner, Planned, Planner, counter_device
+from lightning_optim.optimizers.shards import Shards, all_reduced
 
 # Called for every parameter at every step: `map` over these is half the time of a comprehension.
 _grad, _is_neg = attrgetter("grad"), Tensor.is_neg
@@ -39,8 +41,10 @@ class _Structure:
     absent: list[bool]
     grad_types: set[type]
     grad_lazy: bool
+    grad_placements: list[Any]
     static: list[tuple[Any, ...]]
     copies: bool
+    scaled: bool
 
 
 class Stepper:
@@ -57,16 +61,25 @@ class Stepper:
         # Not a reference: a cycle would keep gigabytes of state alive until the next garbage collection.
         self.owner: Owner = weakref.proxy(owner)
         self.planner = Planner(self.owner, method, options, native_state)
-        self.grad_norm: Tensor | None = None
+        self.scaling: Scaling | None = None
         self._structure: _Structure | None = None
         self._plan: list[Planned] = []
 
-    def step(self, grads: Mapping[Tensor, Tensor] | None = None, copies: Mapping[Tensor, Tensor] | None = None) -> None:
+    def step(
+        self,
+        grads: Mapping[Tensor, Tensor] | None = None,
+        copies: Mapping[Tensor, Tensor] | None = None,
+        *,
+        loss: LossScale | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
         """Update every parameter that has a gradient.
 
         Args:
             grads: Gradients by parameter; default: each parameter's ``grad``. They are only read.
             copies: For each parameter, a tensor of the same shape to which the new weight is written too.
+            loss: What the gradients are to be divided by, and whether the step is to be left out.
+            max_grad_norm: Clip the gradients' global norm to this; default: the options' ``max_grad_norm``.
 
         Raises:
             RuntimeError: A gradient that is sparse, or of another shape or device than its parameter.
@@ -74,15 +87,17 @@ class Stepper:
         params = [p for group in self.owner.param_groups for p in group["params"]]
         found = list(map(_grad, params)) if grads is None else [grads.get(p) for p in params]
         gradients = [g for g in found if g is not None]
-        self.grad_norm = None
+        self.scaling = None
         if not gradients:
             return
-        structure = self._describe(params, found, gradients, copies is not None)
+        max_norm = self.planner.options.max_grad_norm if max_grad_norm is None else max_grad_norm
+        scaled = max_norm is not None or (loss is not None and loss.scale is not None)
+        structure = self._describe(params, found, gradients, copies is not None, scaled)
         if structure != self._structure or not self._fill(gradients, copies):
             self._structure = None  # a failure below must not leave a half-built plan behind
             members = self.planner.members(found)
             self.planner.prepare(members)
-            self._plan = self.planner.build(members, gradients, copies)
+            self._plan = self.planner.build(members, gradients, copies, scaled)
             if not self._fill(gradients, copies):
                 raise ValueError(
                     "a copy must have its parameter's shape and device, and its elements in the same order in memory"
@@ -90,35 +105,57 @@ class Stepper:
             # A first step may be special (SGD's dampening): with fresh members, the next step plans again.
             if not any(member.fresh for member in members):
                 self._structure = structure
-        coefficient = self._clip_coefficient(gradients)
+        if max_norm is not None or loss is not None:
+            needed = max_norm is not None or (loss is not None and loss.check)
+            self.scaling = Scaling(max_norm, loss, self._squares() if needed else None)
+        self._run()
+
+    def _run(self) -> None:
+        """Let every bucket's engine run it."""
+        scaling = self.scaling
+        # A host that must know waits for the device once; the engines that decide on the device come to the same.
+        waits = scaling is not None and not all(planned.engine.controls_on_device for planned in self._plan)
+        skip = waits and scaling is not None and scaling.skip()
+        factor = scaling.factor() if waits and scaling is not None and not skip else None
         for planned in self._plan:
-            planned.engine.run(planned.bucket, self._table(planned.bucket, coefficient))
-            if planned.engine.uses_addresses:
+            bucket = planned.bucket
+            if planned.engine.controls_on_device:
+                planned.engine.run(bucket, self._table(bucket, None), scaling)
+            elif not skip:
+                planned.engine.run(bucket, self._table(bucket, factor))
+            if planned.engine.uses_addresses and not skip:
                 # Behind torch's back: a later backward through an old weight must fail as after any in-place update.
-                written = planned.bucket.tensors
-                torch.autograd.graph.increment_version([*written["p"], *written.get("copy", ())])
-            planned.bucket.tensors, planned.bucket.steps = {}, None  # their owner's to free or to move
+                torch.autograd.graph.increment_version([*bucket.tensors["p"], *bucket.tensors.get("copy", ())])
+            bucket.tensors, bucket.steps = {}, None  # their owner's to free or to move
 
     def report(self) -> list[Decision]:
         """The engine of each bucket of the last step; before the first step, what it would be."""
         if not self._plan:
             params = [p for group in self.owner.param_groups for p in group["params"]]
-            plan = self.planner.build(self.planner.members(params), params, None)
+            plan = self.planner.build(self.planner.members(params), params, None, self.scaling is not None)
             return [planned.decision for planned in plan]
         return [planned.decision for planned in self._plan]
 
     def _describe(
-        self, params: list[Tensor], found: Sequence[Tensor | None], gradients: list[Tensor], copies: bool
+        self,
+        params: list[Tensor],
+        found: Sequence[Tensor | None],
+        gradients: list[Tensor],
+        copies: bool,
+        scaled: bool,
     ) -> _Structure:
         groups = self.owner.param_groups
+        types = set(map(type, gradients))
         return _Structure(
             params=list(map(id, params)),
             sizes=[len(group["params"]) for group in groups],
             absent=[g is None for g in found],
-            grad_types=set(map(type, gradients)),
+            grad_types=types,
             grad_lazy=any(map(_is_neg, gradients)),
+            grad_placements=[getattr(g, "placements", None) for g in gradients] if types != {Tensor} else [],
             static=list(map(self.planner.static, groups)),
             copies=copies,
+            scaled=scaled,
         )
 
     def _fill(self, gradients: list[Tensor], copies: Mapping[Tensor, Tensor] | None) -> bool:
@@ -153,32 +190,29 @@ class Stepper:
                 bucket.step_addresses = None if bucket.steps is None else reading.addresses[end:]
         return True
 
-    def _table(self, bucket: Bucket, coefficient: Tensor | None) -> list[Scalars]:
+    def _table(self, bucket: Bucket, factor: Tensor | None) -> list[Scalars]:
         """The scalars of each param group."""
         common: dict[str, float | Tensor] = {"seed": NOISE_SEED}
-        if coefficient is not None:
+        if factor is not None:
             # On a device it stays there: reading it would wait for the device.
-            local = coefficient.to(bucket.device, bucket.layout.math if bucket.device.type != "cpu" else None)
-            common["grad_scale"] = local.item() if local.device.type == "cpu" else local
+            on_cpu = bucket.device.type == "cpu"
+            common["grad_scale"] = factor.item() if on_cpu else factor.to(bucket.device, bucket.layout.math)
         return [{**self.planner.method.scalars(group), **common} for group in self.owner.param_groups]
 
-    def _clip_coefficient(self, gradients: list[Tensor]) -> Tensor | None:
-        """What to multiply gradients by, as ``torch.nn.utils.clip_grad_norm_`` does: NaN if the norm is."""
-        max_norm = self.planner.options.max_grad_norm
-        if max_norm is None:
-            return None
-        if not all(map(is_plain, gradients)):
-            total = torch.nn.utils.get_total_norm(gradients)
-            self.grad_norm = total.full_tensor() if hasattr(total, "full_tensor") else total
-        else:
-            columns: dict[torch.device, list[Tensor]] = {}
-            for g in gradients:
-                columns.setdefault(g.device, []).append(torch.view_as_real(g.resolve_conj()) if g.is_complex() else g)
-            engines = {planned.bucket.device: planned.engine for planned in self._plan}
-            first = gradients[0].device
-            parts = [engines[device].sum_of_squares(column).to(first) for device, column in columns.items()]
-            self.grad_norm = torch.stack(parts).sum().sqrt()
-        return (max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+    def _squares(self) -> Tensor:
+        """The sum of squares of all gradients, in parts, on the first one's device: of all shards, if they are such."""
+        parts: list[Tensor] = []
+        shards: dict[Shards, list[Tensor]] = {}
+        for planned in self._plan:
+            part = planned.engine.sum_of_squares(planned.bucket)
+            if planned.shards:
+                shards.setdefault(planned.shards, []).append(part.sum())
+            else:
+                parts.append(part)
+        for where, sums in shards.items():
+            parts.append(all_reduced(torch.stack(sums).sum(), where).reshape(1))
+        first = parts[0].device
+        return parts[0] if len(parts) == 1 else torch.cat([part.to(first, non_blocking=True) for part in parts])
 
 
 def _as_planned(
@@ -208,7 +242,7 @@ def _as_planned(
     for step in steps:
         if step.dtype != torch.float32 or step.numel() != 1 or not is_plain(step):
             return False
-        if planned.engine.uses_addresses and step.device.type != "cpu":
+        if planned.engine.uses_addresses and step.device != counter_device(planned.engine, bucket.device):
             return False
     planned.kept = list(map(weakref.ref, kept))
     planned.reading = Reading(here, reading.forms)

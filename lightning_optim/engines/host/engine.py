@@ -17,7 +17,8 @@ from lightning_optim.engines.host.printer import C_TYPES, CPrinter
 from lightning_optim.engines.host.reader import native_reader
 from lightning_optim.engines.host.threads import thread_count
 from lightning_optim.engines.host.toolchain import ToolchainError, find_toolchain
-from lightning_optim.engines.memory import Reading, is_dense, is_lazy, is_plain, read
+from lightning_optim.engines.memory import Reading, is_lazy, is_plain, read
+from lightning_optim.engines.scaling import Scaling
 from lightning_optim.rules.ops import norm
 from lightning_optim.rules.trace import Program, trace
 from lightning_optim.warnings import warn_once
@@ -27,8 +28,6 @@ from lightning_optim.warnings import warn_once
 CHUNK = 1 << 14
 #: Under this many elements a parallel region costs more than it saves.
 SERIAL_ELEMENTS = 1 << 15
-
-_data_ptr = torch.Tensor.data_ptr
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class HostEngine(Engine):
         """See :meth:`Engine.read`."""
         return (native_reader() or read)(tensors)
 
-    def run(self, bucket: Bucket, table: Sequence[Scalars]) -> None:
+    def run(self, bucket: Bucket, table: Sequence[Scalars], scaling: Scaling | None = None) -> None:
         """See :meth:`Engine.run`."""
         kernel = self._kernel(bucket.update.program, bucket.layout)
         columns = kernel.table_scalars
@@ -136,26 +135,22 @@ class HostEngine(Engine):
             raise ValueError("the host engine needs the addresses of the bucket's tensors: see Bucket.locate()")
         self._call(kernel, bucket.addresses, bucket.sizes, bucket.step_addresses, bucket.rows, bucket.ids, rows)
 
-    def sum_of_squares(self, tensors: Sequence[Tensor]) -> Tensor:
+    def sum_of_squares(self, bucket: Bucket) -> Tensor:
         """See :meth:`Engine.sum_of_squares`."""
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        others: list[Tensor] = []
-        for t in tensors:
-            fits = t.dtype in C_TYPES and is_plain(t) and is_dense(t)  # signs do not matter to squares
-            (by_dtype.setdefault(t.dtype, []) if fits else others).append(t)
-        total = super().sum_of_squares(others) if others else torch.zeros((), dtype=torch.float64)
-        for dtype, column in by_dtype.items():
-            math = torch.float64 if dtype == torch.float64 else torch.float32
-            try:
-                kernel = self._kernel(_NORM, Layout(math, (("g", dtype),)))
-            except BuildError as error:
-                warn_once(f"lightning-optim: clipping by torch's own operators ({error})", key=f"norm: {error}")
-                total += super().sum_of_squares(column)
-                continue
-            ids, sizes = array("i", [0] * len(column)), tuple([t.numel() for t in column])
-            norms = self._call(kernel, array("q", map(_data_ptr, column)), sizes, None, ids, ids, array("d", [0.0]))
-            total += sum(x * x for x in norms)
-        return total
+        dtype = dict(bucket.layout.dtypes)["g"]
+        math = torch.float64 if dtype == torch.float64 else torch.float32
+        try:
+            kernel = self._kernel(_NORM, Layout(math, (("g", dtype),)))
+        except BuildError as error:
+            warn_once(f"lightning-optim: clipping by torch's own operators ({error})", key=f"norm: {error}")
+            return super().sum_of_squares(bucket)
+        if bucket.addresses is None:
+            raise ValueError("the host engine needs the addresses of the bucket's tensors: see Bucket.locate()")
+        count, field = len(bucket), bucket.update.program.tensors.index("g")
+        zeros = array("i", bytes(4 * count))
+        data = bucket.addresses[field * count : (field + 1) * count]
+        norms = self._call(kernel, data, bucket.sizes, None, zeros, zeros, array("d", [0.0]))
+        return torch.tensor([sum(x * x for x in norms)], dtype=torch.float64)
 
     def _kernel(self, program: Program, layout: Layout) -> Kernel:
         """The compiled Program; a build that failed is not tried again in this process."""

@@ -1,0 +1,77 @@
+"""What gradients are multiplied by on their way into a step, and when the step is left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: As in ``torch.nn.utils.clip_grad_norm_``.
+_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """Gradients of a scaled loss.
+
+    Attributes:
+        scale: What the loss was multiplied by, 0-dim float32 on the gradients' device; None: nothing.
+        found_inf: 0-dim float32 on the gradients' device. Nonzero: the step is left out. With ``check``, it is set to
+            1 when a gradient is infinite or NaN.
+        check: Look for infinite and NaN gradients; not needed where ``found_inf`` already tells.
+    """
+
+    scale: Tensor | None
+    found_inf: Tensor
+    check: bool = True
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How the gradients of one step are unscaled and clipped, and whether the step is done at all.
+
+    Engines whose ``controls_on_device`` is set evaluate this in their own kernels; for all others the methods here
+    say what it comes to.
+
+    Attributes:
+        max_norm: Clip the global norm of the unscaled gradients to this; None: no clipping.
+        loss: The loss scale, if there is one.
+        squares: The sum of squares of all gradients as they are in memory, in float64 and in any number of parts;
+            None where neither clipping nor a check needs it.
+    """
+
+    max_norm: float | None = None
+    loss: LossScale | None = None
+    squares: Tensor | None = None
+
+    @property
+    def scale(self) -> Tensor | None:
+        """What the loss was multiplied by."""
+        return None if self.loss is None else self.loss.scale
+
+    def norm(self) -> Tensor | None:
+        """The global norm of the unscaled gradients, a 0-dim float64 tensor."""
+        if self.squares is None:
+            return None
+        norm = self.squares.sum().sqrt()
+        return norm if self.scale is None else norm / self.scale.to(norm.device, torch.float64)
+
+    def skip(self) -> bool:
+        """Whether to leave the step out; waits for the device, and sets ``found_inf``."""
+        if self.loss is None:
+            return False
+        if self.loss.check and self.squares is not None:
+            # A sum of squares in float64 is finite if and only if all float32 gradients are.
+            overflow = (~torch.isfinite(self.squares.sum())).to(self.loss.found_inf)
+            self.loss.found_inf.copy_(torch.maximum(self.loss.found_inf, overflow))
+        return bool(self.loss.found_inf.item())
+
+    def factor(self) -> Tensor | None:
+        """What gradients are multiplied by, 0-dim float64: NaN if their norm is, as for torch's clipping."""
+        factor = None if self.scale is None else 1 / self.scale.double()
+        norm = self.norm()
+        if self.max_norm is not None and norm is not None:
+            clip = (self.max_norm / (norm + _NORM_EPS)).clamp(max=1.0)
+            factor = clip if factor is None else clip * factor.to(clip.device)
+        return factor

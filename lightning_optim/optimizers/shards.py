@@ -1,0 +1,43 @@
+"""Parameters that are divided over processes: DTensors, as FSDP2 and tensor parallelism make them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: The dimensions of device meshes over which a tensor is divided, as ``(mesh, dimension)`` pairs: hashable.
+Shards = tuple[tuple[Any, int], ...]
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether this is a DTensor."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a DTensor; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def same_parts(a: Tensor, b: Tensor) -> bool:
+    """Whether two DTensors are divided alike, so that what is element-wise can be done part by part."""
+    if not (is_distributed(a) and is_distributed(b)):
+        return False
+    placements = a.placements  # type: ignore[attr-defined] # of a DTensor
+    alike = placements == b.placements and a.device_mesh == b.device_mesh  # type: ignore[attr-defined]
+    return alike and not any(placement.is_partial() for placement in placements)
+
+
+def shards_of(tensor: Tensor) -> Shards:
+    """Over what a DTensor is divided; replicas count once."""
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined] # of a DTensor
+    return tuple((mesh, dim) for dim, placement in enumerate(placements) if placement.is_shard())
+
+
+def all_reduced(total: Tensor, shards: Shards) -> Tensor:
+    """The sum of ``total`` over all parts: one number per mesh dimension crosses the network."""
+    for mesh, dim in shards:
+        torch.distributed.all_reduce(total, group=mesh.get_group(dim))
+    return total
