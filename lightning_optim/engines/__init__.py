@@ -4,12 +4,16 @@ from lightning_optim.engines.base import Bucket, Decision, Engine, Layout, choos
 from lightning_optim.engines.eager import EagerEngine
 from lightning_optim.engines.foreach import ForeachEngine
 from lightning_optim.engines.host import HostEngine
+from lightning_optim.engines.triton import TritonEngine
 
-ENGINES: dict[str, Engine] = {engine.name: engine for engine in (EagerEngine(), ForeachEngine(), HostEngine())}
+ENGINES: dict[str, Engine] = {
+    engine.name: engine for engine in (EagerEngine(), ForeachEngine(), HostEngine(), TritonEngine())
+}
 
 #: The order in which ``engine="auto"`` tries the engines, by device type: fastest first.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("host", "foreach", "eager"),
+    "cuda": ("triton", "foreach", "eager"),
     "default": ("foreach", "eager"),
 }
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_optim.engines.memory import Reading, read_forms
+from lightning_optim.engines.memory import Reading, is_lazy, is_plain, read_forms
 from lightning_optim.engines.scaling import Scaling
 from lightning_optim.rules.policy import Update
 from lightning_optim.warnings import warn_once
@@ -178,6 +178,28 @@ def advance(bucket: Bucket) -> None:
     """Count one more step of every parameter of the bucket."""
     if bucket.steps:
         torch._foreach_add_(bucket.steps, 1)
+
+
+def flat_memory(bucket: Bucket, dtypes: Container[torch.dtype]) -> str | None:
+    """Why a bucket cannot be updated as flat arrays at the addresses of its tensors, or None if it can.
+
+    Args:
+        bucket: The bucket.
+        dtypes: The storage types that the engine knows.
+    """
+    for name, dtype in bucket.layout.dtypes:
+        if dtype not in dtypes:
+            return f"{name} is stored as {dtype}"
+    for tensor in bucket.tensors["p"]:
+        if not is_plain(tensor):
+            return f"{type(tensor).__name__} weights need torch's own operators"
+    if not bucket.plain or any(map(is_lazy, bucket.tensors["p"])):
+        return "gradients or slots of other types than Tensor, or lazily negated ones, need torch's own operators"
+    if not bucket.dense:
+        return "the weights have gaps or overlaps in memory"
+    if bucket.aliased:
+        return "two weights share memory, so their updates must follow one another"
+    return None
 
 
 def requested_engine(argument: str) -> str:

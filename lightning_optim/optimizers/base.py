@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.engines.base import requested_engine
+from lightning_optim.engines.scaling import LossScale
 from lightning_optim.optimizers.loading import load_groups, load_state
 from lightning_optim.optimizers.options import check_group, check_option, check_parameters, parse_dtype
 from lightning_optim.optimizers.plan import Group, Options
@@ -45,6 +46,9 @@ class RuleOptimizer(torch.optim.Optimizer):
     rule: ClassVar[Rule]
     #: How weight decay is applied where the group has no ``decoupled_weight_decay`` of its own.
     default_decay: ClassVar[Decay] = "decoupled"
+
+    # ``torch.amp.GradScaler`` sets ``grad_scale`` and ``found_inf`` around a step of optimizers that unscale gradients.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -142,8 +146,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         # Engines call compiled code of their own, which torch.compile cannot trace. Not a decorator: dynamo's wrapper
         # costs 10 µs at every step, and its import more than a second at the first.
         run = _outside_of_graphs if torch.compiler.is_compiling() else Stepper.step
+        found_inf = getattr(self, "found_inf", None)
+        amp = None if found_inf is None else LossScale(getattr(self, "grad_scale", None), found_inf, check=False)
         with torch.no_grad():
-            run(self._stepper)
+            run(self._stepper, loss=amp)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -218,8 +224,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
 
 @torch._disable_dynamo
-def _outside_of_graphs(stepper: Stepper) -> None:
-    stepper.step()
+def _outside_of_graphs(stepper: Stepper, *, loss: LossScale | None) -> None:
+    stepper.step(loss=loss)
 
 
 def _declared_defaults(cls: type, options: Iterable[str]) -> dict[str, Any]:

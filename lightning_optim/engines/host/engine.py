@@ -11,13 +11,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_optim.engines.base import Bucket, Engine, Layout, Scalars
+from lightning_optim.engines.base import Bucket, Engine, Layout, Scalars, flat_memory
 from lightning_optim.engines.host.build import BuildError, load
 from lightning_optim.engines.host.printer import C_TYPES, CPrinter
 from lightning_optim.engines.host.reader import native_reader
 from lightning_optim.engines.host.threads import thread_count
 from lightning_optim.engines.host.toolchain import ToolchainError, find_toolchain
-from lightning_optim.engines.memory import Reading, is_lazy, is_plain, read
+from lightning_optim.engines.memory import Reading, read
 from lightning_optim.engines.scaling import Scaling
 from lightning_optim.rules.ops import norm
 from lightning_optim.rules.trace import Program, trace
@@ -107,18 +107,8 @@ class HostEngine(Engine):
         """See :meth:`Engine.rejects`; compiles the kernel, so that a failed build is known before the first step."""
         if bucket.device.type != "cpu":
             return f"the weights are on {bucket.device}, not on the CPU"
-        for name, dtype in bucket.layout.dtypes:
-            if dtype not in C_TYPES:
-                return f"{name} is stored as {dtype}"
-        for tensor in bucket.tensors["p"]:
-            if not is_plain(tensor):
-                return f"{type(tensor).__name__} weights need torch's own operators"
-        if not bucket.plain or any(map(is_lazy, bucket.tensors["p"])):
-            return "gradients or slots of other types than Tensor, or lazily negated ones, need torch's own operators"
-        if not bucket.dense:
-            return "the weights have gaps or overlaps in memory"
-        if bucket.aliased:
-            return "two weights share memory, so their updates must follow one another"
+        if (reason := flat_memory(bucket, C_TYPES)) is not None:
+            return reason
         self._kernel(bucket.update.program, bucket.layout)
         return None
 

@@ -1,0 +1,254 @@
+"""The Triton engine: hundreds of tensors in one launch, through tables of pointers; nothing waits for the device."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_optim.engines.base import Bucket, Engine, Layout, Scalars, flat_memory
+from lightning_optim.engines.cache import BuildError
+from lightning_optim.engines.host.reader import native_reader
+from lightning_optim.engines.memory import Reading, read
+from lightning_optim.engines.scaling import Scaling
+from lightning_optim.engines.triton.build import Kernels, build, interpreted, missing
+from lightning_optim.engines.triton.printer import TRITON_TYPES
+from lightning_optim.rules.ops import norm
+from lightning_optim.rules.trace import Program, trace
+
+#: Elements of a chunk, the work of one program: large enough that its tables and scalars (a few dozen bytes) are
+#: nothing beside it, small enough that a model of a million weights still fills the GPU.
+CHUNK = 8192
+#: Elements that a program handles at a time, with so many warps: 32 registers a thread for AdamW on sm_90, where
+#: 4096 elements need 234.
+BLOCK = 1024
+#: Fused multiply-add as in torch's own kernels, whatever Triton's default is (3.10 changes it).
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+#: Tensors, or partial sums, that a scalar kernel handles at a time.
+LANES = 256
+
+
+class Mirror:
+    """An array of 64-bit words that the device has a copy of.
+
+    A copy is sent only when a word has changed, from pinned memory of torch's caching allocator, which is not used
+    again before the copy is done: the host neither waits nor overwrites what is still being read.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.tensor = torch.zeros(0, dtype=dtype, device=device)
+        self._sent: array[Any] = array("q" if dtype == torch.int64 else "d")
+
+    def send(self, words: array[Any]) -> Tensor:
+        """Make the device's copy equal to ``words``, for all that is launched from here on."""
+        if words != self._sent:
+            source = torch.frombuffer(words, dtype=self.tensor.dtype)
+            if self.tensor.device.type != "cpu":
+                source = source.pin_memory()
+            if len(words) != len(self.tensor):
+                self.tensor = self.tensor.new_empty(len(words))
+            self.tensor.copy_(source, non_blocking=True)
+            self._sent = words
+        return self.tensor
+
+
+@dataclass
+class Tables:
+    """What the device knows of a bucket.
+
+    Attributes:
+        stride: Length of a row of addresses: even, so that every row is aligned to 16 bytes.
+        chunks: Number of chunks.
+        numel, rows, ids, first_chunk: Of each tensor.
+        chunk_tensor, chunk_begin: Of each chunk.
+        work, partials, skip: Scratch: see :class:`~lightning_optim.engines.triton.printer.TritonPrinter`.
+        addresses: Of all tensors and counters: a row for each name.
+        numbers: The table, and after it the norm to clip to.
+    """
+
+    stride: int
+    chunks: int
+    numel: Tensor
+    rows: Tensor
+    ids: Tensor
+    first_chunk: Tensor
+    chunk_tensor: Tensor
+    chunk_begin: Tensor
+    work: Tensor
+    partials: Tensor
+    skip: Tensor
+    addresses: Mirror
+    numbers: Mirror
+
+
+class TritonEngine(Engine):
+    """Runs element-wise and reducing updates on dense CUDA tensors of any mixture of floating-point types.
+
+    A step of a bucket is two launches for an element-wise rule, three with clipping or a loss scale, whatever the
+    number of tensors and param groups; rules with norms add two for each pass. No launch depends on the value of a
+    learning rate or of any other scalar, so that nothing is compiled when they change.
+    """
+
+    name = "triton"
+    uses_addresses = True
+    controls_on_device = True
+
+    def __init__(self) -> None:
+        self._kernels: dict[tuple[str, Layout], Kernels | BuildError] = {}
+        self._tables: weakref.WeakKeyDictionary[Bucket, Tables] = weakref.WeakKeyDictionary()
+
+    def unavailable(self) -> str | None:
+        """See :meth:`Engine.unavailable`."""
+        if (reason := missing()) is not None:
+            return reason
+        return None if interpreted() or torch.cuda.is_available() else "there is no CUDA device"
+
+    def rejects(self, bucket: Bucket) -> str | None:
+        """See :meth:`Engine.rejects`."""
+        wanted = "cpu" if interpreted() else "cuda"
+        if bucket.device.type != wanted:
+            where = "on the CPU, since Triton is interpreted" if interpreted() else "on a CUDA device"
+            return f"the weights are on {bucket.device}, not {where}"
+        if (reason := flat_memory(bucket, TRITON_TYPES)) is not None:
+            return reason
+        self._built(bucket.update.program, bucket.layout)
+        return None
+
+    def read(self, tensors: list[Tensor]) -> Reading:
+        """See :meth:`Engine.read`."""
+        return (native_reader() or read)(tensors)
+
+    def sum_of_squares(self, bucket: Bucket) -> Tensor:
+        """See :meth:`Engine.sum_of_squares`: one part for each chunk, in a fixed order and so deterministic."""
+        dtype = dict(bucket.layout.dtypes)["g"]
+        math = torch.float64 if dtype == torch.float64 else torch.float32
+        kernels = self._built(_NORM, Layout(math, (("g", dtype),)))
+        tables = self._prepared(bucket)
+        addresses = tables.addresses.send(_addresses(bucket, tables.stride))
+        squares = torch.empty(max(tables.chunks, 1), dtype=torch.float64, device=bucket.device)
+        if not tables.chunks:
+            return squares.zero_()
+        field = bucket.update.program.tensors.index("g")
+        tables.skip.zero_()
+        with _on(bucket.device):
+            kernels.sweeps[0][(tables.chunks,)](
+                addresses[field * tables.stride :], tables.numel, tables.chunk_tensor, tables.chunk_begin,
+                tables.work, squares, tables.skip, tables.stride, CHUNK=CHUNK, BLOCK=BLOCK, **OPTIONS,
+            )  # fmt: skip
+        return squares
+
+    def run(self, bucket: Bucket, table: Sequence[Scalars], scaling: Scaling | None = None) -> None:
+        """See :meth:`Engine.run`."""
+        kernels = self._built(bucket.update.program, bucket.layout)
+        tables = self._prepared(bucket)
+        scaling = scaling or Scaling()
+        numbers = [row[name] for row in table for name in kernels.table_scalars]
+        on_device = {place: value for place, value in enumerate(numbers) if isinstance(value, Tensor)}
+        words = array("d", [0.0 if place in on_device else float(value) for place, value in enumerate(numbers)])
+        words.append(scaling.max_norm if scaling.max_norm is not None else 0.0)
+        addresses = tables.addresses.send(_addresses(bucket, tables.stride))
+        rows = tables.numbers.send(words)
+        for place, value in on_device.items():
+            rows[place].copy_(value)
+        squares = scaling.squares
+        if squares is not None and squares.device != bucket.device:
+            squares = squares.to(bucket.device, non_blocking=True)
+        loss = scaling.loss
+        with _on(bucket.device):
+            kernels.scalars[0][(1,)](
+                addresses, tables.numel, tables.rows, tables.ids, rows, squares if squares is not None else rows,
+                loss.scale if loss is not None and loss.scale is not None else rows,
+                loss.found_inf if loss is not None else rows, rows[-1:], tables.work, tables.skip,
+                len(bucket), tables.stride, 0 if squares is None else squares.numel(),
+                CLIP=scaling.max_norm is not None, UNSCALE=loss is not None and loss.scale is not None,
+                CHECK=loss is not None and loss.check and squares is not None, SKIP=loss is not None, LANES=LANES,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+            for stage, sweep in enumerate(kernels.sweeps):
+                if stage:
+                    kernels.scalars[stage][(len(bucket),)](
+                        addresses, tables.numel, tables.rows, tables.ids, rows, tables.first_chunk,
+                        tables.partials, tables.work, tables.skip, tables.stride, LANES=LANES, enable_fp_fusion=True,
+                    )  # fmt: skip
+                if tables.chunks:
+                    sweep[(tables.chunks,)](
+                        addresses, tables.numel, tables.chunk_tensor, tables.chunk_begin, tables.work,
+                        tables.partials, tables.skip, tables.stride, CHUNK=CHUNK, BLOCK=BLOCK, **OPTIONS,
+                    )  # fmt: skip
+
+    def _built(self, program: Program, layout: Layout) -> Kernels:
+        key = (program.fingerprint, layout)
+        if key not in self._kernels:
+            try:
+                self._kernels[key] = build(program, layout)
+            except BuildError as error:
+                self._kernels[key] = error
+        kernels = self._kernels[key]
+        if isinstance(kernels, BuildError):
+            raise kernels
+        return kernels
+
+    def _prepared(self, bucket: Bucket) -> Tables:
+        """The tables of a bucket, made when it is first seen."""
+        if (tables := self._tables.get(bucket)) is not None:
+            return tables
+        kernels = self._built(bucket.update.program, bucket.layout)
+        count, device = len(bucket), bucket.device
+        chunk_tensor, chunk_begin, first_chunk = array("i"), array("q"), array("i", [0])
+        for index, size in enumerate(bucket.sizes):
+            begins = range(0, size, CHUNK)
+            chunk_tensor.extend([index] * len(begins))
+            chunk_begin.extend(begins)
+            first_chunk.append(len(chunk_tensor))
+        stride = count + count % 2
+        tables = Tables(
+            stride=stride,
+            chunks=len(chunk_tensor),
+            numel=torch.tensor(bucket.sizes, dtype=torch.int64, device=device),
+            rows=torch.tensor(bucket.rows, dtype=torch.int32, device=device),
+            ids=torch.tensor(bucket.ids, dtype=torch.int32, device=device),
+            first_chunk=torch.tensor(first_chunk, dtype=torch.int32, device=device),
+            chunk_tensor=torch.tensor(chunk_tensor, dtype=torch.int32, device=device),
+            chunk_begin=torch.tensor(chunk_begin, dtype=torch.int64, device=device),
+            work=torch.zeros(count * kernels.width, dtype=torch.float64, device=device),
+            partials=torch.zeros(max(len(chunk_tensor), 1) * kernels.reductions, dtype=torch.float64, device=device),
+            skip=torch.zeros(1, dtype=torch.int32, device=device),
+            addresses=Mirror(torch.int64, device),
+            numbers=Mirror(torch.float64, device),
+        )
+        self._tables[bucket] = tables
+        return tables
+
+
+def _addresses(bucket: Bucket, stride: int) -> array[int]:
+    """The addresses of a bucket's tensors and counters, in rows of ``stride``."""
+    if bucket.addresses is None or (bucket.step_addresses is None) != (bucket.steps is None):
+        raise ValueError("the triton engine needs the addresses of the bucket's tensors: see Bucket.locate()")
+    words = bucket.addresses + (bucket.step_addresses or array("q"))
+    count = len(bucket)
+    if count == stride:
+        return words
+    padded = array("q")
+    for start in range(0, len(words), count):
+        padded.extend(words[start : start + count])
+        padded.append(0)
+    return padded
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _norm(g: object) -> dict[str, object]:
+    return {"return": [norm(g)]}
+
+
+#: Its one pass adds up squares; the root is the first kernel's of a step.
+_NORM = trace(_norm, tensors=("g",), scalars=())

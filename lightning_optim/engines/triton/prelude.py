@@ -1,0 +1,122 @@
+"""What every generated Triton module begins with: the operations that Triton itself lacks or has otherwise.
+
+It is text, so that importing this package does not import Triton, and so that a generated module is whole.
+"""
+
+from __future__ import annotations
+
+PRELUDE = """\
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sign(x):
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@triton.jit
+def lerp(a, b, w):
+    # The two branches of torch.lerp: exact at both ends.
+    return tl.where(tl.abs(w) < 0.5, a + w * (b - a), b - (b - a) * (1 - w))
+
+
+@triton.jit
+def maximum(a, b):
+    return tl.where((a > b) | (a != a), a, b)
+
+
+@triton.jit
+def minimum(a, b):
+    return tl.where((a < b) | (a != a), a, b)
+
+
+@triton.jit
+def power(x, y):
+    # pow() by exp and log, which Triton has for every type: for a scalar in float64 within 1e-12 of it.
+    size = tl.exp(y * tl.log(tl.abs(x)))
+    whole = tl.floor(y) == y
+    odd = tl.floor(y * 0.5) * 2 != y
+    signed = tl.where(whole, tl.where(odd, -size, size), float("nan"))
+    return tl.where(y == 0, 1.0, tl.where(x < 0, signed, size)).to(size.dtype)
+
+
+@triton.jit
+def hash32(x):
+    # The rounding noise of lightning_optim/rules/rounding.py, bit for bit.
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D).to(tl.uint32)
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B).to(tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def noise_key(seed, tensor_id, step, salt):
+    # By way of int64: a cast to uint32 of what does not fit into int32 is not the same everywhere.
+    key = hash32((seed + tensor_id * 0).to(tl.int64).to(tl.uint32))
+    key = hash32(key ^ tensor_id.to(tl.int64).to(tl.uint32))
+    key = hash32(key ^ step.to(tl.int64).to(tl.uint32))
+    return hash32(key ^ salt.to(tl.int64).to(tl.uint32)).to(tl.int64).to(tl.float64)
+
+
+@triton.jit
+def stochastic_round(x, key, index):
+    noise = hash32(index.to(tl.uint32) ^ hash32((index >> 32).to(tl.uint32) + key))
+    bits = x.to(tl.uint32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    rounded = (bits + (noise & 0xFFFF)) & 0xFFFF0000
+    return tl.where(finite, rounded.to(tl.uint32), bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_bfloat16(x):
+    # To nearest even; a NaN stays one. Triton's interpreter would truncate instead.
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(x != x, x, rounded.to(tl.uint32).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def round_float16(x):
+    return x.to(tl.float16).to(x.dtype)
+
+
+@triton.jit
+def round_float32(x):
+    return x.to(tl.float32).to(x.dtype)
+
+
+@triton.jit
+def round_float64(x):
+    return x
+"""
+
+#: Unscaling, clipping and leaving a step out, decided on the device: the start of a step's first kernel.
+CONTROL = '''\
+@triton.jit
+def control(squares, parts, loss_scale, found_inf, max_norm, CLIP: tl.constexpr, UNSCALE: tl.constexpr,
+            CHECK: tl.constexpr, SKIP: tl.constexpr, LANES: tl.constexpr):
+    """What gradients are multiplied by, and whether the step is left out."""
+    factor = tl.full((), 1.0, tl.float64)
+    if UNSCALE:
+        factor = 1.0 / tl.load(loss_scale).to(tl.float64)
+    total = tl.full((), 0.0, tl.float64)
+    if CLIP or CHECK:
+        sums = tl.zeros((LANES,), tl.float64)
+        for start in range(0, parts, LANES):
+            lanes = start + tl.arange(0, LANES)
+            sums += tl.load(squares + lanes, mask=lanes < parts, other=0.0)
+        total = tl.sum(sums, axis=0)
+    leave = tl.full((), 0, tl.int32)
+    if SKIP:
+        found = tl.load(found_inf)
+        if CHECK:
+            found = tl.where(total - total == 0, found, 1.0)
+            tl.store(found_inf, found)
+        leave = (found != 0).to(tl.int32)
+    if CLIP:
+        norm = tl.sqrt(total) * factor
+        factor = factor * minimum(tl.load(max_norm) / (norm + 1e-6), tl.full((), 1.0, tl.float64))
+    return factor, leave
+'''
