@@ -35,10 +35,14 @@ class Kernels:
     reductions: int
 
 
+@lru_cache(maxsize=1)
 def missing() -> str | None:
     """Why there is no Triton here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        found = importlib.util.find_spec("triton") is not None
+        return f"Triton does not import: {error}" if found else "Triton is not installed"
     return None
 
 

@@ -268,7 +268,7 @@ class TritonPrinter(Printer):
                 hinted = pointer if masked else f"tl.multiple_of({pointer}, 16)"
                 body.append(f"    p_{tensor} = {hinted}")
             body += [
-                "    for offset in range(0, CHUNK, BLOCK):",
+                f"    for offset in range(0, {'tl.minimum(count, CHUNK).to(tl.int32)' if masked else 'CHUNK'}, BLOCK):",
                 "        lanes = offset + tl.arange(0, BLOCK)",
                 "        index = begin + lanes",
                 *(["        mask = lanes < count"] if masked else []),
