@@ -64,6 +64,7 @@ class Stepper:
         self.scaling: Scaling | None = None
         self._structure: _Structure | None = None
         self._plan: list[Planned] = []
+        self._fresh: list[Tensor] = []
 
     def step(
         self,
@@ -84,14 +85,38 @@ class Stepper:
         Raises:
             RuntimeError: A gradient that is sparse, or of another shape or device than its parameter.
         """
+        max_norm = self.planner.options.max_grad_norm if max_grad_norm is None else max_grad_norm
+        if not self.plan(grads, copies, scaled=max_norm is not None or (loss is not None and loss.scale is not None)):
+            self.scaling = None
+        elif max_norm is None and loss is None:
+            self.run(None)
+        else:
+            needed = max_norm is not None or (loss is not None and loss.check)
+            self.run(Scaling(max_norm, loss, self.squares() if needed else None))
+
+    def plan(
+        self,
+        grads: Mapping[Tensor, Tensor] | None = None,
+        copies: Mapping[Tensor, Tensor] | None = None,
+        *,
+        scaled: bool = False,
+    ) -> bool:
+        """Gather what the next :meth:`run` works on; the first half of :meth:`step`.
+
+        Args:
+            grads: As for :meth:`step`.
+            copies: As for :meth:`step`.
+            scaled: Whether gradients will be unscaled or clipped.
+
+        Returns:
+            Whether any parameter has a gradient.
+        """
         params = [p for group in self.owner.param_groups for p in group["params"]]
         found = list(map(_grad, params)) if grads is None else [grads.get(p) for p in params]
         gradients = [g for g in found if g is not None]
-        self.scaling = None
+        self._fresh = []
         if not gradients:
-            return
-        max_norm = self.planner.options.max_grad_norm if max_grad_norm is None else max_grad_norm
-        scaled = max_norm is not None or (loss is not None and loss.scale is not None)
+            return False
         structure = self._describe(params, found, gradients, copies is not None, scaled)
         if structure != self._structure or not self._fill(gradients, copies):
             self._structure = None  # a failure below must not leave a half-built plan behind
@@ -103,18 +128,17 @@ class Stepper:
                     "a copy must have its parameter's shape and device, and its elements in the same order in memory"
                 )
             # A first step may be special (SGD's dampening): with fresh members, the next step plans again.
-            if not any(member.fresh for member in members):
+            self._fresh = [member.param for member in members if member.fresh]
+            if not self._fresh:
                 self._structure = structure
-        if max_norm is not None or loss is not None:
-            needed = max_norm is not None or (loss is not None and loss.check)
-            self.scaling = Scaling(max_norm, loss, self._squares() if needed else None)
-        self._run()
+        return True
 
-    def _run(self) -> None:
-        """Let every bucket's engine run it."""
-        scaling = self.scaling
+    def run(self, scaling: Scaling | None) -> None:
+        """Let every bucket's engine run what is planned; the second half of :meth:`step`."""
+        self.scaling = scaling
         # A host that must know waits for the device once; the engines that decide on the device come to the same.
-        waits = scaling is not None and not all(planned.engine.controls_on_device for planned in self._plan)
+        on_device = all(planned.engine.controls_on_device for planned in self._plan)
+        waits = scaling is not None and not (on_device and not self._fresh)
         skip = waits and scaling is not None and scaling.skip()
         factor = scaling.factor() if waits and scaling is not None and not skip else None
         for planned in self._plan:
@@ -127,12 +151,20 @@ class Stepper:
                 # Behind torch's back: a later backward through an old weight must fail as after any in-place update.
                 torch.autograd.graph.increment_version([*bucket.tensors["p"], *bucket.tensors.get("copy", ())])
             bucket.tensors, bucket.steps = {}, None  # their owner's to free or to move
+        if skip:
+            for p in self._fresh:  # their first step is still to come
+                self.owner.state.pop(p, None)
 
-    def report(self) -> list[Decision]:
-        """The engine of each bucket of the last step; before the first step, what it would be."""
+    def report(self, *, scaled: bool = False) -> list[Decision]:
+        """The engine of each bucket of the last step; before the first step, what it would be.
+
+        Args:
+            scaled: Whether gradients are going to be unscaled or clipped in the step.
+        """
         if not self._plan:
             params = [p for group in self.owner.param_groups for p in group["params"]]
-            plan = self.planner.build(self.planner.members(params), params, None, self.scaling is not None)
+            scaled = scaled or self.planner.options.max_grad_norm is not None
+            plan = self.planner.build(self.planner.members(params), params, None, scaled)
             return [planned.decision for planned in plan]
         return [planned.decision for planned in self._plan]
 
@@ -199,7 +231,7 @@ class Stepper:
             common["grad_scale"] = factor.item() if on_cpu else factor.to(bucket.device, bucket.layout.math)
         return [{**self.planner.method.scalars(group), **common} for group in self.owner.param_groups]
 
-    def _squares(self) -> Tensor:
+    def squares(self) -> Tensor:
         """The sum of squares of all gradients, in parts, on the first one's device: of all shards, if they are such."""
         parts: list[Tensor] = []
         shards: dict[Shards, list[Tensor]] = {}
