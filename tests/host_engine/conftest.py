@@ -1,0 +1,30 @@
+"""Settings for the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lightning_optim.engines import ENGINES
+from lightning_optim.engines.host import HostEngine, build, reader
+from lightning_optim.engines.host import toolchain as toolchains
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+    """As in a new process: no compiler looked for, nothing compiled or warned of, an empty cache."""
+
+    def forget() -> None:
+        toolchains.find_toolchain.cache_clear()
+        build.private_folder.cache_clear()
+
+    reader.native_reader()  # not what is tested here: once found, it stays for the process
+    monkeypatch.setitem(ENGINES, "host", HostEngine())
+    monkeypatch.setattr("lightning_optim.warnings._seen", set())
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.delenv("LIGHTNING_OPTIM_ENGINE", raising=False)
+    forget()
+    yield monkeypatch
+    forget()
