@@ -304,7 +304,8 @@ class Planner:
         for member in members:
             state = self.owner.state.get(member.param) or {}  # none yet, if this is but a report
             if isinstance(step := state.get("step"), Tensor) and step.device != device:
-                state["step"] = step.to(device)
+                # To a device without waiting; from one, the host must have waited before it reads.
+                state["step"] = step.to(device, non_blocking=device.type != "cpu")
 
 
 def counter_device(engine: Engine, device: torch.device) -> torch.device:

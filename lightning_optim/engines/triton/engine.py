@@ -48,14 +48,23 @@ class Mirror:
     def send(self, words: array[Any]) -> Tensor:
         """Make the device's copy equal to ``words``, for all that is launched from here on."""
         if words != self._sent:
-            source = torch.frombuffer(words, dtype=self.tensor.dtype)
-            if self.tensor.device.type != "cpu":
-                source = source.pin_memory()
-            if len(words) != len(self.tensor):
-                self.tensor = self.tensor.new_empty(len(words))
-            self.tensor.copy_(source, non_blocking=True)
+            if len(words) == len(self.tensor):
+                self.tensor.copy_(_pinned(words, self.tensor.dtype, self.tensor.device), non_blocking=True)
+            else:
+                self.tensor = _sent(words, self.tensor.dtype, self.tensor.device)
             self._sent = words
         return self.tensor
+
+
+def _pinned(words: array[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What an array holds, in memory from which a device reads without making the host wait."""
+    source = torch.frombuffer(words, dtype=dtype) if words else torch.zeros(0, dtype=dtype)
+    return source.clone() if device.type == "cpu" else source.pin_memory()
+
+
+def _sent(words: array[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A copy of an array on the device."""
+    return _pinned(words, dtype, device).to(device, non_blocking=True)
 
 
 @dataclass
@@ -68,6 +77,7 @@ class Tables:
         numel, rows, ids, first_chunk: Of each tensor.
         chunk_tensor, chunk_begin: Of each chunk.
         work, partials, skip: Scratch: see :class:`~lightning_optim.engines.triton.printer.TritonPrinter`.
+        never: What stands for ``skip`` where nothing is left out.
         addresses: Of all tensors and counters: a row for each name.
         numbers: The table, and after it the norm to clip to.
     """
@@ -83,6 +93,7 @@ class Tables:
     work: Tensor
     partials: Tensor
     skip: Tensor
+    never: Tensor
     addresses: Mirror
     numbers: Mirror
 
@@ -126,40 +137,52 @@ class TritonEngine(Engine):
 
     def sum_of_squares(self, bucket: Bucket) -> Tensor:
         """See :meth:`Engine.sum_of_squares`: one part for each chunk, in a fixed order and so deterministic."""
+        tables = self._prepared(bucket)
+        tables.addresses.send(_addresses(bucket, tables.stride))
+        return self.launch_squares(bucket)
+
+    def run(self, bucket: Bucket, table: Sequence[Scalars], scaling: Scaling | None = None) -> None:
+        """See :meth:`Engine.run`."""
+        scaling = scaling or Scaling()
+        self.send(bucket, table, scaling.max_norm)
+        self.launch(bucket, scaling)
+
+    def send(self, bucket: Bucket, table: Sequence[Scalars], max_norm: float | None) -> None:
+        """Bring to the device what this step has of its own: addresses, the table, the norm to clip to."""
+        kernels, tables = self._built(bucket.update.program, bucket.layout), self._prepared(bucket)
+        numbers = [row[name] for row in table for name in kernels.table_scalars]
+        on_device = {place: value for place, value in enumerate(numbers) if isinstance(value, Tensor)}
+        words = array("d", [0.0 if place in on_device else float(value) for place, value in enumerate(numbers)])
+        words.append(max_norm if max_norm is not None else 0.0)
+        tables.addresses.send(_addresses(bucket, tables.stride))
+        rows = tables.numbers.send(words)
+        for place, value in on_device.items():
+            rows[place].copy_(value)
+
+    def launch_squares(self, bucket: Bucket) -> Tensor:
+        """The launch of :meth:`sum_of_squares`, when the addresses are on the device."""
         dtype = dict(bucket.layout.dtypes)["g"]
         math = torch.float64 if dtype == torch.float64 else torch.float32
-        kernels = self._built(_NORM, Layout(math, (("g", dtype),)))
-        tables = self._prepared(bucket)
-        addresses = tables.addresses.send(_addresses(bucket, tables.stride))
+        kernels, tables = self._built(_NORM, Layout(math, (("g", dtype),))), self._prepared(bucket)
         squares = torch.empty(max(tables.chunks, 1), dtype=torch.float64, device=bucket.device)
         if not tables.chunks:
             return squares.zero_()
         field = bucket.update.program.tensors.index("g")
-        tables.skip.zero_()
         with _on(bucket.device):
             kernels.sweeps[0][(tables.chunks,)](
-                addresses[field * tables.stride :], tables.numel, tables.chunk_tensor, tables.chunk_begin,
-                tables.work, squares, tables.skip, tables.stride, CHUNK=CHUNK, BLOCK=BLOCK, **OPTIONS,
+                tables.addresses.tensor[field * tables.stride :], tables.numel, tables.chunk_tensor,
+                tables.chunk_begin, tables.work, squares, tables.never, tables.stride,
+                CHUNK=CHUNK, BLOCK=BLOCK, **OPTIONS,
             )  # fmt: skip
         return squares
 
-    def run(self, bucket: Bucket, table: Sequence[Scalars], scaling: Scaling | None = None) -> None:
-        """See :meth:`Engine.run`."""
-        kernels = self._built(bucket.update.program, bucket.layout)
-        tables = self._prepared(bucket)
-        scaling = scaling or Scaling()
-        numbers = [row[name] for row in table for name in kernels.table_scalars]
-        on_device = {place: value for place, value in enumerate(numbers) if isinstance(value, Tensor)}
-        words = array("d", [0.0 if place in on_device else float(value) for place, value in enumerate(numbers)])
-        words.append(scaling.max_norm if scaling.max_norm is not None else 0.0)
-        addresses = tables.addresses.send(_addresses(bucket, tables.stride))
-        rows = tables.numbers.send(words)
-        for place, value in on_device.items():
-            rows[place].copy_(value)
-        squares = scaling.squares
+    def launch(self, bucket: Bucket, scaling: Scaling) -> None:
+        """The launches of :meth:`run`, when all that it needs is on the device."""
+        kernels, tables = self._built(bucket.update.program, bucket.layout), self._prepared(bucket)
+        addresses, rows = tables.addresses.tensor, tables.numbers.tensor
+        squares, loss = scaling.squares, scaling.loss
         if squares is not None and squares.device != bucket.device:
             squares = squares.to(bucket.device, non_blocking=True)
-        loss = scaling.loss
         with _on(bucket.device):
             kernels.scalars[0][(1,)](
                 addresses, tables.numel, tables.rows, tables.ids, rows, squares if squares is not None else rows,
@@ -206,19 +229,19 @@ class TritonEngine(Engine):
             chunk_tensor.extend([index] * len(begins))
             chunk_begin.extend(begins)
             first_chunk.append(len(chunk_tensor))
-        stride = count + count % 2
         tables = Tables(
-            stride=stride,
+            stride=count + count % 2,
             chunks=len(chunk_tensor),
-            numel=torch.tensor(bucket.sizes, dtype=torch.int64, device=device),
-            rows=torch.tensor(bucket.rows, dtype=torch.int32, device=device),
-            ids=torch.tensor(bucket.ids, dtype=torch.int32, device=device),
-            first_chunk=torch.tensor(first_chunk, dtype=torch.int32, device=device),
-            chunk_tensor=torch.tensor(chunk_tensor, dtype=torch.int32, device=device),
-            chunk_begin=torch.tensor(chunk_begin, dtype=torch.int64, device=device),
+            numel=_sent(array("q", bucket.sizes), torch.int64, device),
+            rows=_sent(bucket.rows, torch.int32, device),
+            ids=_sent(bucket.ids, torch.int32, device),
+            first_chunk=_sent(first_chunk, torch.int32, device),
+            chunk_tensor=_sent(chunk_tensor, torch.int32, device),
+            chunk_begin=_sent(chunk_begin, torch.int64, device),
             work=torch.zeros(count * kernels.width, dtype=torch.float64, device=device),
             partials=torch.zeros(max(len(chunk_tensor), 1) * kernels.reductions, dtype=torch.float64, device=device),
             skip=torch.zeros(1, dtype=torch.int32, device=device),
+            never=torch.zeros(1, dtype=torch.int32, device=device),
             addresses=Mirror(torch.int64, device),
             numbers=Mirror(torch.float64, device),
         )
