@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from lightning_optim.rules.policy import KAHAN_SLOT, Decay, Policy, Rounding, Up
 from lightning_optim.rules.rule import Rule
 
 Group = dict[str, Any]
+
+#: What of an update a Program does: all of it; its direction alone; or the move along a direction that is given in
+#: place of the gradient.
+Part = Literal["all", "direction", "move"]
 
 make_update = lru_cache(maxsize=None)(Update)  # few distinct ones; each is traced once per process
 
@@ -58,12 +62,14 @@ class Options:
         rounding: See :class:`~lightning_optim.rules.policy.Policy`.
         state_dtype: Storage type of new slots; None: float32 (float64 for float64 weights).
         max_grad_norm: Clip the global norm of the gradients to this, inside the step; None: no clipping.
+        capture: Record the step as a CUDA graph.
     """
 
     engine: str = "auto"
     rounding: Rounding = "nearest"
     state_dtype: torch.dtype | None = None
     max_grad_norm: float | None = None
+    capture: bool = False
 
 
 @dataclass
@@ -127,10 +133,14 @@ class Planner:
         method: The rule, and how a param group's options map to its inputs.
         options: What holds for all groups.
         native_state: Create slots in the weight's dtype, as torch's own optimizers do.
+        part: What of an update the buckets do.
     """
 
-    def __init__(self, owner: Owner, method: Method, options: Options, native_state: bool) -> None:
+    def __init__(
+        self, owner: Owner, method: Method, options: Options, native_state: bool, part: Part = "all"
+    ) -> None:
         self.owner = owner
+        self.part = part
         self.method = method
         self.options = options
         self.native_state = native_state
@@ -190,15 +200,19 @@ class Planner:
         low: tuple[str, ...] = ()
         if options.rounding == "stochastic":
             low = tuple(s for s in rule.slots(flags) if self._stored_dtype(p, s) == torch.bfloat16)
+        decay = self.method.decay(group)
+        if self.part != "all" and (decay == "l2") != (self.part == "direction"):
+            decay = "none"  # L2 is the gradient's, all others are the weight's
         policy = Policy(
-            decay=self.method.decay(group),
-            cautious=bool(group.get("cautious", False)),
-            maximize=bool(group.get("maximize", False)),
+            decay=decay,
+            cautious=bool(group.get("cautious", False)) and self.part == "all",
+            maximize=bool(group.get("maximize", False)) and self.part != "move",
             scaled=scaled,
             rounding=options.rounding,
             weight_dtype=dtype_name(p.dtype),
             low_precision_slots=low,
             copy=copy,
+            direction=self.part == "direction",
         )
         return make_update(rule, policy, tuple(sorted(flags.items())))
 
@@ -213,10 +227,17 @@ class Planner:
             slots = [local(slot) for slot in slots]
         return all(map(is_plain, [g, *slots, *([copies[p]] if copies is not None else [])]))
 
-    def prepare(self, members: list[Member]) -> None:
-        """Create the state that is missing, and bring loaded state into the form that engines expect."""
+    def prepare(self, members: list[Member]) -> list[Tensor]:
+        """Create the state that is missing, and bring loaded state into the form that engines expect.
+
+        Returns:
+            The parameters that had no state.
+        """
+        new = []
         for member in members:
             p, state = member.param, self.owner.state[member.param]
+            if not state:
+                new.append(p)
             if self.counts_steps():
                 step = state.get("step", 0.0)
                 usable = (
@@ -237,6 +258,7 @@ class Planner:
                     raise RuntimeError(f"{member.label}: its state does not fit: {slot} has {shown}")
                 elif is_dense(p) and in_order_of(value, p) is not value:
                     state[slot] = in_order_of(value, p)
+        return new
 
     def build(
         self,

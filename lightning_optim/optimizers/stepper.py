@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import weakref
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
@@ -21,8 +21,9 @@ from torch import Tensor
 from lightning_optim.engines.base import Bucket, Decision, Scalars
 from lightning_optim.engines.memory import Reading, aliased, form, in_order_of, is_lazy, is_plain, same_order
 from lightning_optim.engines.scaling import LossScale, Scaling
-from lightning_optim.optimizers.plan import Method, Options, Owner, Planned, Planner, counter_device
+from lightning_optim.optimizers.plan import Group, Method, Options, Owner, Part, Planned, Planner, counter_device
 from lightning_optim.optimizers.shards import Shards, all_reduced
+from lightning_optim.warnings import warn_once
 
 # Called for every parameter at every step: `map` over these is half the time of a comprehension.
 _grad, _is_neg = attrgetter("grad"), Tensor.is_neg
@@ -55,16 +56,31 @@ class Stepper:
         method: The rule, and how a param group's options map to its inputs.
         options: What holds for all groups.
         native_state: Create slots in the weight's dtype, as torch's own optimizers do.
+        part: What of an update is done: see :data:`~lightning_optim.optimizers.plan.Part`. Directions are written to
+            the ``copies``.
+        selects: Tells the param groups that are stepped; default: all.
     """
 
-    def __init__(self, owner: Owner, method: Method, options: Options, *, native_state: bool = False) -> None:
+    def __init__(
+        self,
+        owner: Owner,
+        method: Method,
+        options: Options,
+        *,
+        native_state: bool = False,
+        part: Part = "all",
+        selects: Callable[[Group], bool] | None = None,
+    ) -> None:
         # Not a reference: a cycle would keep gigabytes of state alive until the next garbage collection.
         self.owner: Owner = weakref.proxy(owner)
-        self.planner = Planner(self.owner, method, options, native_state)
+        self.planner = Planner(self.owner, method, options, native_state, part)
+        self._selects = selects
         self.scaling: Scaling | None = None
         self._structure: _Structure | None = None
         self._plan: list[Planned] = []
         self._fresh: list[Tensor] = []
+        self._new: list[Tensor] = []
+        self._captured: Any = None
 
     def step(
         self,
@@ -88,6 +104,8 @@ class Stepper:
         max_norm = self.planner.options.max_grad_norm if max_grad_norm is None else max_grad_norm
         if not self.plan(grads, copies, scaled=max_norm is not None or (loss is not None and loss.scale is not None)):
             self.scaling = None
+        elif self.planner.options.capture and not self._fresh and self._can_capture():
+            self._run_captured(max_norm, loss)
         elif max_norm is None and loss is None:
             self.run(None)
         else:
@@ -113,15 +131,16 @@ class Stepper:
         """
         params = [p for group in self.owner.param_groups for p in group["params"]]
         found = list(map(_grad, params)) if grads is None else [grads.get(p) for p in params]
+        found = self._selected(found)
         gradients = [g for g in found if g is not None]
-        self._fresh = []
+        self._fresh, self._new = [], []
         if not gradients:
             return False
         structure = self._describe(params, found, gradients, copies is not None, scaled)
         if structure != self._structure or not self._fill(gradients, copies):
             self._structure = None  # a failure below must not leave a half-built plan behind
             members = self.planner.members(found)
-            self.planner.prepare(members)
+            self._new = self.planner.prepare(members)
             self._plan = self.planner.build(members, gradients, copies, scaled)
             if not self._fill(gradients, copies):
                 raise ValueError(
@@ -147,13 +166,53 @@ class Stepper:
                 planned.engine.run(bucket, self._table(bucket, None), scaling)
             elif not skip:
                 planned.engine.run(bucket, self._table(bucket, factor))
-            if planned.engine.uses_addresses and not skip:
-                # Behind torch's back: a later backward through an old weight must fail as after any in-place update.
-                torch.autograd.graph.increment_version([*bucket.tensors["p"], *bucket.tensors.get("copy", ())])
-            bucket.tensors, bucket.steps = {}, None  # their owner's to free or to move
+        self._let_go(written=not skip)
         if skip:
             for p in self._fresh:  # their first step is still to come
                 self.owner.state.pop(p, None)
+
+    def _let_go(self, *, written: bool) -> None:
+        """After a step, tensors are their owner's to free or to move."""
+        for planned in self._plan:
+            bucket = planned.bucket
+            if planned.engine.uses_addresses and written:
+                # Behind torch's back: a later backward through an old weight must fail as after any in-place update.
+                torch.autograd.graph.increment_version([*bucket.tensors["p"], *bucket.tensors.get("copy", ())])
+            bucket.tensors, bucket.steps = {}, None
+
+    def _can_capture(self) -> bool:
+        """Whether the planned step can be recorded as a CUDA graph; warns if not.
+
+        Raises:
+            RuntimeError: A parameter has no gradient.
+        """
+        from lightning_optim.engines.triton.graph import CapturedSteps  # only who captures needs it
+
+        reason = CapturedSteps.rejects([(planned.engine, planned.bucket) for planned in self._plan])
+        if reason is None and any(planned.shards for planned in self._plan):
+            reason = "the norm of sharded gradients needs other processes"
+        if reason is not None:
+            warn_once(f"lightning-optim: the step is not captured as a CUDA graph ({reason})", key=f"capture: {reason}")
+            return False
+        absent = [
+            f"{_label(group, index)}"
+            for group in self.owner.param_groups
+            for index, p in enumerate(group["params"])
+            if p.requires_grad and p.grad is None
+        ]
+        if absent:
+            raise RuntimeError(
+                f"a captured step needs a gradient for every parameter; there is none for {', '.join(absent[:5])}"
+                f"{' and others' if len(absent) > 5 else ''}; valid: requires_grad=False for them, or capture=False"
+            )
+        if self._captured is None:
+            self._captured = CapturedSteps()
+        return True
+
+    def _run_captured(self, max_norm: float | None, loss: LossScale | None) -> None:
+        work: list[Any] = [(planned.engine, planned.bucket) for planned in self._plan]
+        self.scaling = self._captured.run(work, lambda bucket: self._table(bucket, None), max_norm, loss)
+        self._let_go(written=True)
 
     def report(self, *, scaled: bool = False) -> list[Decision]:
         """The engine of each bucket of the last step; before the first step, what it would be.
@@ -164,9 +223,24 @@ class Stepper:
         if not self._plan:
             params = [p for group in self.owner.param_groups for p in group["params"]]
             scaled = scaled or self.planner.options.max_grad_norm is not None
-            plan = self.planner.build(self.planner.members(params), params, None, scaled)
+            chosen = self._selected(params)
+            copies = {p: p for p in params} if self.planner.part == "direction" else None
+            weights = [p for p in chosen if p is not None]
+            plan = self.planner.build(self.planner.members(chosen), weights, copies, scaled)
             return [planned.decision for planned in plan]
         return [planned.decision for planned in self._plan]
+
+    def planner_of(self, group: Group) -> Planner:
+        """What knows the state of a param group's parameters."""
+        del group
+        return self.planner
+
+    def _selected(self, found: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Of one value for each parameter, those of the param groups that are stepped."""
+        if self._selects is None:
+            return found
+        chosen = [self._selects(group) for group in self.owner.param_groups for _ in group["params"]]
+        return [value if mine else None for value, mine in zip(found, chosen, strict=True)]
 
     def _describe(
         self,
@@ -245,6 +319,12 @@ class Stepper:
             parts.append(all_reduced(torch.stack(sums).sum(), where).reshape(1))
         first = parts[0].device
         return parts[0] if len(parts) == 1 else torch.cat([part.to(first, non_blocking=True) for part in parts])
+
+
+def _label(group: dict[str, Any], index: int) -> str:
+    return (
+        repr(group["param_names"][index]) if "param_names" in group else f"shape {tuple(group['params'][index].shape)}"
+    )
 
 
 def _as_planned(

@@ -139,7 +139,10 @@ class TritonEngine(Engine):
         """See :meth:`Engine.sum_of_squares`: one part for each chunk, in a fixed order and so deterministic."""
         tables = self._prepared(bucket)
         tables.addresses.send(_addresses(bucket, tables.stride))
-        return self.launch_squares(bucket)
+        empty = torch.empty if tables.chunks else torch.zeros
+        squares = empty(self.parts(bucket), dtype=torch.float64, device=bucket.device)
+        self.launch_squares(bucket, squares)
+        return squares
 
     def run(self, bucket: Bucket, table: Sequence[Scalars], scaling: Scaling | None = None) -> None:
         """See :meth:`Engine.run`."""
@@ -159,14 +162,22 @@ class TritonEngine(Engine):
         for place, value in on_device.items():
             rows[place].copy_(value)
 
-    def launch_squares(self, bucket: Bucket) -> Tensor:
-        """The launch of :meth:`sum_of_squares`, when the addresses are on the device."""
+    def parts(self, bucket: Bucket) -> int:
+        """Length of the sum of squares of a bucket."""
+        return max(self._prepared(bucket).chunks, 1)
+
+    def launch_squares(self, bucket: Bucket, squares: Tensor) -> None:
+        """The launch of :meth:`sum_of_squares`, when the addresses are on the device.
+
+        Args:
+            bucket: The bucket.
+            squares: Where the parts go; zeros, or what was here before.
+        """
         dtype = dict(bucket.layout.dtypes)["g"]
         math = torch.float64 if dtype == torch.float64 else torch.float32
         kernels, tables = self._built(_NORM, Layout(math, (("g", dtype),))), self._prepared(bucket)
-        squares = torch.empty(max(tables.chunks, 1), dtype=torch.float64, device=bucket.device)
         if not tables.chunks:
-            return squares.zero_()
+            return
         field = bucket.update.program.tensors.index("g")
         with _on(bucket.device):
             kernels.sweeps[0][(tables.chunks,)](
@@ -174,7 +185,6 @@ class TritonEngine(Engine):
                 tables.chunk_begin, tables.work, squares, tables.never, tables.stride,
                 CHUNK=CHUNK, BLOCK=BLOCK, **OPTIONS,
             )  # fmt: skip
-        return squares
 
     def launch(self, bucket: Bucket, scaling: Scaling) -> None:
         """The launches of :meth:`run`, when all that it needs is on the device."""
@@ -204,6 +214,11 @@ class TritonEngine(Engine):
                         addresses, tables.numel, tables.chunk_tensor, tables.chunk_begin, tables.work,
                         tables.partials, tables.skip, tables.stride, CHUNK=CHUNK, BLOCK=BLOCK, **OPTIONS,
                     )  # fmt: skip
+
+    def places(self, bucket: Bucket) -> tuple[int, ...]:
+        """What a recorded launch of this bucket depends on: it may be replayed as long as this is the same."""
+        tables = self._prepared(bucket)
+        return id(bucket), tables.addresses.tensor.data_ptr(), tables.numbers.tensor.data_ptr()
 
     def _built(self, program: Program, layout: Layout) -> Kernels:
         key = (program.fingerprint, layout)

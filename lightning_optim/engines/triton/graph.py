@@ -1,0 +1,86 @@
+"""A step's launches recorded as a CUDA graph, which one call replays.
+
+What changes from step to step (the addresses of gradients, the scalars of every param group) is not in the graph: the
+kernels read it from tables on the device, to which it is sent before each replay. So gradients may be new tensors at
+every step, and schedules go on; only another set of tensors needs another graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lightning_optim.engines.base import Bucket, Engine, Scalars
+from lightning_optim.engines.scaling import LossScale, Scaling
+from lightning_optim.engines.triton.engine import TritonEngine
+
+
+def record(launches: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+    """Record what ``launches`` launches, without doing it; the result does it, as often as it is called."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        launches()
+    return graph.replay
+
+
+class CapturedSteps:
+    """Steps buckets by a CUDA graph, recorded at the second step that is like the one before it."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._work: list[Any] = []  # what the key names must stay: another bucket could get its place in memory
+        self._replay: Callable[[], None] | None = None
+        self._scaling: Scaling | None = None
+
+    @staticmethod
+    def rejects(work: Sequence[tuple[Engine, Bucket]]) -> str | None:
+        """Why steps of these buckets cannot be captured, or None if they can."""
+        for engine, bucket in work:
+            if not isinstance(engine, TritonEngine):
+                return f"the {engine.name} engine runs {bucket.label}"
+        devices = sorted({str(bucket.device) for _, bucket in work})
+        return None if len(devices) == 1 else f"the weights are on {len(devices)} devices: {', '.join(devices)}"
+
+    def run(
+        self,
+        work: Sequence[tuple[TritonEngine, Bucket]],
+        table: Callable[[Bucket], Sequence[Scalars]],
+        max_norm: float | None,
+        loss: LossScale | None,
+    ) -> Scaling | None:
+        """One step; returns how its gradients were scaled."""
+        for engine, bucket in work:
+            engine.send(bucket, table(bucket), max_norm)
+        needed = max_norm is not None or (loss is not None and loss.check)
+
+        def launches() -> None:
+            squares = None
+            if needed:
+                sizes = [engine.parts(bucket) for engine, bucket in work]
+                squares = torch.zeros(sum(sizes), dtype=torch.float64, device=work[0][1].device)
+                for (engine, bucket), part in zip(work, squares.split(sizes), strict=True):
+                    engine.launch_squares(bucket, part)
+            self._scaling = Scaling(max_norm, loss, squares) if max_norm is not None or loss is not None else None
+            for engine, bucket in work:
+                engine.launch(bucket, self._scaling or Scaling())
+
+        key = (
+            *(place for engine, bucket in work for place in engine.places(bucket)),
+            max_norm is None,
+            None if loss is None else (_place(loss.scale), _place(loss.found_inf), loss.check),
+        )
+        if key != self._key:
+            # The first step of its kind is not recorded: it compiles the kernels.
+            self._key, self._work, self._replay = key, list(work), None
+            launches()
+            return self._scaling
+        if self._replay is None:
+            self._replay = record(launches, work[0][1].device)
+        self._replay()
+        return self._scaling
+
+
+def _place(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
