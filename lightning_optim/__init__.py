@@ -15,6 +15,8 @@ from lightning_optim.optimizers import (
     AdamW,
     AdamWOptim,
     Lion,
+    Muon,
+    MuonOptim,
     RuleOptimizer,
     SGDOptim,
     adopt,
@@ -28,6 +30,7 @@ from lightning_optim.registry import (
     scheduler_info,
 )
 from lightning_optim.schedulers import WSD, Cosine, Linear, Schedule
+from lightning_optim.strategy_names import register as _register_strategies
 from lightning_optim.warnings import LightningOptimWarning
 
 __all__ = [
@@ -42,6 +45,8 @@ __all__ = [
     "LightningOptimWarning",
     "Linear",
     "Lion",
+    "Muon",
+    "MuonOptim",
     "RuleOptimizer",
     "SGDOptim",
     "Schedule",
@@ -54,3 +59,5 @@ __all__ = [
     "param_groups",
     "scheduler_info",
 ]
+
+_register_strategies()  # with the Lightning that is imported already, if any; imports nothing itself

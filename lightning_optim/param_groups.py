@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+
+#: Tells parameters apart that an optimizer steps differently: from a parameter, its names and the modules that own it,
+#: to the kind's name and its options.
+Kinds = Callable[[nn.Parameter, Sequence[str], Sequence[nn.Module]], tuple[str, Mapping[str, Any]]]
 
 # Names that wrappers (compile, FSDP, activation checkpointing) put between a user's own.
 _WRAPPER_PARTS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -42,6 +46,10 @@ class _Parameter:
         """Whether a glob matches one of the names, with or without the parts that wrappers add."""
         return any(fnmatchcase(name, pattern) or fnmatchcase(_own_name(name), pattern) for name in self.names)
 
+    @property
+    def own_names(self) -> list[str]:
+        return [_own_name(name) for name in self.names]
+
     def is_embedding(self) -> bool:
         """Whether it belongs to an embedding layer, perhaps among others."""
         return any(isinstance(owner, _EMBEDDING_TYPES) for owner in self.owners)
@@ -70,6 +78,7 @@ def param_groups(
     decay_embeddings: bool = True,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     include_frozen: bool = False,
+    kinds: Kinds | None = None,
 ) -> list[dict[str, Any]]:
     """Split a model's parameters into groups for an optimizer.
 
@@ -101,12 +110,14 @@ def param_groups(
         include_frozen: Whether parameters with ``requires_grad=False`` are included, for those who will
             unfreeze them; otherwise they are left out, and can be added later with
             ``optimizer.add_param_group``.
+        kinds: For optimizers that step parameters of several kinds: names a parameter's kind, and its options, which
+            ``overrides`` may replace. An ``lr`` among them takes the place of ``lr``. ``Muon.kinds({})``, say.
 
     Returns:
         Groups as torch optimizers take them, in a fixed order: by layer, decayed before not decayed,
-        overridden last. Each has ``params``, a unique ``name`` (such as ``"layer_3.no_decay"``),
-        ``weight_decay``, ``lr`` if given, and its overrides; all but ``params`` are primitives, so that
-        checkpoints can hold them.
+        overridden last, kinds in the order in which they appear. Each has ``params``, a unique ``name`` (such as
+        ``"layer_3.no_decay"``), ``weight_decay``, ``lr`` if given, and its overrides; all but ``params`` are
+        primitives, so that checkpoints can hold them.
 
     Raises:
         TypeError: ``model`` is not a module, or a pattern, option or value has a type that cannot be used.
@@ -144,7 +155,8 @@ def param_groups(
     undecayed += _undecayed_by_the_model(model)
     depths = None if lr is None or layer_decay in (None, 1) else _depths(model, everything)
 
-    groups: dict[tuple[int, tuple[int, ...], bool], dict[str, Any]] = {}
+    groups: dict[tuple[int, tuple[int, ...], bool, int], dict[str, Any]] = {}
+    known: list[tuple[str, Mapping[str, Any]]] = []
     for parameter in used:
         matching = [pattern for pattern in options if parameter.matches(pattern)]
         special = {key: value for pattern in matching for key, value in options[pattern].items()}
@@ -154,18 +166,22 @@ def param_groups(
             else parameter.is_decayed(decay_embeddings) and not any(map(parameter.matches, undecayed))
         )
         depth = 0 if depths is None else depths[id(parameter.value)]
-        key = (depth, tuple(map(list(options).index, matching)), not decayed)
+        kind = ("", {}) if kinds is None else kinds(parameter.value, parameter.own_names, parameter.owners)
+        if kind not in known:
+            known.append(kind)
+        key = (depth, tuple(map(list(options).index, matching)), not decayed, known.index(kind))
         if key not in groups:
             layer = "" if depths is None else f"layer_{depth}."
             suffix = f"[{','.join(matching)}]" if matching else ""
             groups[key] = {
                 "params": [],
-                "name": f"{layer}{'decay' if decayed else 'no_decay'}{suffix}",
+                "name": f"{layer}{'decay' if decayed else 'no_decay'}{kind[0] and '.' + kind[0]}{suffix}",
                 "weight_decay": float(weight_decay) if decayed else 0.0,
             }
+            groups[key].update(kind[1])
             if lr is not None:
                 steps_down = 0 if depths is None else max(depths.values()) - depth
-                groups[key]["lr"] = float(lr) * (layer_decay or 1.0) ** steps_down
+                groups[key]["lr"] = float(kind[1].get("lr", lr)) * (layer_decay or 1.0) ** steps_down
             groups[key].update(special)
         groups[key]["params"].append(parameter.value)
     return [groups[key] for key in sorted(groups)]

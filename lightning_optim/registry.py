@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_optim.optimizers import LAMB, SGD, Adam, AdamW, Lion, RuleOptimizer
+from lightning_optim.optimizers import LAMB, SGD, Adam, AdamW, Lion, Muon, RuleOptimizer
 from lightning_optim.optimizers.options import did_you_mean
 from lightning_optim.param_groups import param_groups
 from lightning_optim.rules.policy import Policy, Update
@@ -44,7 +44,9 @@ class OptimizerInfo:
 
     @cached_property
     def kind(self) -> str:
-        """``"elementwise"``, or ``"reduce"`` if an update depends on a norm of its tensor."""
+        """``"elementwise"``; ``"reduce"`` if an update depends on a norm of its tensor; ``"matrix"``, on a product."""
+        if issubclass(self.cls, Muon):
+            return "matrix"
         weight = nn.Parameter(torch.zeros(2, 2))
         group = self.create([weight]).param_groups[0]
         flags = self.cls.flags(group, weight, True)
@@ -87,6 +89,7 @@ OPTIMIZERS: dict[str, OptimizerInfo] = {
         OptimizerInfo("adamw", AdamW, "arXiv:1711.05101", torch.optim.AdamW),
         OptimizerInfo("lamb", LAMB, "arXiv:1904.00962"),
         OptimizerInfo("lion", Lion, "arXiv:2302.06675"),
+        OptimizerInfo("muon", Muon, "https://kellerjordan.github.io/posts/muon"),
         OptimizerInfo("sgd", SGD, "Sutskever et al., ICML 2013", torch.optim.SGD),
     )
 }
@@ -101,7 +104,7 @@ def list_optimizers() -> list[str]:
     """Names of all optimizers.
 
     >>> list_optimizers()
-    ['adam', 'adamw', 'lamb', 'lion', 'sgd']
+    ['adam', 'adamw', 'lamb', 'lion', 'muon', 'sgd']
     """
     return sorted(OPTIMIZERS)
 
@@ -179,6 +182,7 @@ def create_optimizer(
         layer_decay=layer_decay,
         no_decay=no_decay,
         overrides=overrides,
+        kinds=info.cls.kinds(options),
     )
     return info.create(groups, **options)
 

@@ -72,16 +72,58 @@ def lamb(p: Tensor, g: Tensor, s: State, o: Options) -> Tensor:
     return float(o["lr"]) * min(ratio, o["max_trust_ratio"] or math.inf) * r
 
 
+#: The first six steps of Algorithm 1 of arXiv:2505.16932 (its authors' published numbers); all but the last of the
+#: algorithm's eight are evaluated at 1 / 1.01 of their argument.
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+)
+
+
+def newton_schulz(m: Tensor, o: Options) -> Tensor:
+    """Of https://kellerjordan.github.io/posts/muon, in float64, on the side on which the Gram matrix is small."""
+    if m.shape[0] > m.shape[1]:
+        return newton_schulz(m.T, o).T
+    x = m / max(math.sqrt(float((m * m).sum())), 1e-7)
+    for step in range(o["ns_steps"]):
+        if o["ns_coefficients"] == "muon":
+            a, b, c = 3.4445, -4.7750, 2.0315
+        else:
+            a, b, c = (k / 1.01**power for k, power in zip(POLAR_EXPRESS[step], (1, 3, 5), strict=True))
+        gram = x @ x.T
+        x = a * x + b * gram @ x + c * gram @ gram @ x
+    return x
+
+
+def muon(p: Tensor, g: Tensor, s: State, o: Options) -> Tensor:
+    """Keller Jordan's Muon, or AdamW; the size of the update as in torch.optim.Muon's ``adjust_lr_fn``."""
+    if not o["use_muon"]:
+        return adam(p, g, s, o)
+    mu = o["momentum"]
+    m = _average(s, "momentum_buffer", g, mu)
+    m = (1 - mu) * g + mu * m if o["nesterov"] else m
+    stack = m if p.ndim == 3 and o["stacked"] else m.reshape(1, len(m), -1)
+    rows, columns = stack.shape[1:]
+    size = math.sqrt(max(1.0, rows / columns)) if o["adjust_lr"] == "original" else 0.2 * math.sqrt(max(rows, columns))
+    direction = torch.stack([newton_schulz(matrix, o) for matrix in stack]).reshape(p.shape)
+    return float(o["lr"]) * size * direction
+
+
 RULES: dict[str, Callable[[Tensor, Tensor, State, Options], Tensor]] = {
     "adam": adam,
     "adamw": adam,
     "lamb": lamb,
     "lion": lion,
+    "muon": muon,
     "sgd": sgd,
 }
 
 #: How ``weight_decay`` is applied unless the option ``decoupled_weight_decay`` says otherwise.
-DECAY = {"adam": "l2", "adamw": "decoupled", "lamb": "none", "lion": "decoupled", "sgd": "l2"}
+DECAY = {"adam": "l2", "adamw": "decoupled", "lamb": "none", "lion": "decoupled", "muon": "decoupled", "sgd": "l2"}
 
 #: Options of every case of an optimizer but the first, whose options are the class's own defaults.
 BASE: dict[str, dict[str, Any]] = {
@@ -89,6 +131,7 @@ BASE: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 0.02},
     "lamb": {"lr": 0.02},
     "lion": {"lr": 0.02},
+    "muon": {"lr": 0.03},
     "sgd": {"lr": 0.02, "momentum": 0.9},
 }
 
@@ -112,6 +155,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "adapt_1d": {"adapt_1d": True, "weight_decay": 0.1},
     },
     "lion": {"betas": {"betas": (0.3, 0.8)}},
+    "muon": {
+        "no_nesterov": {"nesterov": False, "momentum": 0.7},
+        "few_steps": {"ns_steps": 3},
+        "polar_express": {"ns_coefficients": "polar_express", "ns_steps": 6},
+        "match_rms_adamw": {"adjust_lr": "match_rms_adamw", "weight_decay": 0.0},
+        "one_matrix": {"stacked": False},
+        "adamw": {"adamw_lr": 0.01, "betas": (0.3, 0.6), "eps": 0.1, "adamw_patterns": ["*"]},
+    },
     "sgd": {
         "plain": {"momentum": 0.0},
         "plain_l2": {"momentum": 0.0, "weight_decay": 0.1},

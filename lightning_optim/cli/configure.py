@@ -14,7 +14,8 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ReduceLROnPlateau, instantiate_class
 
-from lightning_optim.param_groups import param_groups
+from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.param_groups import Kinds, param_groups
 
 Interval = Literal["step", "epoch"]
 
@@ -94,26 +95,39 @@ def schedule_config(scheduler: Any, interval: Interval | None = None) -> dict[st
 
 
 def _parameters(model: LightningModule, options: OptimizerOptions) -> Any:
-    if options.groups is None:
-        return model.parameters()
     known = _arguments(options.optimizer)
+    kinds = _kinds(options.optimizer, known)
+    if options.groups is None:
+        # Ours that step parameters of several kinds tell these apart by name.
+        return model.parameters() if kinds is None else model.named_parameters()
     chosen = asdict(options.groups)
     decays = "weight_decay" in known
     if chosen["weight_decay"] is None:
         chosen["weight_decay"] = known["weight_decay"] if decays else 0.0
     elif not decays:
         raise ValueError(f"{options.optimizer['class_path']} has no weight_decay, so param_groups cannot set it")
-    groups = param_groups(model, lr=known.get("lr"), **chosen)
+    groups = param_groups(model, lr=known.get("lr"), kinds=kinds, **chosen)
     if not decays:
         for group in groups:
             del group["weight_decay"]
     return groups
 
 
+def _class(spec: dict[str, Any]) -> Any:
+    module, _, name = spec["class_path"].rpartition(".")
+    return getattr(__import__(module, fromlist=[name]), name)
+
+
+def _kinds(spec: dict[str, Any], known: dict[str, Any]) -> Kinds | None:
+    """How an optimizer of ours wants the parameters told apart."""
+    cls = _class(spec)
+    ours = isinstance(cls, type) and issubclass(cls, RuleOptimizer)
+    return cls.kinds(known) if ours else None
+
+
 def _arguments(spec: dict[str, Any]) -> dict[str, Any]:
     """The arguments that a class will get, its own defaults included."""
-    module, _, name = spec["class_path"].rpartition(".")
-    cls = getattr(__import__(module, fromlist=[name]), name)
+    cls = _class(spec)
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(cls).parameters.items()

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_optim.cli.configure import Interval, OptimizerOptions, ParamGroupOptions
 from lightning_optim.cli.names import LR_SCHEDULER, OPTIMIZER, short_names
+from lightning_optim.strategy_names import register
 
 PARSER_MODE = "lightning_optim_yaml"
 """The jsonargparse mode of our parsers: YAML in which bare names of ours are resolved."""
@@ -26,6 +27,7 @@ def _load(text: str) -> Any:
     return short_names().in_value(get_loader("yaml")(text))
 
 
+register()  # `--trainer.strategy in_graph`
 set_loader(PARSER_MODE, _load, exceptions=(yaml.YAMLError,))
 
 

@@ -6,12 +6,14 @@ from lightning_optim.optimizers.adopt import adopt
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.optimizers.lamb import LAMB
 from lightning_optim.optimizers.lion import Lion
+from lightning_optim.optimizers.muon import MuonOptim
 from lightning_optim.optimizers.sgd import SGDOptim
 
 # The familiar names of the classes that torch.optim has too. Their own names differ because a second subclass of
 # Optimizer called AdamW would make `--optimizer AdamW` ambiguous for every LightningCLI of the process.
 Adam = AdamOptim
 AdamW = AdamWOptim
+Muon = MuonOptim
 SGD = SGDOptim
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "AdamW",
     "AdamWOptim",
     "Lion",
+    "Muon",
+    "MuonOptim",
     "RuleOptimizer",
     "SGDOptim",
     "adopt",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from lightning_optim.engines.base import requested_engine
@@ -26,7 +28,7 @@ class Adopted:
 
     def __init__(self, optimizer: torch.optim.Optimizer, options: Options) -> None:
         self.optimizer = optimizer
-        self._stepper = Stepper(optimizer, ADOPTABLE[type(optimizer)], options, native_state=True)
+        self._stepper = _stepper(optimizer, options)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -67,13 +69,37 @@ def adopt(optimizer: torch.optim.Optimizer, *, engine: str = "auto", max_grad_no
     >>> weight.detach()
     tensor([ 0.8000, -1.6000])
     """
+    return Adopted(optimizer, _options(optimizer, engine, max_grad_norm))
+
+
+def why_not_adopted(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why our engines cannot step an optimizer of torch's, or None if they can."""
     if type(optimizer) not in ADOPTABLE:
-        raise TypeError(
+        return (
             f"cannot adopt {type(optimizer).__module__}.{type(optimizer).__qualname__}; valid: "
             f"{', '.join(f'torch.optim.{cls.__name__}' for cls in ADOPTABLE)}"
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
-        raise ValueError("cannot adopt an optimizer with differentiable=True: engines step without autograd")
+        return "cannot adopt an optimizer with differentiable=True: engines step without autograd"
+    return None
+
+
+def stepper_for(optimizer: torch.optim.Optimizer, *, engine: str = "auto", capture: bool = False) -> Stepper:
+    """What steps an instance that is adopted; it does not keep the instance alive.
+
+    Raises:
+        TypeError, ValueError: As for :func:`adopt`.
+    """
+    return _stepper(optimizer, replace(_options(optimizer, engine, None), capture=capture))
+
+
+def _options(optimizer: torch.optim.Optimizer, engine: str, max_grad_norm: float | None) -> Options:
+    if (reason := why_not_adopted(optimizer)) is not None:
+        raise (TypeError if type(optimizer) not in ADOPTABLE else ValueError)(reason)
     if max_grad_norm is not None:
         check_option("adopt", "max_grad_norm", max_grad_norm, 1.0)
-    return Adopted(optimizer, Options(engine=requested_engine(engine), max_grad_norm=max_grad_norm))
+    return Options(engine=requested_engine(engine), max_grad_norm=max_grad_norm)
+
+
+def _stepper(optimizer: torch.optim.Optimizer, options: Options) -> Stepper:
+    return Stepper(optimizer, ADOPTABLE[type(optimizer)], options, native_state=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, cast, overload
 
 import torch
@@ -16,6 +17,7 @@ from lightning_optim.optimizers.loading import load_groups, load_state
 from lightning_optim.optimizers.options import check_group, check_option, check_parameters, parse_dtype
 from lightning_optim.optimizers.plan import Group, Options
 from lightning_optim.optimizers.stepper import Stepper
+from lightning_optim.param_groups import Kinds
 from lightning_optim.rules.policy import ROUNDINGS, Decay, Rounding
 from lightning_optim.rules.rule import Rule
 
@@ -46,9 +48,6 @@ class RuleOptimizer(torch.optim.Optimizer):
     rule: ClassVar[Rule]
     #: How weight decay is applied where the group has no ``decoupled_weight_decay`` of its own.
     default_decay: ClassVar[Decay] = "decoupled"
-
-    # ``torch.amp.GradScaler`` sets ``grad_scale`` and ``found_inf`` around a step of optimizers that unscale gradients.
-    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -103,6 +102,19 @@ class RuleOptimizer(torch.optim.Optimizer):
         return cls.default_decay if decoupled is None else ("decoupled" if decoupled else "l2")
 
     @classmethod
+    def kinds(cls, options: Mapping[str, Any]) -> Kinds | None:
+        """How a module's parameters are to be told apart, if they are to be stepped differently.
+
+        Args:
+            options: Of the constructor, by name; the others have their defaults.
+
+        Returns:
+            For :func:`~lightning_optim.param_groups.param_groups`.
+        """
+        del options
+        return None
+
+    @classmethod
     def check(cls, group: Group) -> None:
         """Check options that are valid each by itself, but not together.
 
@@ -146,6 +158,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         # Engines call compiled code of their own, which torch.compile cannot trace. Not a decorator: dynamo's wrapper
         # costs 10 µs at every step, and its import more than a second at the first.
         run = _outside_of_graphs if torch.compiler.is_compiling() else Stepper.step
+        # What ``torch.amp.GradScaler`` sets around a step of optimizers whose ``_step_supports_amp_scaling`` is True.
+        # That is for whoever owns the scaler to set, as the in-graph strategies do without it: Lightning refuses
+        # `gradient_clip_val` with optimizers that have it.
         found_inf = getattr(self, "found_inf", None)
         amp = None if found_inf is None else LossScale(getattr(self, "grad_scale", None), found_inf, check=False)
         with torch.no_grad():
@@ -185,7 +200,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         name = type(self).public_name()
         required = [option for option in self.defaults if option in ("lr", "betas", "eps", "momentum", "weight_decay")]
         groups = load_groups(name, self.param_groups, state_dict, self.defaults, required, self.check)
-        state = load_state(name, groups, state_dict, self._stepper.planner)
+        state = load_state(name, groups, state_dict, self._stepper.planner_of)
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in list(self._optimizer_load_state_dict_post_hooks.values()):
             post_hook(self)
@@ -210,6 +225,33 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         return "\n".join(str(decision) for decision in self._stepper.report())
 
+    def use_engine(self, engine: str) -> None:
+        """Step by another engine from here on; the state stays as it is.
+
+        Args:
+            engine: As of the constructor.
+
+        Raises:
+            ValueError: An unknown engine.
+        """
+        self.options = replace(self.options, engine=requested_engine(engine))
+        self._attach()
+
+    def capture_steps(self, capture: bool = True) -> None:
+        """Record the step as a CUDA graph, at its second time, and replay it from then on.
+
+        A replay is one call for the host, whatever the number of tensors. Gradients may be new tensors at every step
+        (``zero_grad(set_to_none=True)``), and every option of a param group may change; another set of tensors or a
+        loaded state is recorded anew. Where the Triton engine does not run, a warning says so, and steps are as before.
+
+        Args:
+            capture: Whether to.
+
+        A step then raises RuntimeError if a parameter that requires a gradient has none.
+        """
+        self.options = replace(self.options, capture=capture)
+        self._attach()
+
     @property
     def grad_norm(self) -> Tensor | None:
         """The global norm of the gradients, unscaled and not yet clipped, at the last step; None if none was needed.
@@ -220,7 +262,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         return None if scaling is None else scaling.norm()
 
     def _attach(self) -> None:
-        self._stepper = Stepper(self, type(self), self.options)
+        self._stepper = self._make_stepper()
+
+    def _make_stepper(self) -> Stepper:
+        return Stepper(self, type(self), self.options)
 
 
 @torch._disable_dynamo

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.engines.memory import is_dense
-from lightning_optim.optimizers.options import RANGES, SWITCHES, check_option
+from lightning_optim.optimizers.options import CHOICES, RANGES, SWITCHES, check_option
 from lightning_optim.rules.policy import KAHAN_SLOT
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def load_groups(
                 f"It has {sorted(set(new) - {'params'})}"
             )
         # Only what is known as another optimizer's option: a key of the user's own must not make a run lose its state.
-        foreign = sorted(set(new) & (SWITCHES | set(RANGES)) - set(defaults) - set(group))
+        foreign = sorted(set(new) & (SWITCHES | {*RANGES, *CHOICES}) - set(defaults) - set(group))
         if foreign:
             raise ValueError(
                 f"{optimizer}: saved param group {index} has {', '.join(map(repr, foreign))}: the state of another "
@@ -70,15 +70,18 @@ def load_groups(
             )
         for name, default in defaults.items():
             check_option(optimizer, name, new.setdefault(name, default), default)
-        check(new)
         new["params"] = group["params"]
+        check(new)
         if "param_names" in group:
             new.setdefault("param_names", group["param_names"])
     return saved
 
 
 def load_state(
-    optimizer: str, groups: Sequence[Group], state_dict: Mapping[str, Any], planner: Planner
+    optimizer: str,
+    groups: Sequence[Group],
+    state_dict: Mapping[str, Any],
+    planner_of: Callable[[Group], Planner],
 ) -> defaultdict[Any, Any]:
     """The saved state as this optimizer's: its own copies, on each parameter's device, in its storage types.
 
@@ -100,7 +103,7 @@ def load_state(
             raise ValueError(f"{optimizer}: parameter {key}: its state is a {type(values).__name__}; valid: a dict")
         values = {name: value for name, value in values.items() if value is not None}
         if values:
-            state[p] = _load_one(f"{optimizer}: parameter {key}", group, p, values, planner)
+            state[p] = _load_one(f"{optimizer}: parameter {key}", group, p, values, planner_of(group))
     return state
 
 

@@ -32,16 +32,19 @@ _Check = tuple[Callable[[float], bool], str]
 _NONNEGATIVE: _Check = (lambda x: 0 <= x < math.inf, "a finite number >= 0")
 _FRACTION: _Check = (lambda x: 0 <= x < 1, "a number in [0, 1)")
 _POSITIVE: _Check = (lambda x: x > 0, "a number > 0")
+_COUNT: _Check = (lambda x: 1 <= x < 100 and x % 1 == 0, "a number of steps from 1 to 99")
 _FINITE: _Check = (math.isfinite, "a finite number")
 
 #: Valid ranges by option name: the same name means the same thing in every optimizer.
 RANGES: dict[str, _Check] = {
     "lr": _NONNEGATIVE,
+    "adamw_lr": _NONNEGATIVE,
     "betas": _FRACTION,
     "eps": _NONNEGATIVE,
     "weight_decay": _NONNEGATIVE,
     "momentum": _NONNEGATIVE,
     "dampening": _FINITE,
+    "ns_steps": _COUNT,
     "max_weight_norm": _POSITIVE,
     "max_trust_ratio": _POSITIVE,
     "max_grad_norm": _POSITIVE,
@@ -50,8 +53,15 @@ RANGES: dict[str, _Check] = {
 #: Numbers that may also be None: no bound.
 OPTIONAL = frozenset({"max_weight_norm", "max_trust_ratio"})
 
-#: Switches of single rules. With the ranges, they are what tells one optimizer's saved options from another's.
-SWITCHES = frozenset({"adapt_1d", "amsgrad", "nesterov"})
+#: Valid words by option name.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "adjust_lr": ("original", "match_rms_adamw"),
+    "ns_coefficients": ("muon", "polar_express"),
+}
+
+#: Switches of single rules. With the ranges and choices, they are what tells one optimizer's saved options from
+#: another's.
+SWITCHES = frozenset({"adapt_1d", "amsgrad", "nesterov", "stacked", "use_muon"})
 
 
 def check_option(optimizer: str, name: str, value: Any, default: Any) -> None:
@@ -77,6 +87,9 @@ def check_option(optimizer: str, name: str, value: Any, default: Any) -> None:
             _check_number(optimizer, f"betas[{index}]", beta, RANGES["betas"])
     elif value is None and name in OPTIONAL:
         return
+    elif name in CHOICES:
+        if value not in CHOICES[name]:
+            raise ValueError(f"{optimizer}: {name}={value!r}; valid: {', '.join(CHOICES[name])}")
     elif name in RANGES or isinstance(default, Real):
         _check_number(optimizer, name, value, RANGES.get(name, _FINITE))
 

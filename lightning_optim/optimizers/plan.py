@@ -49,8 +49,13 @@ class Method(Protocol):
 class Owner(Protocol):
     """What holds the parameters and the state: a ``torch.optim.Optimizer``."""
 
-    param_groups: list[Group]
-    state: Any
+    @property
+    def param_groups(self) -> list[Group]:
+        """The groups of parameters with their options."""
+
+    @property
+    def state(self) -> Any:
+        """By parameter, a dict of slots."""
 
 
 @dataclass(frozen=True)
@@ -136,14 +141,13 @@ class Planner:
         part: What of an update the buckets do.
     """
 
-    def __init__(
-        self, owner: Owner, method: Method, options: Options, native_state: bool, part: Part = "all"
-    ) -> None:
+    def __init__(self, owner: Owner, method: Method, options: Options, native_state: bool, part: Part = "all") -> None:
         self.owner = owner
         self.part = part
         self.method = method
         self.options = options
         self.native_state = native_state
+        self.first_id = 0  #: The number of the first parameter, for the noise of stochastic rounding.
 
     def slot_dtype(self, p: Tensor, slot: str) -> torch.dtype:
         """The storage type of a new slot of parameter ``p``."""
@@ -178,7 +182,7 @@ class Planner:
                 p = group["params"][index]
                 label = f"parameter {number} ({_named(group, index)}shape {tuple(p.shape)}, {p.device})"
                 _check_gradient(label, p, g)
-                members.append(Member(len(members), p, row, number, self._fresh(group, p), label))
+                members.append(Member(len(members), p, row, self.first_id + number, self._fresh(group, p), label))
         return members
 
     def _fresh(self, group: Group, p: Tensor) -> bool:

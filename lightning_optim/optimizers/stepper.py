@@ -130,8 +130,7 @@ class Stepper:
             Whether any parameter has a gradient.
         """
         params = [p for group in self.owner.param_groups for p in group["params"]]
-        found = list(map(_grad, params)) if grads is None else [grads.get(p) for p in params]
-        found = self._selected(found)
+        found = self._selected(list(map(_grad, params)) if grads is None else [grads.get(p) for p in params])
         gradients = [g for g in found if g is not None]
         self._fresh, self._new = [], []
         if not gradients:

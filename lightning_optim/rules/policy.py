@@ -44,6 +44,8 @@ class Policy:
         weight_dtype: Name of the weight's storage type, when ``rounding`` needs to know it.
         low_precision_slots: The slots stored as bfloat16.
         copy: Also write the new weight to a tensor named ``copy``, rounded to its storage type.
+        direction: Write the rule's update to ``copy`` instead, and leave the weight alone: what a whole matrix is
+            needed for comes next, and another rule after it.
 
     Raises:
         ValueError: An unknown decay or rounding.
@@ -57,6 +59,7 @@ class Policy:
     weight_dtype: str = "float32"
     low_precision_slots: tuple[str, ...] = ()
     copy: bool = False
+    direction: bool = False
 
     def __post_init__(self) -> None:
         """Check the names."""
@@ -122,7 +125,9 @@ class Update:
             # A product, not a selection: a NaN must not become a harmless zero.
             kept = maximum(sign(update * g), 0.0)
             update = update * kept / maximum(mean(kept), _CAUTION_FLOOR)
-        if KAHAN_SLOT in self.slots:
+        if policy.direction:
+            new = update
+        elif KAHAN_SLOT in self.slots:
             if policy.decay == "decoupled":
                 # Not `base - p - update`: the difference of two close numbers would lose the small decay.
                 change = -(shrink * p) - update
@@ -142,9 +147,10 @@ class Update:
                 name: self._dither(values, value, salt) if name in policy.low_precision_slots else value
                 for salt, (name, value) in enumerate(stores.items(), start=1)
             }
-            if policy.rounds:
+            if policy.rounds and not policy.direction:
                 new = self._dither(values, new, 0)
-        stores["p"] = new
+        if not policy.direction:
+            stores["p"] = new
         if policy.copy:
             stores["copy"] = new
         return stores

@@ -1,1 +1,38 @@
-"""Lightning strategies: where the step runs. None yet: the engines step inside any of Lightning's own."""
+"""Lightning strategies: where the step runs, and what is done inside of it.
+
+============================ ===================== ==============================================================
+class                        name                  is
+============================ ===================== ==============================================================
+:class:`InGraphStrategy`     ``in_graph``          one device: the step stays in the device's queue
+:class:`InGraphDDPStrategy`  ``in_graph_ddp``      the same on every device of Lightning's ``ddp``
+:class:`InGraphFSDP2Strategy` ``in_graph_fsdp2``   the same over parameters that ``fully_shard`` has divided
+============================ ===================== ==============================================================
+
+Importing this package makes the names known to ``lightning`` and to ``pytorch_lightning``; ``import lightning_optim``
+does so for the one that was imported before it. The classes here are those for ``lightning``; those for
+``pytorch_lightning`` are in :mod:`lightning_optim.strategies.pytorch_lightning`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_optim.strategy_names import STRATEGIES, register
+
+if TYPE_CHECKING:
+    from lightning_optim.strategies.lightning import InGraphDDPStrategy, InGraphFSDP2Strategy, InGraphStrategy
+
+__all__ = ["InGraphDDPStrategy", "InGraphFSDP2Strategy", "InGraphStrategy"]
+
+register(wanted=True)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in STRATEGIES.values():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.lightning"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

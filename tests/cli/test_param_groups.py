@@ -44,7 +44,11 @@ def test_groups_for_an_optimizer_without_weight_decay(capsys: pytest.CaptureFixt
 
 
 def test_the_flags_are_the_arguments_of_the_function() -> None:
-    function = set(inspect.signature(lightning_optim.param_groups).parameters) - {"model", "lr"}
+    function = set(inspect.signature(lightning_optim.param_groups).parameters) - {
+        "model",
+        "lr",
+        "kinds",
+    }  # the optimizer's
     assert {field.name for field in dataclasses.fields(ParamGroupOptions)} == function
 
 

@@ -30,7 +30,7 @@ known_warnings = [
 
 each = pytest.mark.parametrize("name", list_optimizers())
 
-USUAL: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "momentum": 0.9}
+USUAL: dict[str, Any] = {"lr": 0.05, "adamw_lr": 0.05, "weight_decay": 0.1, "momentum": 0.9}
 # float64 in another order of operations
 CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -130,11 +130,12 @@ def by_hand(
     """The reference: the same training in four lines of torch."""
     net = Net(dtype)
     optimizer = make(net.parameters())
-    base_lr = optimizer.param_groups[0]["lr"]
+    base_lrs = [group["lr"] for group in optimizer.param_groups]
     x, y = dataset(dtype=dtype).tensors
     for step in range(steps):
         part = slice(step * batch % len(x), step * batch % len(x) + batch)
-        optimizer.param_groups[0]["lr"] = base_lr / (1 + step)
+        for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
+            group["lr"] = base_lr / (1 + step)
         optimizer.zero_grad()
         nn.functional.mse_loss(net(x[part]), y[part]).backward()
         if clip is not None:

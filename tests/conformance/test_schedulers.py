@@ -27,9 +27,9 @@ def test_torch_schedulers(name: str, kind: str) -> None:
             schedule = torch.optim.lr_scheduler.OneCycleLR(scheduled, max_lr=0.1, total_steps=8)
         used = []
         for step in range(6):
-            options = {k: v for k, v in scheduled.param_groups[0].items() if k in ("lr", "betas", "momentum")}
-            used.append(options)
-            manual.param_groups[0].update(options)
+            for group, other in zip(scheduled.param_groups, manual.param_groups, strict=True):
+                other.update({k: v for k, v in group.items() if k in ("lr", "betas", "momentum")})
+            used.append({k: v for k, v in scheduled.param_groups[0].items() if k in ("lr", "betas", "momentum")})
             for net, optimizer in zip(nets, (scheduled, manual), strict=True):
                 optimizer.zero_grad()
                 net(torch.full((2, 6), 0.1 * step, dtype=torch.float64)).sum().backward()

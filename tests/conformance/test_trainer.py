@@ -75,6 +75,19 @@ def test_clipping_changes_what_a_norm_can_change(name: str, tmp_path: Path) -> N
 
 
 @each
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_clipping_beside_mixed_precision(name: str, precision: str, tmp_path: Path) -> None:
+    """Lightning refuses ``gradient_clip_val`` with optimizers that say they unscale gradients themselves."""
+    runs = []
+    for clip in (None, 0.05):
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0) if precision == "16-mixed" else None
+        model = Model(maker(name))
+        fit(tmp_path, model, plugins=[MixedPrecision(precision, "cpu", scaler)], gradient_clip_val=clip)  # type: ignore[arg-type]
+        runs.append(contents(model))
+    assert any(not torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+
+
+@each
 def test_accumulation(name: str, tmp_path: Path) -> None:
     """Two micro-batches of two are one batch of four."""
     model = Model(maker(name), torch.float64, batch=2)

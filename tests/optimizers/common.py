@@ -23,7 +23,7 @@ each = pytest.mark.parametrize("name", list_optimizers())
 each_engine = pytest.mark.parametrize("engine", ["eager", "foreach", "host"])
 
 #: What is set in most tests, for optimizers that have it: nothing should be at a value that switches it off.
-USUAL: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "momentum": 0.9}
+USUAL: dict[str, Any] = {"lr": 0.05, "adamw_lr": 0.05, "weight_decay": 0.1, "momentum": 0.9}
 
 SHAPES: list[tuple[int, ...]] = [(7, 5), (3,), (), (0, 4)]
 
@@ -32,6 +32,12 @@ def make(name: str, params: Iterable[Any], **options: Any) -> RuleOptimizer:
     """An optimizer of the registry with the usual options that it has, and those given."""
     info = optimizer_info(name)
     return info.create(params, **{key: v for key, v in USUAL.items() if key in info.options} | options)
+
+
+def one_group(name: str, params: Iterable[Any], **options: Any) -> RuleOptimizer:
+    """As :func:`make`, with all parameters in one param group: optimizers of the matrix kind step it by AdamW."""
+    kind = {"use_muon": False} if optimizer_info(name).kind == "matrix" else {}
+    return make(name, [{"params": list(params), **kind}], **options)
 
 
 def parameters(seed: int = 0, dtype: torch.dtype = torch.float32, shapes: Any = SHAPES) -> list[nn.Parameter]:

@@ -99,8 +99,8 @@ def test_parameters_that_share_memory_step_one_after_the_other(name: str, engine
 @each_engine
 def test_add_param_group_after_steps(name: str, engine: str) -> None:
     """The newcomers begin at step 1 with their own options; nothing changes for the others."""
-    a, b = parameters(shapes=[(4, 3), (5,)])
-    lone_a, lone_b = parameters(shapes=[(4, 3), (5,)])
+    a, b = parameters(shapes=[(4, 3), (5, 2)])
+    lone_a, lone_b = parameters(shapes=[(4, 3), (5, 2)])
     optimizer, first = make(name, [a], engine=engine), make(name, [lone_a], engine=engine)
     other = {"lr": 0.2, "weight_decay": 0.0, "maximize": True}
     second = make(name, [lone_b], engine=engine, **other)

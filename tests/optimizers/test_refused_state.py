@@ -12,7 +12,7 @@ import torch
 from lightning_optim import list_optimizers
 from lightning_optim.registry import OPTIMIZERS
 
-from .common import assert_same, contents, each, known_warnings, make, parameters, train, weights
+from .common import assert_same, contents, each, known_warnings, make, one_group, parameters, train, weights
 
 pytestmark = known_warnings
 
@@ -68,7 +68,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 @each
 @pytest.mark.parametrize("fault", FAULTS)
 def test_damaged_state_is_refused_and_changes_nothing(name: str, fault: str) -> None:
-    source, target = make(name, parameters()), make(name, parameters(1))
+    source, target = one_group(name, parameters()), one_group(name, parameters(1))
     train(source, range(2))
     train(target, range(3))
     saved = contents(source)
@@ -98,7 +98,7 @@ def _same_kind(a: str, b: str) -> bool:
 @pytest.mark.parametrize("steps", [0, 2], ids=["empty", "stepped"])
 def test_state_of_another_optimizer_is_refused(source: str, target: str, steps: int) -> None:
     """Also when the slots have the same names, and also before there are any."""
-    theirs, ours = make(source, parameters()), make(target, parameters())
+    theirs, ours = one_group(source, parameters()), one_group(target, parameters())
     train(theirs, range(steps))
     train(ours, range(1))
     before = contents(ours)
@@ -126,4 +126,4 @@ def test_state_of_torchs_other_optimizers_is_refused(name: str, stranger: str) -
     theirs = getattr(torch.optim, stranger)(parameters())
     train(theirs, range(2))
     with pytest.raises(ValueError, match="another optimizer"):
-        make(name, parameters()).load_state_dict(theirs.state_dict())
+        one_group(name, parameters()).load_state_dict(theirs.state_dict())

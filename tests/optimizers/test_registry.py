@@ -35,12 +35,15 @@ def test_create(name: str) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     optimizer = create_optimizer(name.upper(), model, lr=0.01, weight_decay=0.1, engine="eager", max_grad_norm=1.0)
     assert type(optimizer) is info.cls
-    assert {group["name"]: group["weight_decay"] for group in optimizer.param_groups} == {"decay": 0.1, "no_decay": 0.0}
-    assert {group["lr"] for group in optimizer.param_groups} == {0.01}
+    several = info.kind == "matrix"  # and then vectors have an lr of their own
+    names = ["decay.muon", "no_decay.adamw"] if several else ["decay", "no_decay"]
+    assert [group["name"] for group in optimizer.param_groups] == names
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 3e-4 if several else 0.01]
     assert optimizer.options.engine == "eager"
     assert optimizer.options.max_grad_norm == 1.0
     plain = create_optimizer(name, model.parameters(), lr=0.01)
-    assert len(plain.param_groups) == 1
+    assert len(plain.param_groups) == 1 + several
     with pytest.raises(
         TypeError, match=rf"{name} has no option 'weight_deacy' \(did you mean 'weight_decay'\?\); valid: lr"
     ):
@@ -54,19 +57,20 @@ def test_constructor(name: str) -> None:
     """What the command line, editors and the registry read off the signature."""
     info = optimizer_info(name)
     assert info.options[0] == "lr"
-    common = ("weight_decay", "maximize", "cautious", "engine", "rounding", "state_dtype", "max_grad_norm")
-    assert set(common) <= set(info.options)
+    common = {"weight_decay", "maximize", "cautious", "engine", "rounding", "state_dtype", "max_grad_norm"}
+    if info.kind == "matrix":
+        common.remove("cautious")  # a mask would undo the orthogonalization
+    assert common <= set(info.options)
     assert isinstance(info.create(parameters()), RuleOptimizer)
     for option in info.options:
         assert f"        {option}: " in (info.cls.__doc__ or ""), f"{option} is not documented"
-    assert set(make(name, parameters()).defaults) == set(info.options) - {
-        "engine", "rounding", "state_dtype", "max_grad_norm"
-    }  # fmt: skip
+    of_all_groups = {"engine", "rounding", "state_dtype", "max_grad_norm", "adamw_lr", "adamw_patterns"}
+    assert set(make(name, parameters()).defaults) - {"use_muon"} == set(info.options) - of_all_groups
 
 
 @each
 def test_kind(name: str) -> None:
-    """An element-wise update of a tensor is the update of its halves; a reducing one is not."""
+    """An element-wise update of a tensor is the update of its halves; of other kinds, it is not."""
     (whole,) = parameters(shapes=[(4, 6)], dtype=torch.float64)
     halves = [nn.Parameter(part.clone()) for part in whole.detach().chunk(2)]
     optimizer, split = make(name, [whole]), make(name, halves)
@@ -77,7 +81,8 @@ def test_kind(name: str) -> None:
         optimizer.step()
         split.step()
     same = torch.allclose(whole, torch.cat([half.detach() for half in halves]), rtol=1e-12, atol=1e-13)
-    assert optimizer_info(name).kind == ("elementwise" if same else "reduce")
+    assert (optimizer_info(name).kind == "elementwise") == same
+    assert optimizer_info(name).kind in ("elementwise", "reduce", "matrix")
 
 
 @each

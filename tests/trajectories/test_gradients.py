@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_optim.optimizers import SGDOptim
 from lightning_optim.registry import OPTIMIZERS
 
-from .common import ENGINE, OPTIMIZER, ROUNDINGS, give_gradients, weights
+from .common import ENGINE, OPTIMIZER, ROUNDINGS, give_gradients, supported, weights
 
 
 @ENGINE
@@ -76,7 +76,9 @@ def test_an_empty_or_missing_gradient_is_no_step(name: str, engine: str) -> None
     assert all(torch.equal(p.detach(), b) for p, b in zip(params, before, strict=True))
     only_empty = nn.Parameter(torch.empty(0, 3))
     only_empty.grad = torch.empty(0, 3)
-    optimizer = OPTIMIZERS[name].create([only_empty], engine=engine, max_grad_norm=1.0, cautious=True)
+    optimizer = OPTIMIZERS[name].create(
+        [only_empty], engine=engine, max_grad_norm=1.0, **supported(name, {"cautious": True})
+    )
     for _ in range(3):
         optimizer.step()
     assert not optimizer.state or all(float(s.get("step", 3)) == 3 for s in optimizer.state.values())

@@ -14,11 +14,11 @@ from lightning_optim.optimizers import RuleOptimizer
 from lightning_optim.registry import OPTIMIZERS
 from lightning_optim.rules.policy import Decay
 
-from .common import ENGINE, OPTIMIZER, Judge, give_gradients, judged_run, variant, weights
+from .common import ENGINE, OPTIMIZER, Judge, give_gradients, judged_run, supported, variant, weights
 
 
 @ENGINE
-@OPTIMIZER
+@pytest.mark.parametrize("name", [name for name, info in OPTIMIZERS.items() if "cautious" in info.options])
 def test_a_mask_that_keeps_almost_nothing_is_not_scaled_up_without_bound(name: str, engine: str) -> None:
     """The floor under the cautious mask's mean: with one element of 3000 kept, a thousandfold step, not more."""
     p = nn.Parameter(torch.linspace(1, 2, 3000).reshape(3, 1000))
@@ -48,7 +48,7 @@ def test_groups_with_options_of_their_own_and_a_changing_lr(name: str, tensor_lr
         return [
             {"params": params[:2], "lr": lr(0.01)},
             {"params": params[2:5], "lr": lr(0.03), "weight_decay": 0.2, "maximize": True},
-            {"params": params[5:], "lr": lr(0.02), "cautious": True},
+            {"params": params[5:], "lr": lr(0.02), **supported(name, {"cautious": True})},
         ]
 
     def each_step(optimizer: RuleOptimizer, step: int) -> None:

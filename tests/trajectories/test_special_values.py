@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_optim.optimizers import SGDOptim
 from lightning_optim.registry import OPTIMIZERS
 
-from .common import ALL_CASES, ENGINE, running_engines, wide
+from .common import ALL_CASES, ENGINE, group_of, running_engines, wide
 
 
 @pytest.mark.parametrize(("name", "case"), ALL_CASES)
@@ -54,7 +54,7 @@ def test_nan_and_infinity_go_where_the_reference_has_them(
             optimizer.step()
             for index, (p, g) in enumerate(zip(params, row, strict=True)):
                 value, state = references[index]
-                references[index] = reference.step(name, value, coefficient * wide(g), state, optimizer.param_groups[0])
+                references[index] = reference.step(name, value, coefficient * wide(g), state, group_of(optimizer, p))
                 value, state = references[index]
                 assert torch.equal(p.detach().isfinite(), value.isfinite()), engine
                 seen[engine].append(p.detach().clone())

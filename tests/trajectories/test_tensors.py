@@ -14,7 +14,7 @@ from lightning_optim.optimizers import SGDOptim
 from lightning_optim.registry import OPTIMIZERS
 from lightning_optim.warnings import LightningOptimWarning
 
-from .common import ENGINE, OPTIMIZER, judged_run
+from .common import ENGINE, OPTIMIZER, judged_run, supported
 
 
 @ENGINE
@@ -24,7 +24,8 @@ def test_tensors_of_several_chunks(name: str, dtype: torch.dtype, engine: str) -
     random = torch.Generator().manual_seed(3)
     shapes = [(CHUNK + 7, 1), (CHUNK - 1,), (3,)]  # enough in all for the host engine to use threads
     params = [nn.Parameter(torch.randn(shape, generator=random).to(dtype)) for shape in shapes]
-    options = {**reference.BASE[name], "weight_decay": 0.1, "max_grad_norm": 1.0, "cautious": True, "engine": engine}
+    options = {"weight_decay": 0.1, "max_grad_norm": 1.0, **supported(name, {"cautious": True}), "engine": engine}
+    options = {**reference.BASE[name], **options}
     judged_run(name, options, params, steps=3, reload_at=1)
 
 
@@ -35,7 +36,9 @@ def test_weights_with_gaps_in_memory(name: str, engine: str) -> None:
     bases = [torch.full((6, 8), 7.0), torch.full((9,), 7.0), torch.full((4, 4), 7.0)]
     params = [nn.Parameter(bases[0][:, 2:7]), nn.Parameter(bases[1][::2]), nn.Parameter(bases[2])]
     around = [bases[0][:, [0, 1, 7]].clone(), bases[1][1::2].clone()]
-    optimizer = judged_run(name, {**reference.BASE[name], "cautious": True, "engine": engine}, params, steps=8)
+    optimizer = judged_run(
+        name, {**reference.BASE[name], **supported(name, {"cautious": True}), "engine": engine}, params, steps=8
+    )
     assert torch.equal(bases[0][:, [0, 1, 7]], around[0]), "memory between the weights was written to"
     assert torch.equal(bases[1][1::2], around[1]), "memory between the weights was written to"
     if engine == "host":
@@ -52,9 +55,11 @@ def test_complex_weights_are_pairs_of_real_ones(name: str, dtype: torch.dtype, e
     random = torch.Generator().manual_seed(4)
     complex_params = [nn.Parameter(torch.randn(s, generator=random, dtype=dtype)) for s in [(3, 2), (5, 1), (2, 2)]]
     real_params = [nn.Parameter(torch.view_as_real(p.detach()).clone()) for p in complex_params]
-    options = {**reference.BASE[name], "weight_decay": 0.1, "cautious": True, "max_grad_norm": 0.5, "engine": engine}
-    ours = OPTIMIZERS[name].create(complex_params, **options)
-    pairs = OPTIMIZERS[name].create(real_params, **options)
+    options = {"weight_decay": 0.1, **supported(name, {"cautious": True}), "max_grad_norm": 0.5, "engine": engine}
+    options = {**reference.BASE[name], **options}
+    kind = {"use_muon": False} if OPTIMIZERS[name].kind == "matrix" else {}  # where complex weights are no matrices
+    ours = OPTIMIZERS[name].create([{"params": complex_params, **kind}], **options)
+    pairs = OPTIMIZERS[name].create([{"params": real_params, **kind}], **options)
     for _ in range(5):
         for p, q in zip(complex_params, real_params, strict=True):
             p.grad = torch.randn(p.shape, generator=random, dtype=dtype)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_optim.engines.base import Bucket
-from lightning_optim.registry import create_optimizer
+from lightning_optim.registry import OPTIMIZERS, create_optimizer
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -57,13 +57,24 @@ class Compiled:
     spills: int
 
 
-def bucket(name: str, dtype: torch.dtype, **options: Any) -> Bucket:
+def programs() -> list[str]:
+    """What there is to compile: each optimizer's rule, or the parts of it."""
+    return [
+        program
+        for name, info in OPTIMIZERS.items()
+        for program in ([f"{name} direction", f"{name} move"] if info.kind == "matrix" else [name])
+    ]
+
+
+def bucket(program: str, dtype: torch.dtype, **options: Any) -> Bucket:
     """The bucket of one weight."""
-    copies = options.pop("copies", False)
+    name, _, part = program.partition(" ")
+    copies = options.pop("copies", False) or part == "direction"
     weight = torch.nn.Parameter(torch.zeros(3, 4, dtype=dtype))
     weight.grad = torch.zeros_like(weight)
     optimizer = create_optimizer(name, [weight], engine="eager", **options)
-    planner = optimizer._stepper.planner  # type: ignore[attr-defined] # of ours
+    stepper: Any = optimizer._stepper
+    planner = (stepper if not part else stepper._direct if part == "direction" else stepper._move).planner
     members = planner.members([weight.grad])
     return planner.build(members, [weight.grad], {weight: weight.bfloat16()} if copies else None, True)[0].bucket
 

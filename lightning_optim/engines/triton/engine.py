@@ -190,16 +190,15 @@ class TritonEngine(Engine):
         """The launches of :meth:`run`, when all that it needs is on the device."""
         kernels, tables = self._built(bucket.update.program, bucket.layout), self._prepared(bucket)
         addresses, rows = tables.addresses.tensor, tables.numbers.tensor
-        squares, loss = scaling.squares, scaling.loss
-        if squares is not None and squares.device != bucket.device:
-            squares = squares.to(bucket.device, non_blocking=True)
+        loss, device = scaling.loss, bucket.device
+        squares = _here(scaling.squares, device)
+        scale, found = (_here(loss.scale, device), _here(loss.found_inf, device)) if loss else (None, None)
         with _on(bucket.device):
             kernels.scalars[0][(1,)](
-                addresses, tables.numel, tables.rows, tables.ids, rows, squares if squares is not None else rows,
-                loss.scale if loss is not None and loss.scale is not None else rows,
-                loss.found_inf if loss is not None else rows, rows[-1:], tables.work, tables.skip,
+                addresses, tables.numel, tables.rows, tables.ids, rows,
+                *(rows if it is None else it for it in (squares, scale, found)), rows[-1:], tables.work, tables.skip,
                 len(bucket), tables.stride, 0 if squares is None else squares.numel(),
-                CLIP=scaling.max_norm is not None, UNSCALE=loss is not None and loss.scale is not None,
+                CLIP=scaling.max_norm is not None, UNSCALE=scale is not None,
                 CHECK=loss is not None and loss.check and squares is not None, SKIP=loss is not None, LANES=LANES,
                 enable_fp_fusion=True,
             )  # fmt: skip
@@ -277,6 +276,11 @@ def _addresses(bucket: Bucket, stride: int) -> array[int]:
         padded.extend(words[start : start + count])
         padded.append(0)
     return padded
+
+
+def _here(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """A tensor on the kernels' own device: a GPU need not see another's memory."""
+    return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -39,6 +39,10 @@ def make(name: str, params: Sequence[Any], **options: Any) -> RuleOptimizer:
     return optimizer
 
 
+def group_of(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
+    return next(group for group in optimizer.param_groups if any(p is q for q in group["params"]))
+
+
 def triton_engine() -> TritonEngine:
     found = ENGINES["triton"]
     assert isinstance(found, TritonEngine)

@@ -141,14 +141,17 @@ def test_an_infinite_gradient_leaves_the_step_out() -> None:
         torch.testing.assert_close(norm, eager.grad_norm, rtol=1e-5, atol=0)
 
 
-def test_torchs_own_scaler_drives_the_engine() -> None:
+@pytest.mark.parametrize("in_step", [False, True])
+def test_torchs_own_scaler_drives_the_engine(in_step: bool) -> None:
     ours, optimizer, theirs, eager = pair()
+    optimizer._step_supports_amp_scaling = in_step
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     for step in range(4):
         for p, q in zip(ours, theirs, strict=True):
             p.grad = q.grad = None
         give_gradients(theirs, step)
-        loss = sum(((p * q.grad).sum() for p, q in zip(ours, theirs, strict=True)), torch.zeros(()))
+        parts = [(p * q.grad).sum() for p, q in zip(ours, theirs, strict=True) if q.grad is not None]
+        loss = torch.stack(parts).sum()
         scaler.scale(loss * (torch.inf if step == 2 else 1.0)).backward()
         scaler.step(optimizer)
         scaler.update()

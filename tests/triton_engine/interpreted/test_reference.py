@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_optim.registry import OPTIMIZERS
 
-from .common import give_gradients, make, weights
+from .common import give_gradients, group_of, make, weights
 
 STEPS = 20
 CASES = [(name, case) for name in OPTIMIZERS for case in reference.cases(name) if "bfloat16" not in case]
@@ -28,14 +28,15 @@ def test_float64_reference(name: str, case: str) -> None:
     params = weights()
     optimizer = make(name, params, **options)
     settings = {**optimizer.defaults, "max_grad_norm": options.get("max_grad_norm")}
-    exact = [(p.detach().double(), {}) for p in params]
+    exact: list[tuple[Tensor, dict[str, Tensor]]] = [(p.detach().double(), {}) for p in params]
     for step in range(STEPS):
         give_gradients(params, step)
         before = [p.grad.clone() for p in params if p.grad is not None]
         optimizer.step()
         factor = reference.clip_coefficient(before, settings["max_grad_norm"])
         exact = [
-            reference.step(name, p, factor * g.double(), s, settings) for (p, s), g in zip(exact, before, strict=True)
+            reference.step(name, p, factor * g.double(), s, {**settings, **group_of(optimizer, q)})
+            for (p, s), g, q in zip(exact, before, params, strict=True)
         ]
         for p, g in zip(params, before, strict=True):
             assert p.grad is not None
@@ -80,7 +81,8 @@ def test_storage_types_and_rounding(name: str, policy: str, dtype: torch.dtype) 
         ends.append([*(p.detach() for p in params), *slots])
     ulp = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-6, torch.float64: 1e-14}
     for a, b in zip(*ends, strict=True):
-        torch.testing.assert_close(a, b, rtol=ulp[a.dtype], atol=1e-6)
+        # Newton-Schulz steps magnify the last bits, of which compensation terms are made.
+        torch.testing.assert_close(a, b, rtol=ulp[a.dtype], atol=2e-5 if OPTIMIZERS[name].kind == "matrix" else 1e-6)
     if dtype == torch.float64 or policy == "kahan":  # a compensation term is as different as the last bits are
         return
     low = [(a, b) for a, b in zip(*ends, strict=True) if a.dtype == dtype]

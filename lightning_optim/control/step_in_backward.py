@@ -1,0 +1,198 @@
+"""Stepping each parameter as soon as its gradient is there, so that the gradients of a model never exist together.
+
+Known as gradient release or optimizer-in-backward: the memory of all gradients but a few is saved, and the updates
+run while the backward pass still computes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_optim.engines.scaling import Scaling
+from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.optimizers.options import check_option
+from lightning_optim.optimizers.plan import Group
+from lightning_optim.optimizers.stepper import Stepper
+
+Clip = Literal["per_tensor", "previous_norm"]
+CLIPS: tuple[Clip, ...] = get_args(Clip)
+
+
+class _One:
+    """An optimizer as it looks if it had this one parameter."""
+
+    def __init__(self, optimizer: RuleOptimizer, row: int, p: Tensor) -> None:
+        self._optimizer, self._row, self._param = weakref.ref(optimizer), row, p
+
+    def _whole(self) -> RuleOptimizer:
+        if (optimizer := self._optimizer()) is None:
+            raise RuntimeError("step_in_backward: its optimizer no longer exists")
+        return optimizer
+
+    @property
+    def param_groups(self) -> list[Group]:
+        return [{**self._whole().param_groups[self._row], "params": [self._param]}]
+
+    @property
+    def state(self) -> Any:
+        return self._whole().state
+
+
+class StepInBackward:
+    """Makes backward passes step an optimizer's parameters.
+
+    From the second window on (a window is what one :meth:`finish` ends), each parameter is stepped when its gradient
+    is complete, and the gradient is freed. The first window only observes how often each gradient is added to: with
+    reentrant checkpointing and weights used in several graphs more often than once, and a step must wait for the last
+    time.
+
+    The results are the very bits of ordinary steps, but for clipping, which needs the norm of gradients that are not
+    there yet. It is offered in two approximations:
+
+    - ``"per_tensor"``: each gradient's own norm is clipped to ``max_norm``;
+    - ``"previous_norm"``: the global norm of the step before stands in for this step's.
+
+    With accumulation, set :attr:`last` to False before all backward passes of a window but its last: gradients then
+    add up as always, and only in the last pass are they freed one by one. A loss scale cannot be served: whether a
+    step is to be left out is known only after the last gradient.
+
+    Args:
+        optimizer: One of ours, all of whose parameters are ordinary tensors (not sharded, not in DDP, whose gradients
+            are reduced later).
+        max_norm: Clip to this; None: no clipping.
+        clip: Which approximation; needed with ``max_norm``.
+
+    Raises:
+        TypeError: Not an optimizer of ours that steps parameter by parameter.
+        ValueError: ``max_norm`` without ``clip``, an unknown ``clip``, or an optimizer with a ``max_grad_norm``.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> import lightning_optim
+    >>> optimizer = lightning_optim.SGD([weight], lr=0.5)
+    >>> backward = StepInBackward(optimizer)
+    >>> for _ in range(2):
+    ...     weight.square().sum().backward()
+    ...     backward.finish()
+    >>> weight.tolist(), weight.grad
+    ([0.0, 0.0], None)
+    """
+
+    def __init__(self, optimizer: RuleOptimizer, *, max_norm: float | None = None, clip: Clip | None = None) -> None:
+        name = "step_in_backward"
+        if not isinstance(optimizer, RuleOptimizer) or type(optimizer._stepper) is not Stepper:
+            raise TypeError(f"{name}: {type(optimizer).__name__} does not step parameter by parameter")
+        if clip is not None and clip not in CLIPS:
+            raise ValueError(f"{name}: clip={clip!r}; valid: None, {', '.join(CLIPS)}")
+        if max_norm is not None:
+            check_option(name, "max_grad_norm", max_norm, 1.0)
+            if clip is None:
+                raise ValueError(
+                    f"{name}: max_norm={max_norm} cannot be exact: the global norm is known only when all gradients "
+                    f"are; valid: clip={' or '.join(map(repr, CLIPS))}, which are approximations, or max_norm=None"
+                )
+        if optimizer.options.max_grad_norm is not None:
+            raise ValueError(
+                f"{name}: max_grad_norm={optimizer.options.max_grad_norm} of the optimizer cannot be exact; give "
+                f"max_norm= and clip={' or '.join(map(repr, CLIPS))} here instead"
+            )
+        self.optimizer = optimizer
+        self.max_norm = max_norm
+        self.clip = clip
+        self.last = True
+        self._expected: Counter[Tensor] | None = None
+        self._fired: Counter[Tensor] = Counter()
+        self._stepped: set[Tensor] = set()
+        self._squares: list[Tensor] = []
+        self._previous: Tensor | None = None
+        self._steppers: dict[Tensor, Stepper] = {}
+        self._views: list[_One] = []  # steppers do not own their owners
+        hook = partial(_on_gradient, weakref.ref(self))
+        number = 0
+        self._handles = []
+        for row, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                view = _One(optimizer, row, p)
+                self._views.append(view)
+                self._steppers[p] = stepper = Stepper(view, type(optimizer), optimizer.options)
+                stepper.planner.first_id = number
+                self._handles.append(p.register_post_accumulate_grad_hook(hook))
+                number += 1
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """End a window: step what has not been stepped yet.
+
+        Raises:
+            RuntimeError: A gradient came after its parameter had been stepped: the graph is not that of the first
+                window. The parameter's update is not undone.
+        """
+        late = [p for p in self._stepped if p.grad is not None]
+        left = [p for p in self._steppers if p.grad is not None and p not in self._stepped]
+        whole = self._expected is None
+        self._expected = self._fired if self._expected is None else self._expected | self._fired
+        self._fired, self._stepped = Counter(), set()
+        if late:
+            shapes = ", ".join(str(tuple(p.shape)) for p in late[:5])
+            raise RuntimeError(
+                f"step_in_backward: {len(late)} gradients (of parameters of shape {shapes}) grew after their "
+                "parameters had been stepped: the backward pass is not always the same; valid: step_in_backward=False"
+            )
+        if whole:
+            self._step_all(left)
+        else:
+            for p in left:
+                self._step(p)
+        if self._squares:
+            self._previous = torch.stack(self._squares).sum().reshape(1)
+            self._squares = []
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def _on_gradient(self, p: Tensor) -> None:
+        if not self.last:
+            return
+        self._fired[p] += 1
+        if self._expected is not None and self._fired[p] == self._expected[p]:
+            self._step(p)
+            self._stepped.add(p)
+
+    def _step_all(self, params: list[Tensor]) -> None:
+        """The first window's step, which has all gradients and so is exact, but for ``"per_tensor"``."""
+        if self.clip == "per_tensor" or not params:
+            for p in params:
+                self._step(p)
+            return
+        stepper = self.optimizer._stepper
+        stepper.step(max_grad_norm=self.max_norm)
+        if stepper.scaling is not None and stepper.scaling.squares is not None:
+            self._squares.append(stepper.scaling.squares.sum())
+        for p in params:
+            p.grad = None
+
+    def _step(self, p: Tensor) -> None:
+        stepper = self._steppers[p]
+        if self.max_norm is None or self.clip == "per_tensor":
+            stepper.step(max_grad_norm=self.max_norm)
+        else:
+            stepper.plan(scaled=True)
+            squares = stepper.squares()
+            self._squares.append(squares.sum())
+            known = squares if self._previous is None else self._previous
+            stepper.run(Scaling(self.max_norm, None, known.to(squares.device, non_blocking=True)))
+        p.grad = None
+
+
+def _on_gradient(owner: weakref.ref[StepInBackward], p: Tensor) -> None:
+    # A hook that held its owner would keep optimizer and state alive as long as the model.
+    if (stepping := owner()) is not None:
+        stepping._on_gradient(p)

@@ -1,0 +1,219 @@
+"""Stepping one optimizer by our engines in place of its own ``step``, whoever calls it.
+
+Lightning's order of hooks, closures and schedulers hangs on ``optimizer.step(closure)``, which it calls in several
+ways. So that call is what is replaced, while a step lasts: clipping and unscaling that come up before it are noted,
+and done inside of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from lightning_optim.control.step_in_backward import StepInBackward
+from lightning_optim.engines.base import requested_engine
+from lightning_optim.engines.scaling import LossScale
+from lightning_optim.optimizers.adopt import stepper_for, why_not_adopted
+from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.optimizers.plan import Options
+from lightning_optim.optimizers.stepper import Stepper
+
+_AMP = "_step_supports_amp_scaling"
+
+
+def why_own_step(optimizer: Optimizer) -> str | None:
+    """Why an optimizer has to run its own step, or None if our engines may do it."""
+    if isinstance(optimizer, RuleOptimizer):
+        if inspect.unwrap(type(optimizer).step) is not inspect.unwrap(RuleOptimizer.step):
+            return "its class has a step of its own"
+    elif (reason := why_not_adopted(optimizer)) is not None:
+        return reason
+    replaced = optimizer.__dict__.get("step")  # schedulers put a wrapper there that only counts
+    if replaced is not None and not hasattr(replaced, "_wrapped_by_lr_sched"):
+        return "its step was replaced"
+    return None
+
+
+class Drive:
+    """One optimizer under a strategy. It keeps no reference to the optimizer, nor to any state.
+
+    Args:
+        optimizer: The optimizer.
+        engine: For torch's own, and for ours if it is not ``"auto"``.
+        capture: Record the step as a CUDA graph.
+
+    Attributes:
+        own_step: Why the optimizer runs its own step; None: our engines step it.
+        stepping: Whether a step is going on.
+        loss: How the loss of the step was scaled, if it was.
+        backward: What has the backward pass step the parameters, if it does.
+    """
+
+    def __init__(self, optimizer: Optimizer, engine: str, *, capture: bool = False) -> None:
+        self.own_step = why_own_step(optimizer)
+        self.stepping = False
+        self._engine = requested_engine(engine)
+        self.loss: LossScale | None = None
+        self.backward: StepInBackward | None = None
+        self._found_inf: Tensor | None = None
+        self._max_norm: float | None = None
+        self._adopted: Stepper | None = None
+        # Of modules that override `configure_gradient_clipping`: the gradients when they had clipping done, and
+        # whether they leave them alone afterwards, which the first step tells.
+        self._seen: list[tuple[int, int]] | None = None
+        self._undisturbed: bool | None = None
+        self._options_before: Options | None = None
+        self._amp_before: bool | None = None
+        if self.own_step is not None:
+            return
+        if not isinstance(optimizer, RuleOptimizer):
+            self._adopted = stepper_for(optimizer, engine=engine, capture=capture)
+        else:
+            self._options_before = optimizer.options
+            if engine != "auto":
+                optimizer.use_engine(engine)
+            if capture:
+                optimizer.capture_steps()
+        # Where this is set, Lightning neither clips nor calls the scaler's `unscale_`. torch sets it on instances, too.
+        self._amp_before = optimizer.__dict__.get(_AMP)
+        _set_attribute(optimizer, _AMP, False)
+
+    def release(self, optimizer: Optimizer) -> None:
+        """Leave the optimizer as it was found."""
+        if self.own_step is None:
+            _set_attribute(optimizer, _AMP, self._amp_before)
+        if isinstance(optimizer, RuleOptimizer) and self._options_before is not None:
+            optimizer.use_engine(self._options_before.engine)
+            optimizer.capture_steps(self._options_before.capture)
+        if self.backward is not None:
+            self.backward.remove()
+            self.backward = None
+
+    def stepper(self, optimizer: Optimizer) -> Stepper:
+        """What steps the optimizer."""
+        return optimizer._stepper if isinstance(optimizer, RuleOptimizer) else self._adopted  # type: ignore[return-value]
+
+    def requested(self, optimizer: Optimizer) -> str:
+        """The engine that was asked for."""
+        return optimizer.options.engine if isinstance(optimizer, RuleOptimizer) else self._engine
+
+    def postpones(self, optimizer: Optimizer) -> bool:
+        """Whether what is to be done to the gradients can wait for the step that is going on."""
+        return self.stepping and self.own_step is None and not _is_sparse(optimizer)
+
+    @contextmanager
+    def in_place_of_its_own(self, optimizer: Optimizer) -> Iterator[None]:
+        """While this lasts, ``optimizer.step`` is ours, with its hooks and its record in profiles."""
+        if self.own_step is not None:
+            yield
+            return
+        before = optimizer.__dict__.get("step")
+        # Not for longer: schedulers and others put wrappers of theirs there, at any time between two steps.
+        optimizer.step = MethodType(Optimizer.profile_hook_step(self._step), optimizer)  # type: ignore[method-assign]
+        self.stepping = True
+        if self.backward is not None:
+            self.backward.last = True
+        try:
+            yield
+        finally:
+            if self.backward is not None:
+                self.backward.last = False
+            _set_attribute(optimizer, "step", before)
+            self.stepping, self._max_norm, self.loss, self._seen = False, None, None, None
+
+    def clip(self, optimizer: Optimizer, max_norm: float, stock: Callable[[], None], *, has_its_own_way: bool) -> None:
+        """Clip the gradients' global norm in the step to come.
+
+        Args:
+            optimizer: The optimizer.
+            max_norm: The limit.
+            stock: Clips at once.
+            has_its_own_way: The module asks for this in a ``configure_gradient_clipping`` of its own, which may do
+                more than that.
+        """
+        if self.backward is not None:
+            return  # it has clipped, in the way that it was told
+        if has_its_own_way:
+            if not self._undisturbed:
+                stock()
+                self._seen = _versions(optimizer) if self._undisturbed is None else None
+                return
+            self._seen = _versions(optimizer)
+        own = optimizer.options.max_grad_norm if isinstance(optimizer, RuleOptimizer) else None
+        if own is not None:
+            raise ValueError(two_limits(type(optimizer).__name__, own, max_norm))
+        self._max_norm = max_norm if self._max_norm is None else min(max_norm, self._max_norm)
+
+    def _step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        """In place of ``optimizer.step``."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        self._check_undisturbed(optimizer)
+        with torch.no_grad():
+            if _is_sparse(optimizer):
+                inspect.unwrap(type(optimizer).step)(optimizer)
+            elif self.backward is not None:
+                self.backward.finish()
+            else:
+                self.stepper(optimizer).step(loss=self.loss, max_grad_norm=self._max_norm)
+        # By this schedulers see that a step came before theirs.
+        optimizer._opt_called = True  # type: ignore[attr-defined] # torch sets it the same way, from outside
+        return result
+
+    def cleared_flag(self, scale: Tensor) -> Tensor:
+        """What a step sets when it is left out: zero, and always in the same place, which a CUDA graph would keep."""
+        if self._found_inf is None or self._found_inf.device != scale.device:
+            self._found_inf = torch.zeros_like(scale)
+        return self._found_inf.zero_()
+
+    def _check_undisturbed(self, optimizer: Optimizer) -> None:
+        """Whether the gradients still are what they were when clipping was asked for."""
+        if self._seen is None:
+            return
+        same = self._seen == _versions(optimizer)
+        if self._undisturbed is None:
+            self._undisturbed = same
+        elif not same:
+            raise RuntimeError(
+                "configure_gradient_clipping changed gradients after it had called clip_gradients, and had not done so "
+                "at the first step: they are clipped in the optimizer's step, after that change. Change them first, "
+                "or clip them with torch.nn.utils.clip_grad_norm_"
+            )
+
+
+def two_limits(optimizer: str, own: float, other: float) -> str:
+    """The message for gradients that would be clipped twice."""
+    return (
+        f"gradients would be clipped twice: {optimizer} has max_grad_norm={own!r}, and the Trainer or the module "
+        f"gradient_clip_val={other!r}; valid: one of them"
+    )
+
+
+def _set_attribute(owner: object, name: str, value: Any) -> None:
+    """Set an attribute of the instance, or remove it where ``value`` is None."""
+    if value is None:
+        owner.__dict__.pop(name, None)
+    else:
+        setattr(owner, name, value)
+
+
+def _grads(optimizer: Optimizer) -> Iterator[Tensor]:
+    return (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+
+
+def _is_sparse(optimizer: Optimizer) -> bool:
+    """Whether a gradient is sparse, which among torch's optimizers that we adopt only SGD takes."""
+    return type(optimizer) is SGD and any(g.layout is not torch.strided for g in _grads(optimizer))
+
+
+def _versions(optimizer: Optimizer) -> list[tuple[int, int]]:
+    return [(id(g), g._version) for g in _grads(optimizer)]

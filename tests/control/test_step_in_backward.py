@@ -1,0 +1,144 @@
+"""Steps made by the backward pass are the steps that would have followed it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_optim.control.step_in_backward import StepInBackward
+from lightning_optim.registry import OPTIMIZERS, create_optimizer
+
+NAMES = [name for name, info in OPTIMIZERS.items() if info.kind != "matrix"]
+
+
+class Net(nn.Module):
+    """Tied weights, a reentrant checkpoint, and a layer that not every step uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.tied, self.rare = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 5)
+        self.again = nn.Linear(5, 5)
+        self.again.weight = self.tied.weight
+
+    def forward(self, x: Tensor, step: int) -> Tensor:
+        x = torch.tanh(self.first(x))
+        x = checkpoint(lambda y: torch.tanh(self.tied(y)), x, use_reentrant=True)
+        x = checkpoint(lambda y: torch.tanh(self.tied(y)) + self.first(y), x, use_reentrant=True)
+        x = self.again(x)
+        return self.rare(x) if step % 3 else x
+
+
+def train(name: str, *, released: bool, batches: int = 1, **options: Any) -> tuple[Net, Any, int]:
+    """The model, its optimizer, and the most gradients that were there at once after the first window."""
+    torch.manual_seed(0)
+    model = Net().to(options.pop("dtype", torch.float32))
+    settings = {key: options.pop(key) for key in ("max_norm", "clip") if key in options}
+    optimizer = create_optimizer(name, list(model.parameters()), lr=0.01, **options)
+    backward = StepInBackward(optimizer, **settings) if released else None
+    most = 0
+    for step in range(6):
+        optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
+        for batch in range(batches):
+            if backward is not None:
+                backward.last = batch == batches - 1
+            x = torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * step + batch))
+            model(x.to(model.first.weight.dtype).requires_grad_(), step).square().sum().backward()
+        if backward is not None:
+            if step not in (0, 1):  # the step at which `rare` is first used still observes it
+                most = max(most, sum(p.grad is not None for p in model.parameters()))
+            backward.finish()
+            assert all(p.grad is None for p in model.parameters())
+        else:
+            optimizer.step()
+    return model, optimizer, most
+
+
+def same(a: nn.Module, b: nn.Module) -> None:
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_bits_and_no_gradients(name: str, batches: int) -> None:
+    ours, optimizer, most = train(name, released=True, batches=batches)
+    theirs, plain, _ = train(name, released=False, batches=batches)
+    same(ours, theirs)
+    assert most == 0
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        for slot, value in plain.state[q].items():
+            assert torch.equal(optimizer.state[p][slot], value), slot
+
+
+def test_the_noise_of_stochastic_rounding_is_that_of_the_whole_step() -> None:
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "rounding": "stochastic"}
+    same(train("adamw", released=True, **options)[0], train("adamw", released=False, **options)[0])
+
+
+def test_per_tensor_clipping() -> None:
+    """Each gradient by its own norm, from the first step on."""
+    weights = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))]
+    backward = StepInBackward(create_optimizer("sgd", weights, lr=1.0), max_norm=1.0, clip="per_tensor")
+    for _ in range(3):
+        (weights[0] @ torch.tensor([3.0, 4.0]) + weights[1] @ torch.tensor([0.3, 0.4])).backward()
+        backward.finish()
+    torch.testing.assert_close(weights[0], torch.tensor([-1.8, -2.4]))
+    torch.testing.assert_close(weights[1], torch.tensor([-0.9, -1.2]))
+
+
+def test_clipping_by_the_norm_of_the_step_before() -> None:
+    """The first step is exact; later ones use the norm that the one before had."""
+    weights = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    backward = StepInBackward(create_optimizer("sgd", weights, lr=1.0), max_norm=1.0, clip="previous_norm")
+    seen = []
+    for scale in (1.0, 2.0, 4.0):
+        before = [w.item() for w in weights]
+        (3 * scale * weights[0] + 4 * scale * weights[1]).sum().backward()
+        backward.finish()
+        seen.append([b - w.item() for w, b in zip(weights, before, strict=True)])
+    torch.testing.assert_close(torch.tensor(seen), torch.tensor([[0.6, 0.8], [1.2, 1.6], [1.2, 1.6]]))
+
+
+def test_a_gradient_that_comes_too_late_is_an_error() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    backward = StepInBackward(create_optimizer("sgd", [weight], lr=0.1))
+    weight.sum().backward()
+    backward.finish()
+    weight.sum().backward()
+    weight.sum().backward()  # without `last = False` before it
+    with pytest.raises(RuntimeError, match=r"1 gradients .*shape \(2,\).*grew after"):
+        backward.finish()
+
+
+def test_what_cannot_be_exact_is_said_at_once() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = create_optimizer("sgd", [weight], lr=0.1)
+    with pytest.raises(ValueError, match=r"max_norm=1.0 cannot be exact.*'per_tensor' or 'previous_norm'"):
+        StepInBackward(optimizer, max_norm=1.0)
+    with pytest.raises(ValueError, match=r"clip='global'; valid: None, per_tensor, previous_norm"):
+        StepInBackward(optimizer, max_norm=1.0, clip="global")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"max_grad_norm=2.0 of the optimizer"):
+        StepInBackward(create_optimizer("sgd", [weight], lr=0.1, max_grad_norm=2.0))
+    with pytest.raises(TypeError, match="SGD does not step parameter by parameter"):
+        StepInBackward(torch.optim.SGD([weight], lr=0.1))  # type: ignore[arg-type]
+
+
+def test_hooks_keep_nothing_alive() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = create_optimizer("adamw", [weight], lr=0.1)
+    backward = StepInBackward(optimizer)
+    weight.sum().backward()
+    backward.finish()
+    gone = weakref.ref(optimizer)
+    del optimizer, backward
+    gc.collect()
+    assert gone() is None
+    weight.sum().backward()
+    assert weight.grad is not None

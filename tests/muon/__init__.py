@@ -1,0 +1,1 @@
+"""What only the matrix kind has: parameters told apart, batches of matrices, two rules in one step."""
