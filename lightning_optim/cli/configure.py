@@ -95,11 +95,11 @@ def schedule_config(scheduler: Any, interval: Interval | None = None) -> dict[st
 
 
 def _parameters(model: LightningModule, options: OptimizerOptions) -> Any:
-    known = _arguments(options.optimizer)
-    kinds = _kinds(options.optimizer, known)
+    kinds = _kinds(options.optimizer)
     if options.groups is None:
         # Ours that step parameters of several kinds tell these apart by name.
         return model.parameters() if kinds is None else model.named_parameters()
+    known = _arguments(options.optimizer)
     chosen = asdict(options.groups)
     decays = "weight_decay" in known
     if chosen["weight_decay"] is None:
@@ -118,11 +118,11 @@ def _class(spec: dict[str, Any]) -> Any:
     return getattr(__import__(module, fromlist=[name]), name)
 
 
-def _kinds(spec: dict[str, Any], known: dict[str, Any]) -> Kinds | None:
+def _kinds(spec: dict[str, Any]) -> Kinds | None:
     """How an optimizer of ours wants the parameters told apart."""
     cls = _class(spec)
     ours = isinstance(cls, type) and issubclass(cls, RuleOptimizer)
-    return cls.kinds(known) if ours else None
+    return cls.kinds(_arguments(spec)) if ours else None
 
 
 def _arguments(spec: dict[str, Any]) -> dict[str, Any]:

@@ -167,11 +167,13 @@ class MatrixStepper(Stepper):
     def run(self, scaling: Scaling | None) -> None:
         """See :meth:`Stepper.run`."""
         self.scaling = scaling
-        if self._has_rest:
-            super().run(scaling)
-        if self._has_matrices:
-            self._run_matrices(scaling)
-        self._batches, self._updates, self._copies = [], {}, None
+        try:
+            if self._has_rest:
+                super().run(scaling)
+            if self._has_matrices:
+                self._run_matrices(scaling)
+        finally:  # memory is held during a step only
+            self._batches, self._updates, self._copies = [], {}, None
 
     def planner_of(self, group: Group) -> Planner:
         """See :meth:`Stepper.planner_of`."""

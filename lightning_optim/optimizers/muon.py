@@ -192,8 +192,10 @@ class MuonOptim(RuleOptimizer):
         name = cls.public_name()
         if group["use_muon"] not in (None, True, False):
             raise TypeError(f"{name}: use_muon={group['use_muon']!r} is not a bool; valid: True, False")
-        if not 0 <= float(group["momentum"]) < 1:
-            raise ValueError(f"{name}: momentum={group['momentum']!r}; valid: a number in [0, 1)")
+        momentum = group["momentum"]
+        on_device = isinstance(momentum, Tensor) and momentum.device.type != "cpu"  # reading it would wait
+        if not on_device and not 0 <= float(momentum) < 1:
+            raise ValueError(f"{name}: momentum={momentum!r}; valid: a number in [0, 1)")
         for index, p in enumerate(group["params"] if group["use_muon"] else ()):
             if not _is_matrix(p):
                 raise ValueError(

@@ -22,7 +22,7 @@ from lightning_optim.engines.base import Bucket, Decision, Scalars
 from lightning_optim.engines.memory import Reading, aliased, form, in_order_of, is_lazy, is_plain, same_order
 from lightning_optim.engines.scaling import LossScale, Scaling
 from lightning_optim.optimizers.plan import Group, Method, Options, Owner, Part, Planned, Planner, counter_device
-from lightning_optim.optimizers.shards import Shards, all_reduced
+from lightning_optim.optimizers.shards import Shards, all_reduced, local
 from lightning_optim.warnings import warn_once
 
 # Called for every parameter at every step: `map` over these is half the time of a comprehension.
@@ -223,7 +223,7 @@ class Stepper:
             params = [p for group in self.owner.param_groups for p in group["params"]]
             scaled = scaled or self.planner.options.max_grad_norm is not None
             chosen = self._selected(params)
-            copies = {p: p for p in params} if self.planner.part == "direction" else None
+            copies = {p: local(p) for p in params} if self.planner.part == "direction" else None
             weights = [p for p in chosen if p is not None]
             plan = self.planner.build(self.planner.members(chosen), weights, copies, scaled)
             return [planned.decision for planned in plan]

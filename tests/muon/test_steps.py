@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -147,8 +148,12 @@ def test_directions_go_straight_into_their_batch() -> None:
     batches = optimizer._stepper._batches
     assert [batch.staged for batch in batches] == [{}] * len(batches)
     assert sum(len(batch.weights) for batch in batches) == len(params)
+    memory = [weakref.ref(batch.directions) for batch in batches]
     (transposed,) = [b for b in batches if any(p is params[-2] for p, _ in b.weights)]
     assert (transposed.kind.rows, transposed.kind.columns) == (5, 9)
+    del batches, transposed
+    optimizer._stepper.run(None)
+    assert [tensor() for tensor in memory] == [None] * len(memory)
 
 
 def test_both_kinds_are_clipped_by_one_norm() -> None:

@@ -1,0 +1,61 @@
+"""Weights divided over two processes in other ways than FSDP2's, which the conformance tests have."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .common import muon, normal, train, weights
+
+RANKS = 2
+TIMEOUT = 120  # seconds: importing torch twice on a busy machine takes 20
+SHAPES = ((5, 7), (7, 5), (3, 4, 5), (4, 3, 3, 3), (3, 4), (1, 4))
+
+
+def rank_main(rank: int, folder: Path) -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="")
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    mesh = dist.init_device_mesh("cpu", (RANKS,))
+    places = [Shard(1), Shard(0), Shard(0), Shard(1), Replicate(), Shard(0)]
+    whole = weights(SHAPES)
+    params = [
+        nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [place]))
+        for p, place in zip(whole, places, strict=True)
+    ]
+    expected, optimizer = muon(whole, max_grad_norm=0.5), muon(params, max_grad_norm=0.5)
+    assert "eager" not in optimizer.engine_report()
+    for step in range(3):
+        train(expected, whole, [step])
+        for index, (p, place) in enumerate(zip(params, places, strict=True)):
+            p.grad = distribute_tensor(normal(p.shape, 100 + index, step), mesh, [place])
+        optimizer.step()
+    for p, q in zip(params, whole, strict=True):
+        torch.testing.assert_close(p.full_tensor(), q.detach(), rtol=1e-11, atol=1e-12)  # type: ignore[attr-defined]
+    assert optimizer.grad_norm is not None
+    assert expected.grad_norm is not None
+    torch.testing.assert_close(optimizer.grad_norm, expected.grad_norm, rtol=1e-12, atol=0)
+    dist.destroy_process_group()
+
+
+def test_weights_divided_over_processes_are_stepped_as_whole_matrices(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=rank_main, args=(rank, tmp_path), daemon=True) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(TIMEOUT)
+        assert [process.exitcode for process in processes] == [0] * RANKS
+    finally:
+        for process in processes:
+            process.kill()
