@@ -95,7 +95,8 @@ class Bench:
         return gpt2_shapes(min(weights, self.weights) if weights else self.weights)
 
     def parameters(self, shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-        """Weights with gradients."""
+        """Weights with gradients: the same at every call."""
+        torch.manual_seed(0)
         params = [nn.Parameter(torch.randn(s, device=self.device).mul_(0.02).to(dtype)) for s in shapes]
         for p in params:
             p.grad = torch.randn(p.shape, device=self.device).mul_(1e-3).to(dtype)
@@ -209,6 +210,23 @@ class Bench:
             Contender("nearest", self.ours("adamw", shapes, torch.bfloat16, **ADAMW).step),
         ]
         return Case("AdamW bfloat16, rounding", "stochastic ≤ 1.05× the time of nearest", runs)
+
+    def captured(self) -> Case:
+        """The step as a CUDA graph, with new gradient tensors and a learning rate that moves."""
+        shapes = self.shapes(124e6)
+        graph, plain = (self.ours("adamw", shapes, max_grad_norm=MAX_NORM, **ADAMW) for _ in range(2))
+        graph.capture_steps()
+        for step in range(100 if self.device.type == "cuda" else 3):
+            for optimizer in (graph, plain):
+                group = optimizer.param_groups[0]
+                group["lr"] = 1e-4 / (1 + step)
+                for p, q in zip(group["params"], plain.param_groups[0]["params"], strict=True):
+                    p.grad = torch.full_like(q, 1e-3 * (step + 1))
+                optimizer.step()
+        pairs = zip(graph.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True)
+        spread = [float((p - q).abs().max()) for p, q in pairs if p.numel()]
+        runs = [Contender("captured", graph.step), Contender("launched one by one", plain.step)]
+        return Case(f"CUDA graph, {len(shapes)} tensors", "bit-equal", runs, {"largest_difference": max(spread)})
 
     def newton_schulz(self) -> Case:
         """Muon's orthogonalization of one 4096 × 4096 matrix."""
@@ -325,6 +343,7 @@ CASES: dict[str, Callable[[Bench], Any]] = {
     "rules": Bench.rules,
     "host": Bench.host,
     "stochastic": Bench.stochastic,
+    "captured": Bench.captured,
     "newton_schulz": Bench.newton_schulz,
 }
 

@@ -16,6 +16,9 @@ from lightning_optim.engines.base import Bucket, Engine, Scalars
 from lightning_optim.engines.scaling import LossScale, Scaling
 from lightning_optim.engines.triton.engine import TritonEngine
 
+#: Where there are CUDA graphs: not under Triton's interpreter.
+DEVICES = ("cuda",)
+
 
 def record(launches: Callable[[], Any], device: torch.device) -> Callable[[], None]:
     """Record what ``launches`` launches, without doing it; the result does it, as often as it is called."""
@@ -40,6 +43,9 @@ class CapturedSteps:
         for engine, bucket in work:
             if not isinstance(engine, TritonEngine):
                 return f"the {engine.name} engine runs {bucket.label}"
+        for _, bucket in work:
+            if bucket.device.type not in DEVICES:
+                return f"the weights are on {bucket.device}"
         devices = sorted({str(bucket.device) for _, bucket in work})
         return None if len(devices) == 1 else f"the weights are on {len(devices)} devices: {', '.join(devices)}"
 

@@ -40,6 +40,7 @@ class Recorder:
 
         monkeypatch.setattr(TritonEngine, "_built", taped)
         monkeypatch.setattr(graph, "record", self.record)
+        monkeypatch.setattr(graph, "DEVICES", ("cpu",))
 
     def record(self, launches: Callable[[], Any], device: torch.device) -> Callable[[], None]:
         tape: list[Callable[[], Any]] = []
@@ -157,11 +158,12 @@ def test_a_missing_gradient_is_an_error(recorder: Recorder) -> None:
     optimizer.step()
 
 
-def test_what_cannot_be_captured_is_stepped_all_the_same() -> None:
+@pytest.mark.parametrize(("engine", "reason"), [("eager", "eager engine"), ("triton", "the weights are on cpu")])
+def test_what_cannot_be_captured_is_stepped_all_the_same(engine: str, reason: str) -> None:
     weight = nn.Parameter(torch.zeros(2))
-    optimizer = make("sgd", [weight], engine="eager", lr=1.0)
+    optimizer = make("sgd", [weight], engine=engine, lr=1.0)
     optimizer.capture_steps()
     weight.grad = torch.ones(2)
-    with pytest.warns(LightningOptimWarning, match="not captured.*eager engine"):
+    with pytest.warns(LightningOptimWarning, match=f"not captured.*{reason}"):
         optimizer.step()
     assert weight.tolist() == [-1.0, -1.0]
