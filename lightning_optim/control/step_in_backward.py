@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -112,17 +113,27 @@ class StepInBackward:
         self._previous: Tensor | None = None
         self._steppers: dict[Tensor, Stepper] = {}
         self._views: list[_One] = []  # steppers do not own their owners
+        self._handles: list[Any] = []
+        self._watch()
+
+    def _watch(self) -> None:
+        """Follow all parameters that require gradients and are not followed yet: groups may be added, and unfrozen."""
+        options = replace(self.optimizer.options, capture=False)  # there is no one step to record
         hook = partial(_on_gradient, weakref.ref(self))
         number = 0
-        self._handles = []
-        for row, group in enumerate(optimizer.param_groups):
+        for row, group in enumerate(self.optimizer.param_groups):
             for p in group["params"]:
-                view = _One(optimizer, row, p)
-                self._views.append(view)
-                self._steppers[p] = stepper = Stepper(view, type(optimizer), optimizer.options)
-                stepper.planner.first_id = number
-                self._handles.append(p.register_post_accumulate_grad_hook(hook))
+                if p.requires_grad and p not in self._steppers:
+                    view = _One(self.optimizer, row, p)
+                    self._views.append(view)
+                    self._steppers[p] = stepper = Stepper(view, type(self.optimizer), options)
+                    stepper.planner.first_id = number
+                    self._handles.append(p.register_post_accumulate_grad_hook(hook))
                 number += 1
+
+    def discard(self) -> None:
+        """Forget a window that was interrupted; what it has stepped stays so."""
+        self._fired, self._stepped, self._squares = Counter(), set(), []
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -132,6 +143,7 @@ class StepInBackward:
             RuntimeError: A gradient came after its parameter had been stepped: the graph is not that of the first
                 window. The parameter's update is not undone.
         """
+        self._watch()
         late = [p for p in self._stepped if p.grad is not None]
         left = [p for p in self._steppers if p.grad is not None and p not in self._stepped]
         whole = self._expected is None
@@ -149,7 +161,8 @@ class StepInBackward:
             for p in left:
                 self._step(p)
         if self._squares:
-            self._previous = torch.stack(self._squares).sum().reshape(1)
+            first = self._squares[0].device
+            self._previous = torch.stack([s.to(first, non_blocking=True) for s in self._squares]).sum().reshape(1)
             self._squares = []
 
     def remove(self) -> None:
@@ -162,6 +175,7 @@ class StepInBackward:
         if not self.last:
             return
         self._fired[p] += 1
+        # What the first window has not seen waits for `finish`.
         if self._expected is not None and self._fired[p] == self._expected[p]:
             self._step(p)
             self._stepped.add(p)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -39,16 +39,18 @@ class Scaling:
         loss: The loss scale, if there is one.
         squares: The sum of squares of all gradients as they are in memory, in float64 and in any number of parts;
             None where neither clipping nor a check needs it.
+        scale: What the loss was multiplied by.
     """
 
     max_norm: float | None = None
     loss: LossScale | None = None
     squares: Tensor | None = None
+    scale: Tensor | None = field(init=False)
 
-    @property
-    def scale(self) -> Tensor | None:
-        """What the loss was multiplied by."""
-        return None if self.loss is None else self.loss.scale
+    def __post_init__(self) -> None:
+        """Keep the scale of this step: a scaler changes its own in place right after it."""
+        scale = None if self.loss is None or self.loss.scale is None else self.loss.scale.clone()
+        object.__setattr__(self, "scale", scale)
 
     def norm(self) -> Tensor | None:
         """The global norm of the unscaled gradients, a 0-dim float64 tensor."""

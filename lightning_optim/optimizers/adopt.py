@@ -51,7 +51,8 @@ def adopt(optimizer: torch.optim.Optimizer, *, engine: str = "auto", max_grad_no
     """Step an instance of ``torch.optim.SGD``, ``Adam`` or ``AdamW`` with our engines.
 
     The instance stays what it is: its param groups, its state (the same keys and types), its schedulers and its
-    checkpoints; only the arithmetic is done elsewhere. Either may step at any time.
+    checkpoints; only the arithmetic is done elsewhere. Either may step at any time. (On CUDA our engine keeps the step
+    counters on the device, which makes torch's own step wait for it, unless it is ``capturable`` or ``fused``.)
 
     Args:
         optimizer: The instance.
@@ -91,6 +92,19 @@ def stepper_for(optimizer: torch.optim.Optimizer, *, engine: str = "auto", captu
         TypeError, ValueError: As for :func:`adopt`.
     """
     return _stepper(optimizer, replace(_options(optimizer, engine, None), capture=capture))
+
+
+def give_counters_back(optimizer: torch.optim.Optimizer) -> None:
+    """Put step counters where torch's own step wants them, after steps of an engine that keeps them on a device.
+
+    torch reads them at every step, and would wait for the device each time, but with ``capturable`` or ``fused``.
+    """
+    for group in optimizer.param_groups:
+        if not (group.get("capturable") or group.get("fused")):
+            for p in group["params"]:
+                state = optimizer.state.get(p) or {}
+                if isinstance(step := state.get("step"), torch.Tensor) and step.device.type != "cpu":
+                    state["step"] = step.cpu()
 
 
 def _options(optimizer: torch.optim.Optimizer, engine: str, max_grad_norm: float | None) -> Options:

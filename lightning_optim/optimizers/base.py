@@ -31,7 +31,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     Args:
         params: Parameters, named parameters, or dicts of param groups, as for any torch optimizer.
         defaults: The options that param groups may set, with their defaults.
-        engine: ``"auto"`` (the fastest that supports the parameters), ``"eager"``, ``"foreach"`` or ``"host"``; the
+        engine: ``"auto"`` (the fastest that supports the parameters), ``"eager"``, ``"foreach"``, ``"host"`` or
+            ``"triton"``; the
             environment variable ``LIGHTNING_OPTIM_ENGINE`` overrides it. :meth:`engine_report` says what runs.
         rounding: How weights stored as bfloat16 or float16 are written: ``"nearest"``, ``"stochastic"`` (bfloat16:
             unbiased, reproducible) or ``"kahan"`` (one more slot keeps what rounding lost). Weights in float32 and

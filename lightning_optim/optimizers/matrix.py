@@ -183,7 +183,7 @@ class MatrixStepper(Stepper):
         """See :meth:`Stepper.report`."""
         return [*self._direct.report(scaled=scaled), *self._move.report(), *super().report(scaled=scaled)]
 
-    def _can_capture(self) -> bool:
+    def _can_capture(self, grads: Mapping[Tensor, Tensor] | None) -> bool:
         warn_once(
             f"lightning-optim: the step of {self._direct.planner.method.public_name()} is not captured as a CUDA graph "
             "(matrices are orthogonalized between its kernels)",

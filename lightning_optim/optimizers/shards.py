@@ -33,7 +33,8 @@ def same_parts(a: Tensor, b: Tensor) -> bool:
 def shards_of(tensor: Tensor) -> Shards:
     """Over what a DTensor is divided; replicas count once."""
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined] # of a DTensor
-    return tuple((mesh, dim) for dim, placement in enumerate(placements) if placement.is_shard())
+    # Not `is_shard()`: the strided shards of FSDP2 over tensor parallelism say no to it.
+    return tuple((mesh, dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
 
 
 def all_reduced(total: Tensor, shards: Shards) -> Tensor:

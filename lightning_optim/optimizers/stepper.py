@@ -29,6 +29,9 @@ from lightning_optim.warnings import warn_once
 _grad, _is_neg = attrgetter("grad"), Tensor.is_neg
 
 
+#: Errors that are no statement about the tensors that were given.
+_OF_THE_DEVICE = (torch.OutOfMemoryError, torch.AcceleratorError)
+
 #: Of the noise of stochastic rounding. The same in all processes: replicas must round alike.
 NOISE_SEED = 0.0
 
@@ -80,6 +83,7 @@ class Stepper:
         self._plan: list[Planned] = []
         self._fresh: list[Tensor] = []
         self._new: list[Tensor] = []
+        self._written: list[Planned] = []  # at the last step
         self._captured: Any = None
 
     def step(
@@ -104,13 +108,21 @@ class Stepper:
         max_norm = self.planner.options.max_grad_norm if max_grad_norm is None else max_grad_norm
         if not self.plan(grads, copies, scaled=max_norm is not None or (loss is not None and loss.scale is not None)):
             self.scaling = None
-        elif self.planner.options.capture and not self._fresh and self._can_capture():
-            self._run_captured(max_norm, loss)
-        elif max_norm is None and loss is None:
-            self.run(None)
-        else:
-            needed = max_norm is not None or (loss is not None and loss.check)
-            self.run(Scaling(max_norm, loss, self.squares() if needed else None))
+            return
+        try:
+            if self.planner.options.capture and not self._fresh and self._can_capture(grads):
+                self._run_captured(max_norm, loss)
+            elif max_norm is None and loss is None:
+                self.run(None)
+            else:
+                needed = max_norm is not None or (loss is not None and loss.check)
+                self.run(Scaling(max_norm, loss, self.squares() if needed else None))
+        except BaseException:
+            self._let_go()
+            if not self._written:
+                for p in self._new:  # their first step is still to come
+                    self.owner.state.pop(p, None)
+            raise
 
     def plan(
         self,
@@ -132,7 +144,7 @@ class Stepper:
         params = [p for group in self.owner.param_groups for p in group["params"]]
         found = self._selected(list(map(_grad, params)) if grads is None else [grads.get(p) for p in params])
         gradients = [g for g in found if g is not None]
-        self._fresh, self._new = [], []
+        self._fresh, self._new, self._written = [], [], []
         if not gradients:
             return False
         structure = self._describe(params, found, gradients, copies is not None, scaled)
@@ -154,32 +166,38 @@ class Stepper:
     def run(self, scaling: Scaling | None) -> None:
         """Let every bucket's engine run what is planned; the second half of :meth:`step`."""
         self.scaling = scaling
+        self._written = []
         # A host that must know waits for the device once; the engines that decide on the device come to the same.
         on_device = all(planned.engine.controls_on_device for planned in self._plan)
         waits = scaling is not None and not (on_device and not self._fresh)
         skip = waits and scaling is not None and scaling.skip()
         factor = scaling.factor() if waits and scaling is not None and not skip else None
-        for planned in self._plan:
-            bucket = planned.bucket
-            if planned.engine.controls_on_device:
-                planned.engine.run(bucket, self._table(bucket, None), scaling)
-            elif not skip:
-                planned.engine.run(bucket, self._table(bucket, factor))
-        self._let_go(written=not skip)
+        try:
+            for planned in self._plan:
+                bucket = planned.bucket
+                if planned.engine.controls_on_device:
+                    planned.engine.run(bucket, self._table(bucket, None), scaling)
+                elif not skip:
+                    planned.engine.run(bucket, self._table(bucket, factor))
+                if not skip:
+                    self._written.append(planned)
+        finally:
+            self._let_go()
         if skip:
             for p in self._fresh:  # their first step is still to come
                 self.owner.state.pop(p, None)
 
-    def _let_go(self, *, written: bool) -> None:
-        """After a step, tensors are their owner's to free or to move."""
-        for planned in self._plan:
+    def _let_go(self) -> None:
+        """After a step, or a failed one, tensors are their owner's to free or to move."""
+        for planned in self._written:
             bucket = planned.bucket
-            if planned.engine.uses_addresses and written:
+            if planned.engine.uses_addresses and bucket.tensors:
                 # Behind torch's back: a later backward through an old weight must fail as after any in-place update.
                 torch.autograd.graph.increment_version([*bucket.tensors["p"], *bucket.tensors.get("copy", ())])
-            bucket.tensors, bucket.steps = {}, None
+        for planned in self._plan:
+            planned.bucket.tensors, planned.bucket.steps = {}, None
 
-    def _can_capture(self) -> bool:
+    def _can_capture(self, grads: Mapping[Tensor, Tensor] | None) -> bool:
         """Whether the planned step can be recorded as a CUDA graph; warns if not.
 
         Raises:
@@ -197,7 +215,7 @@ class Stepper:
             f"{_label(group, index)}"
             for group in self.owner.param_groups
             for index, p in enumerate(group["params"])
-            if p.requires_grad and p.grad is None
+            if p.requires_grad and (p.grad if grads is None else grads.get(p)) is None
         ]
         if absent:
             raise RuntimeError(
@@ -210,8 +228,10 @@ class Stepper:
 
     def _run_captured(self, max_norm: float | None, loss: LossScale | None) -> None:
         work: list[Any] = [(planned.engine, planned.bucket) for planned in self._plan]
+        self._written = []
         self.scaling = self._captured.run(work, lambda bucket: self._table(bucket, None), max_norm, loss)
-        self._let_go(written=True)
+        self._written = list(self._plan)
+        self._let_go()
 
     def report(self, *, scaled: bool = False) -> list[Decision]:
         """The engine of each bucket of the last step; before the first step, what it would be.
@@ -283,6 +303,8 @@ class Stepper:
                 if planned.reorder:
                     tensors["g"] = list(map(in_order_of, tensors["g"], tensors["p"]))
                 reading = planned.engine.read([*chain.from_iterable(tensors.values()), *steps])
+            except _OF_THE_DEVICE:
+                raise
             except (RuntimeError, TypeError, AttributeError):  # no tensor at all, or one of quite another kind
                 return False
             if not _as_planned(planned, tensors, steps, [*chain.from_iterable(kept.values()), *steps], reading):

@@ -20,7 +20,7 @@ from torch.optim import SGD, Optimizer
 from lightning_optim.control.step_in_backward import StepInBackward
 from lightning_optim.engines.base import requested_engine
 from lightning_optim.engines.scaling import LossScale
-from lightning_optim.optimizers.adopt import stepper_for, why_not_adopted
+from lightning_optim.optimizers.adopt import give_counters_back, stepper_for, why_not_adopted
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.optimizers.plan import Options
 from lightning_optim.optimizers.stepper import Stepper
@@ -89,6 +89,8 @@ class Drive:
         """Leave the optimizer as it was found."""
         if self.own_step is None:
             _set_attribute(optimizer, _AMP, self._amp_before)
+        if self._adopted is not None:
+            give_counters_back(optimizer)
         if isinstance(optimizer, RuleOptimizer) and self._options_before is not None:
             optimizer.use_engine(self._options_before.engine)
             optimizer.capture_steps(self._options_before.capture)
@@ -122,6 +124,10 @@ class Drive:
             self.backward.last = True
         try:
             yield
+        except BaseException:
+            if self.backward is not None:
+                self.backward.discard()
+            raise
         finally:
             if self.backward is not None:
                 self.backward.last = False

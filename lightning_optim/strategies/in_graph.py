@@ -223,6 +223,11 @@ class InGraphOnOneDevice(InGraph):
     ) -> None:
         if step_in_backward not in (False, True, *CLIPS):
             raise ValueError(f"step_in_backward={step_in_backward!r}; valid: False, True, {', '.join(CLIPS)}")
+        if capture and step_in_backward:
+            raise ValueError(
+                f"capture=True with step_in_backward={step_in_backward!r}: there is no one step to record; valid: one "
+                "of them"
+            )
         super().__init__(
             "cpu" if device is None else device,
             accelerator=accelerator,

@@ -70,7 +70,7 @@ class InStepScaler(torch.amp.GradScaler):
             found = [flag.to(scale.device, non_blocking=True) for flag in state["found_inf_per_device"].values()]
             if not found:
                 raise AssertionError("No inf checks were recorded for this optimizer.")
-            drive.loss = LossScale(None, torch.stack(found).sum(), check=False)
+            drive.loss = LossScale(None, drive.cleared_flag(scale).copy_(torch.stack(found).sum()), check=False)
         self.found_inf = drive.loss.found_inf
         result = optimizer.step(*args, **kwargs)
         if drive.stepper(optimizer).scaling is None:  # as torch's own, where no parameter has a gradient

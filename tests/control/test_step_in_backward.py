@@ -142,3 +142,36 @@ def test_hooks_keep_nothing_alive() -> None:
     assert gone() is None
     weight.sum().backward()
     assert weight.grad is not None
+
+
+def test_parameters_that_are_frozen_added_or_unfrozen() -> None:
+    model = Net()
+    model.rare.requires_grad_(False)
+    params = [*model.first.parameters(), *model.rare.parameters()]
+    optimizer = create_optimizer("sgd", params, lr=0.1)
+    backward = StepInBackward(optimizer)
+    late = nn.Parameter(torch.ones(5))
+    for step in range(5):
+        if step == 2:
+            model.rare.requires_grad_(True)
+            optimizer.add_param_group({"params": [late]})
+        before = [p.detach().clone() for p in (*params, late)]
+        (model.rare(model.first(torch.ones(2, 5))) * late).sum().backward()
+        backward.finish()
+        moved = [not torch.equal(p, q) for p, q in zip((*params, late), before, strict=True)]
+        assert moved == ([True] * 2 + [step >= 2] * 3)
+        late.grad = None if step < 2 else late.grad
+        assert late.grad is None
+
+
+def test_an_interrupted_window_is_forgotten() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    backward = StepInBackward(create_optimizer("sgd", [weight], lr=0.5))
+    for step in range(4):
+        weight.sum().backward()
+        if step == 2:  # out of memory, say
+            weight.grad = None
+            backward.discard()
+        else:
+            backward.finish()
+    assert weight.tolist() == [-1.0, -1.0]

@@ -90,6 +90,8 @@ def test_what_needs_all_gradients_is_refused(case: str) -> None:
 def test_wrong_values_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match=r"step_in_backward='global'; valid: False, True, per_tensor, previous_norm"):
         InGraphStrategy(step_in_backward="global")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"capture=True with step_in_backward=True.*valid: one of them"):
+        InGraphStrategy(capture=True, step_in_backward=True)
     with pytest.raises(TypeError, match="SGD does not step parameter by parameter"):
         fit(Model(OPTIMIZERS["torch SGD"]), InGraphStrategy(step_in_backward=True))
 

@@ -44,7 +44,9 @@ def test_every_rule_compiles_to_vector_instructions(name: str, layout: str) -> N
     program, types = case.update.program, dict(case.layout.dtypes)
     kernels = build(program, case.layout)
     for stage, kernel in enumerate(kernels.scalars):
-        flags = {"CLIP": True, "UNSCALE": True, "CHECK": True, "SKIP": True} if stage == 0 else {}
+        flags = (
+            {"CLIP": True, "UNSCALE": True, "CHECK": True, "SKIP": True, "PARTS": engine.PARTS} if stage == 0 else {}
+        )
         assert compiled(kernel, {**flags, "LANES": engine.LANES}, enable_fp_fusion=True).spills == 0
     for stage, kernel in enumerate(kernels.sweeps):
         result = compiled(kernel, {"CHUNK": engine.CHUNK, "BLOCK": engine.BLOCK}, **engine.OPTIONS)

@@ -106,11 +106,10 @@ def native_reader() -> Callable[[list[Tensor]], Reading] | None:
         count = len(tensors)
         addresses = array("q", bytes(8 * count))
         while True:
-            forms = array("q", bytes(8 * capacity * count))
-            used = function(
-                api, item, tensors, count, addresses.buffer_info()[0], forms.buffer_info()[0], capacity * count
-            )
-            if used <= capacity * count:
+            room = capacity * count  # once: another thread may find that more is needed
+            forms = array("q", bytes(8 * room))
+            used = function(api, item, tensors, count, addresses.buffer_info()[0], forms.buffer_info()[0], room)
+            if used <= room:
                 return Reading(addresses, forms[:used])
             capacity = -(-used // count)
 

@@ -17,7 +17,7 @@ from lightning_optim.engines.cache import BuildError
 from lightning_optim.engines.host.reader import native_reader
 from lightning_optim.engines.memory import Reading, read
 from lightning_optim.engines.scaling import Scaling
-from lightning_optim.engines.triton.build import Kernels, build, interpreted, missing
+from lightning_optim.engines.triton.build import Kernels, broken, build, interpreted, missing
 from lightning_optim.engines.triton.printer import TRITON_TYPES
 from lightning_optim.rules.ops import norm
 from lightning_optim.rules.trace import Program, trace
@@ -32,6 +32,8 @@ BLOCK = 1024
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 #: Tensors, or partial sums, that a scalar kernel handles at a time.
 LANES = 256
+#: Parts of the sum of squares that one program adds up at a time: a model of 7e9 weights has 850,000 of them.
+PARTS = 2048
 
 
 class Mirror:
@@ -118,7 +120,9 @@ class TritonEngine(Engine):
         """See :meth:`Engine.unavailable`."""
         if (reason := missing()) is not None:
             return reason
-        return None if interpreted() or torch.cuda.is_available() else "there is no CUDA device"
+        if interpreted():
+            return None
+        return broken() if torch.cuda.is_available() else "there is no CUDA device"
 
     def rejects(self, bucket: Bucket) -> str | None:
         """See :meth:`Engine.rejects`."""
@@ -151,7 +155,16 @@ class TritonEngine(Engine):
         self.launch(bucket, scaling)
 
     def send(self, bucket: Bucket, table: Sequence[Scalars], max_norm: float | None) -> None:
-        """Bring to the device what this step has of its own: addresses, the table, the norm to clip to."""
+        """Bring to the device what this step has of its own: addresses, the table, the norm to clip to.
+
+        Raises:
+            RuntimeError: A CUDA graph is being recorded, which would keep this step's addresses and scalars for ever.
+        """
+        if bucket.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "an optimizer's step inside of a CUDA graph would be frozen with its learning rate and addresses; "
+                "valid: leave the step out of the graph, and record it with optimizer.capture_steps()"
+            )
         kernels, tables = self._built(bucket.update.program, bucket.layout), self._prepared(bucket)
         numbers = [row[name] for row in table for name in kernels.table_scalars]
         on_device = {place: value for place, value in enumerate(numbers) if isinstance(value, Tensor)}
@@ -199,9 +212,11 @@ class TritonEngine(Engine):
                 *(rows if it is None else it for it in (squares, scale, found)), rows[-1:], tables.work, tables.skip,
                 len(bucket), tables.stride, 0 if squares is None else squares.numel(),
                 CLIP=scaling.max_norm is not None, UNSCALE=scale is not None,
-                CHECK=loss is not None and loss.check and squares is not None, SKIP=loss is not None, LANES=LANES,
-                enable_fp_fusion=True,
+                CHECK=loss is not None and loss.check and squares is not None, SKIP=loss is not None,
+                LANES=LANES, PARTS=PARTS, enable_fp_fusion=True,
             )  # fmt: skip
+            if loss is not None and found is not None and found is not loss.found_inf:
+                loss.found_inf.copy_(found, non_blocking=True)  # its owner looks for it on another device
             for stage, sweep in enumerate(kernels.sweeps):
                 if stage:
                     kernels.scalars[stage][(len(bucket),)](

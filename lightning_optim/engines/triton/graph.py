@@ -23,7 +23,10 @@ DEVICES = ("cuda",)
 def record(launches: Callable[[], Any], device: torch.device) -> Callable[[], None]:
     """Record what ``launches`` launches, without doing it; the result does it, as often as it is called."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
+    # A stream of this device's own, since torch's default one for captures is of whatever device captured first; and
+    # other threads (data loaders pin memory) may go on with what they do.
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         launches()
     return graph.replay
 
@@ -79,8 +82,9 @@ class CapturedSteps:
         )
         if key != self._key:
             # The first step of its kind is not recorded: it compiles the kernels.
-            self._key, self._work, self._replay = key, list(work), None
+            self._key, self._replay = None, None
             launches()
+            self._key, self._work = key, list(work)
             return self._scaling
         if self._replay is None:
             self._replay = record(launches, work[0][1].device)
