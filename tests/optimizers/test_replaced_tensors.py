@@ -99,3 +99,26 @@ def test_a_slot_of_another_shape_is_refused(name: str, engine: str) -> None:
     with pytest.raises(RuntimeError, match=rf"parameter 0.*{slot}.*\(3,\)"):
         train(optimizer, [2])
     assert_same(weights([p]), before)
+
+
+def test_alternating_sets_of_gradients_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_optim.optimizers.plan import Planner
+
+    built = []
+    build = Planner.build
+    monkeypatch.setattr(Planner, "build", lambda self, *args: built.append(1) or build(self, *args))
+    ends = []
+    for planned_anew in (False, True):
+        params = parameters(shapes=[(4, 3), (5,), (6,)])
+        optimizer = make("adamw", params, engine="eager")
+        for step in range(9):
+            train(optimizer, [step])
+            optimizer.zero_grad()
+            params[step % 3].grad = torch.ones_like(params[step % 3])
+            optimizer.step()
+            if planned_anew:
+                optimizer._stepper._plans.clear()  # type: ignore[attr-defined]
+        ends.append(weights(params))
+        if not planned_anew:
+            assert len(built) <= 4 + 1  # the sets of gradients, and the first step, which makes the state
+    assert_same(ends[0], ends[1])

@@ -22,7 +22,8 @@ for engine in ("triton", "foreach"):
         for _ in range(3):
             weight.grad = torch.arange(3.0)
             optimizer.step()
-    print(len(caught), *(str(w.message) for w in caught))
+    caught = [str(w.message) for w in caught if "the triton engine" in str(w.message)]  # not that there is no compiler
+    print(len(caught), *caught)
     ends.append(weight.detach())
 torch.testing.assert_close(*ends)
 optimizer = lightning_optim.AdamW([torch.nn.Parameter(torch.ones(3))], engine="triton")
