@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -104,9 +106,14 @@ def test_a_slot_of_another_shape_is_refused(name: str, engine: str) -> None:
 def test_alternating_sets_of_gradients_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_optim.optimizers.plan import Planner
 
-    built = []
+    built: list[Planner] = []
     build = Planner.build
-    monkeypatch.setattr(Planner, "build", lambda self, *args: built.append(1) or build(self, *args))
+
+    def counted(planner: Planner, *args: Any) -> Any:
+        built.append(planner)
+        return build(planner, *args)
+
+    monkeypatch.setattr(Planner, "build", counted)
     ends = []
     for planned_anew in (False, True):
         params = parameters(shapes=[(4, 3), (5,), (6,)])
@@ -117,7 +124,7 @@ def test_alternating_sets_of_gradients_are_planned_once(monkeypatch: pytest.Monk
             params[step % 3].grad = torch.ones_like(params[step % 3])
             optimizer.step()
             if planned_anew:
-                optimizer._stepper._plans.clear()  # type: ignore[attr-defined]
+                optimizer._stepper._plans.clear()
         ends.append(weights(params))
         if not planned_anew:
             assert len(built) <= 4 + 1  # the sets of gradients, and the first step, which makes the state
