@@ -20,7 +20,7 @@ import torch
 import lightning_optim
 from lightning_optim.engines import PREFERENCE, available_engines
 from lightning_optim.engines.base import ENGINE_VARIABLE
-from lightning_optim.engines.host.build import CACHE_VARIABLE, cache_folder
+from lightning_optim.engines.cache import CACHE_VARIABLE, cache_folder
 from lightning_optim.engines.host.threads import THREADS_VARIABLE, thread_count
 from lightning_optim.engines.host.toolchain import ToolchainError, find_toolchain
 

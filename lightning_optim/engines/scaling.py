@@ -27,6 +27,11 @@ class LossScale:
     check: bool = True
 
 
+def needs_squares(max_norm: float | None, loss: LossScale | None) -> bool:
+    """Whether clipping, or a search for infinite gradients, needs the sum of their squares."""
+    return max_norm is not None or (loss is not None and loss.check)
+
+
 @dataclass(frozen=True)
 class Scaling:
     """How the gradients of one step are unscaled and clipped, and whether the step is done at all.

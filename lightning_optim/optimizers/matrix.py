@@ -148,13 +148,8 @@ class MatrixStepper(Stepper):
     ) -> bool:
         """See :meth:`Stepper.plan`."""
         self._has_rest = super().plan(grads, copies, scaled=scaled)
-        try:
-            given, directions = self._lay_out(grads)
-            self._has_matrices = self._direct.plan(given, directions, scaled=scaled)
-        except BaseException:
-            for p in self._new:
-                self.owner.state.pop(p, None)
-            raise
+        given, directions = self._lay_out(grads)
+        self._has_matrices = self._direct.plan(given, directions, scaled=scaled)
         self._copies = copies
         return self._has_rest or self._has_matrices
 

@@ -260,7 +260,7 @@ class Planner:
                         f"shape {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
                     )
                     raise RuntimeError(f"{member.label}: its state does not fit: {slot} has {shown}")
-                elif is_dense(p) and in_order_of(value, p) is not value:
+                elif is_dense(p):
                     state[slot] = in_order_of(value, p)
         return new
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_optim.engines.base import Bucket, Decision, Scalars
 from lightning_optim.engines.memory import Reading, aliased, form, in_order_of, is_lazy, is_plain, same_order
-from lightning_optim.engines.scaling import LossScale, Scaling
+from lightning_optim.engines.scaling import LossScale, Scaling, needs_squares
 from lightning_optim.optimizers.plan import Group, Method, Options, Owner, Part, Planned, Planner, counter_device
 from lightning_optim.optimizers.shards import Shards, all_reduced, local
 from lightning_optim.warnings import warn_once
@@ -110,17 +110,16 @@ class Stepper:
             RuntimeError: A gradient that is sparse, or of another shape or device than its parameter.
         """
         max_norm = self.planner.options.max_grad_norm if max_grad_norm is None else max_grad_norm
-        if not self.plan(grads, copies, scaled=max_norm is not None or (loss is not None and loss.scale is not None)):
-            self.scaling = None
-            return
+        scaled = max_norm is not None or (loss is not None and loss.scale is not None)
         try:
-            if self.planner.options.capture and not self._fresh and self._can_capture(grads):
+            if not self.plan(grads, copies, scaled=scaled):
+                self.scaling = None
+            elif self.planner.options.capture and not self._fresh and self._can_capture(grads):
                 self._run_captured(max_norm, loss)
             elif max_norm is None and loss is None:
                 self.run(None)
             else:
-                needed = max_norm is not None or (loss is not None and loss.check)
-                self.run(Scaling(max_norm, loss, self.squares() if needed else None))
+                self.run(Scaling(max_norm, loss, self.squares() if needs_squares(max_norm, loss) else None))
         except BaseException:
             self._let_go()
             if not self._written:
@@ -145,10 +144,10 @@ class Stepper:
         Returns:
             Whether any parameter has a gradient.
         """
+        self._fresh, self._new, self._written = [], [], []
         params = [p for group in self.owner.param_groups for p in group["params"]]
         found = self._selected(list(map(_grad, params)) if grads is None else [grads.get(p) for p in params])
         gradients = [g for g in found if g is not None]
-        self._fresh, self._new, self._written = [], [], []
         if not gradients:
             return False
         structure = self._describe(params, found, gradients, copies is not None, scaled)

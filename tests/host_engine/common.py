@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_optim.engines import ENGINES
-from lightning_optim.engines.host import HostEngine, build
+from lightning_optim.engines import ENGINES, cache
+from lightning_optim.engines.host import HostEngine
 from lightning_optim.engines.host import toolchain as toolchains
 from lightning_optim.optimizers import RuleOptimizer
 from lightning_optim.registry import OPTIMIZERS
@@ -25,7 +25,7 @@ def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENGINES, "host", HostEngine())
     monkeypatch.setattr("lightning_optim.warnings._seen", set())
     toolchains.find_toolchain.cache_clear()
-    build.private_folder.cache_clear()
+    cache.private_folder.cache_clear()
 
 
 def run(steps: int = 3, name: str = "adamw", **options: Any) -> tuple[list[Tensor], RuleOptimizer]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_optim.engines import ENGINES
-from lightning_optim.engines.host import HostEngine, build, reader
+from lightning_optim.engines import ENGINES, cache
+from lightning_optim.engines.host import HostEngine, reader
 from lightning_optim.engines.host import toolchain as toolchains
 
 
@@ -18,12 +18,12 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.Mo
 
     def forget() -> None:
         toolchains.find_toolchain.cache_clear()
-        build.private_folder.cache_clear()
+        cache.private_folder.cache_clear()
 
     reader.native_reader()  # not what is tested here: once found, it stays for the process
     monkeypatch.setitem(ENGINES, "host", HostEngine())
     monkeypatch.setattr("lightning_optim.warnings._seen", set())
-    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.delenv("LIGHTNING_OPTIM_ENGINE", raising=False)
     forget()
     yield monkeypatch

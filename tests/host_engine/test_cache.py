@@ -105,7 +105,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(mode: int, fresh: pytest.
     shared.chmod(mode)
     assert "foreach" not in run()[1].engine_report()
     assert libraries(shared) == []
-    private = build.private_folder(build.cache_folder())
+    private = cache.private_folder(cache.cache_folder())
     assert private.parent == Path(tempfile.gettempdir())
     assert private.stat().st_mode & 0o777 == 0o700
     assert libraries(private)
@@ -114,28 +114,28 @@ def test_a_folder_that_others_can_write_to_is_not_used(mode: int, fresh: pytest.
 @needs_compiler
 def test_a_folder_of_another_user_is_not_used(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fresh.setattr(os, "getuid", lambda: 12345)
-    assert build.private_folder(build.cache_folder()).parent == Path(tempfile.gettempdir())
+    assert cache.private_folder(cache.cache_folder()).parent == Path(tempfile.gettempdir())
 
 
 @needs_compiler
-@pytest.mark.parametrize("variable", [build.CACHE_VARIABLE, "XDG_CACHE_HOME", "HOME"])
+@pytest.mark.parametrize("variable", [cache.CACHE_VARIABLE, "XDG_CACHE_HOME", "HOME"])
 def test_a_folder_that_cannot_be_made_is_done_without(variable: str, fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in (build.CACHE_VARIABLE, "XDG_CACHE_HOME"):
+    for name in (cache.CACHE_VARIABLE, "XDG_CACHE_HOME"):
         fresh.delenv(name, raising=False)
     (tmp_path / "file").write_text("not a folder")
     fresh.setenv(variable, str(tmp_path / "file" / "below"))
     assert "foreach" not in run()[1].engine_report()
-    assert build.private_folder(build.cache_folder()).parent == Path(tempfile.gettempdir())
+    assert cache.private_folder(cache.cache_folder()).parent == Path(tempfile.gettempdir())
 
 
 def test_the_cache_is_in_the_users_own_folder(fresh: pytest.MonkeyPatch) -> None:
-    assert build.cache_folder() == Path(os.environ[build.CACHE_VARIABLE])
-    fresh.delenv(build.CACHE_VARIABLE)
+    assert cache.cache_folder() == Path(os.environ[cache.CACHE_VARIABLE])
+    fresh.delenv(cache.CACHE_VARIABLE)
     fresh.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert build.cache_folder() == Path("/somewhere/lightning_optim")
+    assert cache.cache_folder() == Path("/somewhere/lightning_optim")
     fresh.delenv("XDG_CACHE_HOME")
     fresh.setenv("HOME", "/home/me")
-    assert build.cache_folder() == Path("/home/me/.cache/lightning_optim")
+    assert cache.cache_folder() == Path("/home/me/.cache/lightning_optim")
 
 
 @needs_compiler
@@ -182,7 +182,7 @@ if __name__ == "__main__":
 
 @needs_compiler
 def test_many_processes_start_at_once_with_an_empty_cache(tmp_path: Path) -> None:
-    environment = {**os.environ, build.CACHE_VARIABLE: str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, cache.CACHE_VARIABLE: str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     (tmp_path / "ranks.py").write_text(RANKS)
     command = [sys.executable, "-W", "error::UserWarning", str(tmp_path / "ranks.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

@@ -10,7 +10,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import lightning_optim
 from lightning_optim.engines import ENGINES
-from lightning_optim.engines.host.build import BuildError
+from lightning_optim.engines.cache import BuildError
 from lightning_optim.optimizers.plan import Options
 from lightning_optim.optimizers.stepper import Stepper
 
@@ -106,19 +106,20 @@ def test_overlapping_weights_are_updated_one_after_the_other(engine: str) -> Non
 
 
 def test_clipping_goes_on_if_its_kernel_does_not_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_optim.engines.host import engine as host
+    from lightning_optim.engines.compiled import NORM
+    from lightning_optim.engines.host import HostEngine
 
     def fail(self: Any, program: Any, layout: Any) -> Any:
-        if program is host._NORM:
+        if program is NORM:
             raise BuildError("no norm today")
         return kernel(self, program, layout)
 
-    kernel = host.HostEngine._kernel
+    kernel = HostEngine._built
     weights = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
     for weight, name in zip(weights, ("broken", "whole"), strict=True):
         with monkeypatch.context() as patch:
             if name == "broken":
-                patch.setattr(host.HostEngine, "_kernel", fail)
+                patch.setattr(HostEngine, "_built", fail)
             weight.grad = torch.full((4,), 5.0)
             lightning_optim.SGD([weight], lr=1.0, max_grad_norm=1.0).step()
     torch.testing.assert_close(weights[0], weights[1])

@@ -8,10 +8,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from lightning_optim.engines.cache import CACHE_VARIABLE, BuildError, cache_folder, cached, private_folder
+from lightning_optim.engines.cache import BuildError, cached
 from lightning_optim.engines.host.toolchain import Toolchain
-
-__all__ = ["CACHE_VARIABLE", "BuildError", "cache_folder", "load", "private_folder"]
 
 #: A kernel compiles in well under a second; a compiler that takes this long hangs.
 BUILD_SECONDS = 120.0

@@ -11,16 +11,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_optim.engines.base import Bucket, Engine, Layout, Scalars, flat_memory
-from lightning_optim.engines.host.build import BuildError, load
+from lightning_optim.engines.base import Bucket, Layout, Scalars, flat_memory
+from lightning_optim.engines.cache import BuildError
+from lightning_optim.engines.compiled import CompiledEngine
+from lightning_optim.engines.host.build import load
 from lightning_optim.engines.host.printer import C_TYPES, CPrinter
-from lightning_optim.engines.host.reader import native_reader
 from lightning_optim.engines.host.threads import thread_count
 from lightning_optim.engines.host.toolchain import ToolchainError, find_toolchain
-from lightning_optim.engines.memory import Reading, read
 from lightning_optim.engines.scaling import Scaling
-from lightning_optim.rules.ops import norm
-from lightning_optim.rules.trace import Program, trace
+from lightning_optim.rules.trace import Program
 from lightning_optim.warnings import warn_once
 
 #: Elements of a full chunk: small enough that a model of a million weights divides evenly over threads, large
@@ -86,14 +85,10 @@ def _divide(sizes: tuple[int, ...], threads: int) -> Chunks:
     return Chunks(array("q", sizes), tensor, begin, bounds, parts)
 
 
-class HostEngine(Engine):
+class HostEngine(CompiledEngine[Kernel]):
     """Runs element-wise and reducing updates on dense CPU tensors of any mixture of floating-point types."""
 
     name = "host"
-    uses_addresses = True
-
-    def __init__(self) -> None:
-        self._kernels: dict[tuple[str, Layout], Kernel | BuildError] = {}
 
     def unavailable(self) -> str | None:
         """See :meth:`Engine.unavailable`."""
@@ -109,16 +104,16 @@ class HostEngine(Engine):
             return f"the weights are on {bucket.device}, not on the CPU"
         if (reason := flat_memory(bucket, C_TYPES)) is not None:
             return reason
-        self._kernel(bucket.update.program, bucket.layout)
+        self._built(bucket.update.program, bucket.layout)
         return None
 
-    def read(self, tensors: list[Tensor]) -> Reading:
-        """See :meth:`Engine.read`."""
-        return (native_reader() or read)(tensors)
+    def build(self, program: Program, layout: Layout) -> Kernel:
+        """See :meth:`CompiledEngine.build`."""
+        return _build(program, layout)
 
     def run(self, bucket: Bucket, table: Sequence[Scalars], scaling: Scaling | None = None) -> None:
         """See :meth:`Engine.run`."""
-        kernel = self._kernel(bucket.update.program, bucket.layout)
+        kernel = self._built(bucket.update.program, bucket.layout)
         columns = kernel.table_scalars
         rows = array("d", [float(row[name]) for row in table for name in columns])
         if bucket.addresses is None or (bucket.step_addresses is None) != (bucket.steps is None):
@@ -127,10 +122,8 @@ class HostEngine(Engine):
 
     def sum_of_squares(self, bucket: Bucket) -> Tensor:
         """See :meth:`Engine.sum_of_squares`."""
-        dtype = dict(bucket.layout.dtypes)["g"]
-        math = torch.float64 if dtype == torch.float64 else torch.float32
         try:
-            kernel = self._kernel(_NORM, Layout(math, (("g", dtype),)))
+            kernel = self._built_norm(bucket)
         except BuildError as error:
             warn_once(f"lightning-optim: clipping by torch's own operators ({error})", key=f"norm: {error}")
             return super().sum_of_squares(bucket)
@@ -141,19 +134,6 @@ class HostEngine(Engine):
         data = bucket.addresses[field * count : (field + 1) * count]
         norms = self._call(kernel, data, bucket.sizes, None, zeros, zeros, array("d", [0.0]))
         return torch.tensor([sum(x * x for x in norms)], dtype=torch.float64)
-
-    def _kernel(self, program: Program, layout: Layout) -> Kernel:
-        """The compiled Program; a build that failed is not tried again in this process."""
-        key = (program.fingerprint, layout)
-        if key not in self._kernels:
-            try:
-                self._kernels[key] = _build(program, layout)
-            except BuildError as error:
-                self._kernels[key] = error
-        kernel = self._kernels[key]
-        if isinstance(kernel, BuildError):
-            raise kernel
-        return kernel
 
     def _call(
         self,
@@ -206,11 +186,3 @@ def _build(program: Program, layout: Layout) -> Kernel:
         printer.reductions,
         len(program.results),
     )
-
-
-def _norm(g: object) -> dict[str, object]:
-    # Not the sum of g * g, which float32 may not hold: the squares of a norm are summed in float64.
-    return {"return": [norm(g)]}
-
-
-_NORM = trace(_norm, tensors=("g",), scalars=())

@@ -12,15 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.engines.base import Bucket, Engine, Layout, Scalars, flat_memory
-from lightning_optim.engines.cache import BuildError
-from lightning_optim.engines.host.reader import native_reader
-from lightning_optim.engines.memory import Reading, read
+from lightning_optim.engines.base import Bucket, Layout, Scalars, flat_memory
+from lightning_optim.engines.compiled import CompiledEngine
 from lightning_optim.engines.scaling import Scaling
 from lightning_optim.engines.triton.build import Kernels, broken, build, interpreted, missing
 from lightning_optim.engines.triton.printer import TRITON_TYPES
-from lightning_optim.rules.ops import norm
-from lightning_optim.rules.trace import Program, trace
+from lightning_optim.rules.trace import Program
 
 #: Elements of a chunk, the work of one program: large enough that its tables and scalars (a few dozen bytes) are
 #: nothing beside it, small enough that a model of a million weights still fills the GPU.
@@ -100,7 +97,7 @@ class Tables:
     numbers: Mirror
 
 
-class TritonEngine(Engine):
+class TritonEngine(CompiledEngine[Kernels]):
     """Runs element-wise and reducing updates on dense CUDA tensors of any mixture of floating-point types.
 
     A step of a bucket is two launches for an element-wise rule, three with clipping or a loss scale, whatever the
@@ -109,11 +106,10 @@ class TritonEngine(Engine):
     """
 
     name = "triton"
-    uses_addresses = True
     controls_on_device = True
 
     def __init__(self) -> None:
-        self._kernels: dict[tuple[str, Layout], Kernels | BuildError] = {}
+        super().__init__()
         self._tables: weakref.WeakKeyDictionary[Bucket, Tables] = weakref.WeakKeyDictionary()
 
     def unavailable(self) -> str | None:
@@ -135,9 +131,9 @@ class TritonEngine(Engine):
         self._built(bucket.update.program, bucket.layout)
         return None
 
-    def read(self, tensors: list[Tensor]) -> Reading:
-        """See :meth:`Engine.read`."""
-        return (native_reader() or read)(tensors)
+    def build(self, program: Program, layout: Layout) -> Kernels:
+        """See :meth:`CompiledEngine.build`; Triton itself compiles at the first launch."""
+        return build(program, layout)
 
     def sum_of_squares(self, bucket: Bucket) -> Tensor:
         """See :meth:`Engine.sum_of_squares`: one part for each chunk, in a fixed order and so deterministic."""
@@ -186,9 +182,7 @@ class TritonEngine(Engine):
             bucket: The bucket.
             squares: Where the parts go; zeros, or what was here before.
         """
-        dtype = dict(bucket.layout.dtypes)["g"]
-        math = torch.float64 if dtype == torch.float64 else torch.float32
-        kernels, tables = self._built(_NORM, Layout(math, (("g", dtype),))), self._prepared(bucket)
+        kernels, tables = self._built_norm(bucket), self._prepared(bucket)
         if not tables.chunks:
             return
         field = bucket.update.program.tensors.index("g")
@@ -233,18 +227,6 @@ class TritonEngine(Engine):
         """What a recorded launch of this bucket depends on: it may be replayed as long as this is the same."""
         tables = self._prepared(bucket)
         return id(bucket), tables.addresses.tensor.data_ptr(), tables.numbers.tensor.data_ptr()
-
-    def _built(self, program: Program, layout: Layout) -> Kernels:
-        key = (program.fingerprint, layout)
-        if key not in self._kernels:
-            try:
-                self._kernels[key] = build(program, layout)
-            except BuildError as error:
-                self._kernels[key] = error
-        kernels = self._kernels[key]
-        if isinstance(kernels, BuildError):
-            raise kernels
-        return kernels
 
     def _prepared(self, bucket: Bucket) -> Tables:
         """The tables of a bucket, made when it is first seen."""
@@ -301,11 +283,3 @@ def _here(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _norm(g: object) -> dict[str, object]:
-    return {"return": [norm(g)]}
-
-
-#: Its one pass adds up squares; the root is the first kernel's of a step.
-_NORM = trace(_norm, tensors=("g",), scalars=())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lightning_optim.engines.base import Bucket, Engine, Scalars
-from lightning_optim.engines.scaling import LossScale, Scaling
+from lightning_optim.engines.scaling import LossScale, Scaling, needs_squares
 from lightning_optim.engines.triton.engine import TritonEngine
 
 #: Where there are CUDA graphs: not under Triton's interpreter.
@@ -62,11 +62,10 @@ class CapturedSteps:
         """One step; returns how its gradients were scaled."""
         for engine, bucket in work:
             engine.send(bucket, table(bucket), max_norm)
-        needed = max_norm is not None or (loss is not None and loss.check)
 
         def launches() -> None:
             squares = None
-            if needed:
+            if needs_squares(max_norm, loss):
                 sizes = [engine.parts(bucket) for engine, bucket in work]
                 squares = torch.zeros(sum(sizes), dtype=torch.float64, device=work[0][1].device)
                 for (engine, bucket), part in zip(work, squares.split(sizes), strict=True):
