@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from ranks import RANKS, launch, leave
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -42,8 +40,6 @@ from .common import (
 
 pytestmark = known_warnings
 
-RANKS = 2
-TIMEOUT = 150  # seconds: importing torch and lightning twice on a busy machine takes 20
 SHARDED: dict[str, dict[str, Any]] = {"plain": {}, "clipped": {"max_grad_norm": 0.3}, "cautious": {"cautious": True}}
 SHARDED_CASES = [
     (name, case)
@@ -51,23 +47,6 @@ SHARDED_CASES = [
     for case, options in SHARDED.items()
     if set(options) <= set(optimizer_info(name).options)
 ]
-
-
-def _launch(target: Callable[..., None], folder: Path) -> Path:
-    """Run ``target(rank, folder)`` in two fresh processes."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=target, args=(rank, folder), daemon=True) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        assert [process.exitcode for process in processes] == [0] * RANKS
-    finally:
-        for process in processes:
-            process.kill()
-    return folder
 
 
 def _join(rank: int, folder: Path) -> None:
@@ -98,7 +77,7 @@ def ddp_rank(rank: int, folder: Path) -> None:
         assert run.world_size == RANKS
         found[name] = model.net.state_dict(), run.optimizers[0].state_dict()
     torch.save(found, folder / f"ddp{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def fsdp2_rank(rank: int, folder: Path) -> None:
@@ -122,18 +101,18 @@ def fsdp2_rank(rank: int, folder: Path) -> None:
             dcp.save({"model": get_model_state_dict(net), "optimizer": sharded}, checkpoint_id=folder / name)
     if rank == 0:
         torch.save(found, folder / "fsdp2.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = _launch(ddp_rank, tmp_path_factory.mktemp("ddp"))
+    folder = launch(ddp_rank, tmp_path_factory.mktemp("ddp"))
     return [torch.load(folder / f"ddp{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
 @pytest.fixture(scope="module")
 def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, str], Any]]:
-    folder = _launch(fsdp2_rank, tmp_path_factory.mktemp("fsdp2"))
+    folder = launch(fsdp2_rank, tmp_path_factory.mktemp("fsdp2"))
     return folder, torch.load(folder / "fsdp2.pt", weights_only=True)
 
 

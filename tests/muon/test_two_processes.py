@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ranks import RANKS, launch, leave
 from torch import nn
 
 from .common import muon, normal, train, weights
 
-RANKS = 2
-TIMEOUT = 120  # seconds: importing torch twice on a busy machine takes 20
 SHAPES = ((5, 7), (7, 5), (3, 4, 5), (4, 3, 3, 3), (3, 4), (1, 4))
 
 
@@ -44,18 +42,8 @@ def rank_main(rank: int, folder: Path) -> None:
     assert optimizer.grad_norm is not None
     assert expected.grad_norm is not None
     torch.testing.assert_close(optimizer.grad_norm, expected.grad_norm, rtol=1e-12, atol=0)
-    dist.destroy_process_group()
+    leave()
 
 
 def test_weights_divided_over_processes_are_stepped_as_whole_matrices(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=rank_main, args=(rank, tmp_path), daemon=True) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(TIMEOUT)
-        assert [process.exitcode for process in processes] == [0] * RANKS
-    finally:
-        for process in processes:
-            process.kill()
+    launch(rank_main, tmp_path)

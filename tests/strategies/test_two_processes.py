@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import RANKS, launch, leave
 from torch.utils.data import DataLoader, DistributedSampler
 
 import lightning_optim.strategies  # noqa: F401 # makes the names known, in every process
@@ -21,8 +20,6 @@ from .common import OPTIMIZERS, Model, assert_same_steps, dataset, fit, known_wa
 
 pytestmark = known_warnings
 
-RANKS = 2
-TIMEOUT = 150  # seconds: importing torch and lightning twice on a busy machine takes 20
 CLIP = {"gradient_clip_val": 0.5}
 NAMES = ["ours", "torch AdamW", "foreign"]
 CASES: dict[str, dict[str, Any]] = {
@@ -93,24 +90,13 @@ def _rank(rank: int, folder: Path) -> None:
             training(first, "plain", name)[0].save_checkpoint(path)
             found[first, second, name] = training(second, "plain", name, max_epochs=2, ckpt_path=path)[1]
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_rank, args=(rank, folder), daemon=True) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        assert [process.exitcode for process in processes] == [0] * RANKS
-    finally:
-        for process in processes:
-            process.kill()
+    launch(_rank, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
