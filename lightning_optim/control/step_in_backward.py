@@ -127,7 +127,7 @@ class StepInBackward:
                     view = _One(self.optimizer, row, p)
                     self._views.append(view)
                     self._steppers[p] = stepper = Stepper(view, type(self.optimizer), options)
-                    stepper.planner.first_id = number
+                    stepper.number_parameters([number])
                     self._handles.append(p.register_post_accumulate_grad_hook(hook))
                 number += 1
 

@@ -21,7 +21,7 @@ class EagerEngine(Engine):
         math = bucket.layout.math
         for index in range(len(bucket)):
             stored = {name: tensors[index] for name, tensors in bucket.tensors.items()}
-            loaded = {name: tensor.to(math) for name, tensor in stored.items() if name != "copy"}
+            loaded = {name: tensor.to(math) for name, tensor in stored.items() if name not in bucket.update.outputs}
             new = bucket.update.run(**loaded, **bucket.scalars(index, table))
             own = set(map(id, loaded.values()))
             # What is stored as it was loaded (slots that swap, say) is read before anything is written.

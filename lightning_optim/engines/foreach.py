@@ -124,7 +124,7 @@ class ForeachEngine(Engine):
             loaded = {
                 name: TensorList([t.to(bucket.layout.math) for t in tensors])
                 for name, tensors in stored.items()
-                if name != "copy"
+                if name not in bucket.update.outputs
             }
             new = bucket.update.run(**loaded, **scalars)
             own = {id(tensor) for column in loaded.values() for tensor in column.tensors}

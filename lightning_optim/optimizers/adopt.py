@@ -11,7 +11,7 @@ from lightning_optim.optimizers.adam import AdamOptim
 from lightning_optim.optimizers.adamw import AdamWOptim
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.optimizers.options import check_option
-from lightning_optim.optimizers.plan import Options
+from lightning_optim.optimizers.plan import Options, Owner
 from lightning_optim.optimizers.sgd import SGDOptim
 from lightning_optim.optimizers.stepper import Stepper
 
@@ -85,13 +85,21 @@ def why_not_adopted(optimizer: torch.optim.Optimizer) -> str | None:
     return None
 
 
-def stepper_for(optimizer: torch.optim.Optimizer, *, engine: str = "auto", capture: bool = False) -> Stepper:
+def stepper_for(
+    optimizer: torch.optim.Optimizer, *, engine: str = "auto", capture: bool = False, owner: Owner | None = None
+) -> Stepper:
     """What steps an instance that is adopted; it does not keep the instance alive.
+
+    Args:
+        optimizer: The instance.
+        engine: As for our own optimizers.
+        capture: Record the steps as CUDA graphs.
+        owner: Has the parameters and their state in place of the instance.
 
     Raises:
         TypeError, ValueError: As for :func:`adopt`.
     """
-    return _stepper(optimizer, replace(_options(optimizer, engine, None), capture=capture))
+    return _stepper(optimizer, replace(_options(optimizer, engine, None), capture=capture), owner)
 
 
 def give_counters_back(optimizer: torch.optim.Optimizer) -> None:
@@ -115,5 +123,5 @@ def _options(optimizer: torch.optim.Optimizer, engine: str, max_grad_norm: float
     return Options(engine=requested_engine(engine), max_grad_norm=max_grad_norm)
 
 
-def _stepper(optimizer: torch.optim.Optimizer, options: Options) -> Stepper:
-    return Stepper(optimizer, ADOPTABLE[type(optimizer)], options, native_state=True)
+def _stepper(optimizer: torch.optim.Optimizer, options: Options, owner: Owner | None = None) -> Stepper:
+    return Stepper(owner or optimizer, ADOPTABLE[type(optimizer)], options, native_state=True)

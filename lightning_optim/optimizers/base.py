@@ -15,7 +15,7 @@ from lightning_optim.engines.base import requested_engine
 from lightning_optim.engines.scaling import LossScale
 from lightning_optim.optimizers.loading import load_groups, load_state
 from lightning_optim.optimizers.options import check_group, check_option, check_parameters, parse_dtype
-from lightning_optim.optimizers.plan import Group, Options
+from lightning_optim.optimizers.plan import Group, Options, Owner
 from lightning_optim.optimizers.stepper import Stepper
 from lightning_optim.param_groups import Kinds
 from lightning_optim.rules.policy import ROUNDINGS, Decay, Rounding
@@ -263,10 +263,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         return None if scaling is None else scaling.norm()
 
     def _attach(self) -> None:
-        self._stepper = self._make_stepper()
+        self._stepper = self.make_stepper(self, self.options)
 
-    def _make_stepper(self) -> Stepper:
-        return Stepper(self, type(self), self.options)
+    def make_stepper(self, owner: Owner, options: Options) -> Stepper:
+        """What steps parameters as this optimizer does.
+
+        Args:
+            owner: Has them, with their state; the stepper does not keep it alive.
+            options: What holds for all of them.
+        """
+        return Stepper(owner, type(self), options)
 
 
 @torch._disable_dynamo

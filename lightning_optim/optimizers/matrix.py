@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,8 +23,9 @@ from lightning_optim.engines.scaling import LossScale, Scaling
 from lightning_optim.optimizers.adam import ADAM
 from lightning_optim.optimizers.adamw import AdamWOptim
 from lightning_optim.optimizers.plan import Group, Method, Options, Owner, Planner
-from lightning_optim.optimizers.shards import is_distributed, local, same_parts
+from lightning_optim.optimizers.shards import LocalSquares, is_distributed, local, same_parts
 from lightning_optim.optimizers.stepper import Stepper
+from lightning_optim.optimizers.undo import UndoBuffers
 from lightning_optim.rules.policy import Decay
 from lightning_optim.rules.rule import Rule
 from lightning_optim.warnings import warn_once
@@ -145,19 +146,25 @@ class MatrixStepper(Stepper):
         copies: Mapping[Tensor, Tensor] | None = None,
         *,
         scaled: bool = False,
+        undo: UndoBuffers | None = None,
     ) -> bool:
-        """See :meth:`Stepper.plan`."""
+        """See :meth:`Stepper.plan`; such a step cannot be taken back."""
+        if undo is not None:
+            raise ValueError(
+                f"the step of {self._direct.planner.method.public_name()} cannot be taken back; valid: undo=None"
+            )
         self._has_rest = super().plan(grads, copies, scaled=scaled)
         given, directions = self._lay_out(grads)
         self._has_matrices = self._direct.plan(given, directions, scaled=scaled)
         self._copies = copies
         return self._has_rest or self._has_matrices
 
-    def squares(self) -> Tensor:
-        """See :meth:`Stepper.squares`: of both kinds."""
-        parts = [super().squares()] if self._has_rest else []
-        parts += [self._direct.squares()] if self._has_matrices else []
-        return torch.cat([part.to(parts[0].device, non_blocking=True) for part in parts])
+    def local_squares(self) -> LocalSquares:
+        """See :meth:`Stepper.local_squares`: of both kinds."""
+        sums = super().local_squares() if self._has_rest else {}
+        for where, parts in (self._direct.local_squares() if self._has_matrices else {}).items():
+            sums.setdefault(where, []).extend(parts)
+        return sums
 
     def run(self, scaling: Scaling | None) -> None:
         """See :meth:`Stepper.run`."""
@@ -173,6 +180,11 @@ class MatrixStepper(Stepper):
     def planner_of(self, group: Group) -> Planner:
         """See :meth:`Stepper.planner_of`."""
         return self._direct.planner if group["use_muon"] else self.planner
+
+    def number_parameters(self, numbers: Sequence[int]) -> None:
+        """See :meth:`Stepper.number_parameters`."""
+        for planner in (self.planner, self._direct.planner, self._move.planner):
+            planner.numbers = numbers
 
     def report(self, *, scaled: bool = False) -> list[Decision]:
         """See :meth:`Stepper.report`."""

@@ -15,7 +15,7 @@ from lightning_optim.engines.newton_schulz import MUON
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.optimizers.matrix import MatrixStepper, matrices
 from lightning_optim.optimizers.options import check_option
-from lightning_optim.optimizers.plan import Group
+from lightning_optim.optimizers.plan import Group, Options, Owner
 from lightning_optim.optimizers.stepper import Stepper
 from lightning_optim.param_groups import Kinds
 from lightning_optim.rules.ops import lerp
@@ -275,8 +275,9 @@ class MuonOptim(RuleOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "routing": self.routing}
 
-    def _make_stepper(self) -> Stepper:
-        return MatrixStepper(self, type(self), self.options)
+    def make_stepper(self, owner: Owner, options: Options) -> Stepper:
+        """See :meth:`RuleOptimizer.make_stepper`."""
+        return MatrixStepper(owner, type(self), options)
 
     def _from_torch(self, saved: Group) -> Group:
         """A saved param group of ``torch.optim.Muon`` as one of ours."""

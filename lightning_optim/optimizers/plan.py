@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_optim.engines.base import Bucket, Decision, Engine, Layout, choose, dtype_name
 from lightning_optim.engines.memory import Reading, aliased, form, in_order_of, is_dense, is_plain
 from lightning_optim.optimizers.shards import Shards, local, same_parts, shards_of
+from lightning_optim.optimizers.undo import undo_name
 from lightning_optim.rules.policy import KAHAN_SLOT, Decay, Policy, Rounding, Update
 from lightning_optim.rules.rule import Rule
 
@@ -147,7 +148,8 @@ class Planner:
         self.method = method
         self.options = options
         self.native_state = native_state
-        self.first_id = 0  #: The number of the first parameter, for the noise of stochastic rounding.
+        #: The parameters' numbers, for the noise of stochastic rounding; None: as they are counted.
+        self.numbers: Sequence[int] | None = None
 
     def slot_dtype(self, p: Tensor, slot: str) -> torch.dtype:
         """The storage type of a new slot of parameter ``p``."""
@@ -182,7 +184,8 @@ class Planner:
                 p = group["params"][index]
                 label = f"parameter {number} ({_named(group, index)}shape {tuple(p.shape)}, {p.device})"
                 _check_gradient(label, p, g)
-                members.append(Member(len(members), p, row, self.first_id + number, self._fresh(group, p), label))
+                id = number if self.numbers is None else self.numbers[number]
+                members.append(Member(len(members), p, row, id, self._fresh(group, p), label))
         return members
 
     def _fresh(self, group: Group, p: Tensor) -> bool:
@@ -197,7 +200,9 @@ class Planner:
         switches = [value for value in group.values() if isinstance(value, bool)]  # a flag may depend on the parameter
         return (self.method.decay(group), *flags.values(), *switches)
 
-    def _update(self, group: Group, p: Tensor, *, fresh: bool, copy: bool = False, scaled: bool = False) -> Update:
+    def _update(
+        self, group: Group, p: Tensor, *, fresh: bool, copy: bool = False, scaled: bool = False, undo: bool = False
+    ) -> Update:
         flags = {name: bool(value) for name, value in self.method.flags(group, p, fresh).items()}
         rule = self.method.rule
         options = self.options
@@ -216,6 +221,7 @@ class Planner:
             weight_dtype=dtype_name(p.dtype),
             low_precision_slots=low,
             copy=copy,
+            undo=undo,
             direction=self.part == "direction",
         )
         return make_update(rule, policy, tuple(sorted(flags.items())))
@@ -270,6 +276,7 @@ class Planner:
         gradients: Sequence[Tensor],
         copies: Mapping[Tensor, Tensor] | None,
         scaled: bool,
+        undo: bool = False,
     ) -> list[Planned]:
         """The buckets for these members and their gradients.
 
@@ -278,15 +285,18 @@ class Planner:
             gradients: The gradient of each.
             copies: For each parameter, a tensor to which the new weight is written too, if it is wanted.
             scaled: Whether gradients are to be multiplied by ``grad_scale``.
+            undo: Whether the old values are kept.
         """
         same: dict[tuple[Any, ...], list[Member]] = {}
         for member, g in zip(members, gradients, strict=True):
             p, group = member.param, self.owner.param_groups[member.row]
-            update = self._update(group, p, fresh=member.fresh, copy=copies is not None, scaled=scaled)
+            update = self._update(group, p, fresh=member.fresh, copy=copies is not None, scaled=scaled, undo=undo)
             dtypes = {"p": p.dtype, "g": g.dtype}
             dtypes.update({slot: self._stored_dtype(p, slot) for slot in update.slots})
             if copies is not None:
                 dtypes["copy"] = copies[p].dtype
+            if undo:
+                dtypes.update({undo_name(name): dtypes[name] for name in ("p", *update.slots)})
             view = _view(p, g, update)
             shards = shards_of(p) if view is local else ()
             layout = Layout(

@@ -10,6 +10,9 @@ from torch import Tensor
 #: The dimensions of device meshes over which a tensor is divided, as ``(mesh, dimension)`` pairs: hashable.
 Shards = tuple[tuple[Any, int], ...]
 
+#: Sums of squares, by what the gradients are divided over.
+LocalSquares = dict[Shards, list[Tensor]]
+
 
 def is_distributed(tensor: Tensor) -> bool:
     """Whether this is a DTensor."""
@@ -42,3 +45,19 @@ def all_reduced(total: Tensor, shards: Shards) -> Tensor:
     for mesh, dim in shards:
         torch.distributed.all_reduce(total, group=mesh.get_group(dim))
     return total
+
+
+def total_squares(local: LocalSquares) -> Tensor:
+    """The sum of squares over all processes, in parts, on the first one's device.
+
+    Args:
+        local: Of this process; not empty.
+    """
+    parts: list[Tensor] = []
+    for where, sums in local.items():
+        if where:
+            parts.append(all_reduced(torch.stack([part.sum() for part in sums]).sum(), where).reshape(1))
+        else:
+            parts += sums
+    first = parts[0].device
+    return parts[0] if len(parts) == 1 else torch.cat([part.to(first, non_blocking=True) for part in parts])

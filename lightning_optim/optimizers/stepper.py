@@ -6,12 +6,9 @@ torch's own instances alike.
 
 from __future__ import annotations
 
-import operator
 import weakref
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -19,18 +16,16 @@ import torch
 from torch import Tensor
 
 from lightning_optim.engines.base import Bucket, Decision, Scalars
-from lightning_optim.engines.memory import Reading, aliased, form, in_order_of, is_lazy, is_plain, same_order
 from lightning_optim.engines.scaling import LossScale, Scaling, needs_squares
-from lightning_optim.optimizers.plan import Group, Method, Options, Owner, Part, Planned, Planner, counter_device
-from lightning_optim.optimizers.shards import Shards, all_reduced, local
+from lightning_optim.optimizers.filling import fill
+from lightning_optim.optimizers.plan import Group, Method, Options, Owner, Part, Planned, Planner
+from lightning_optim.optimizers.shards import LocalSquares, local, total_squares
+from lightning_optim.optimizers.undo import UndoBuffers
 from lightning_optim.warnings import warn_once
 
 # Called for every parameter at every step: `map` over these is half the time of a comprehension.
 _grad, _is_neg = attrgetter("grad"), Tensor.is_neg
 
-
-#: Errors that are no statement about the tensors that were given.
-_OF_THE_DEVICE = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 #: Plans that are kept: models with experts, or adversaries, alternate between a few sets of gradients, and planning
 #: costs milliseconds where a step costs a third of one (200 tensors).
@@ -53,6 +48,7 @@ class _Structure:
     static: list[tuple[Any, ...]]
     copies: bool
     scaled: bool
+    undo: bool
 
 
 class Stepper:
@@ -88,6 +84,7 @@ class Stepper:
         self._fresh: list[Tensor] = []
         self._new: list[Tensor] = []
         self._written: list[Planned] = []  # at the last step
+        self._undo: UndoBuffers | None = None
         self._captured: Any = None
 
     def step(
@@ -133,6 +130,7 @@ class Stepper:
         copies: Mapping[Tensor, Tensor] | None = None,
         *,
         scaled: bool = False,
+        undo: UndoBuffers | None = None,
     ) -> bool:
         """Gather what the next :meth:`run` works on; the first half of :meth:`step`.
 
@@ -140,11 +138,12 @@ class Stepper:
             grads: As for :meth:`step`.
             copies: As for :meth:`step`.
             scaled: Whether gradients will be unscaled or clipped.
+            undo: Where old values are kept, so that :meth:`undo` can take the step back.
 
         Returns:
             Whether any parameter has a gradient.
         """
-        self._fresh, self._new, self._written = [], [], []
+        self._fresh, self._new, self._written, self._undo = [], [], [], undo
         params = [p for group in self.owner.param_groups for p in group["params"]]
         found = self._selected(list(map(_grad, params)) if grads is None else [grads.get(p) for p in params])
         gradients = [g for g in found if g is not None]
@@ -157,7 +156,7 @@ class Stepper:
         self._plans = [pair for pair in self._plans if pair[0].params == structure.params][: PLANS - 1]
         members = self.planner.members(found)
         self._new = self.planner.prepare(members)
-        self._plan = self.planner.build(members, gradients, copies, scaled)
+        self._plan = self.planner.build(members, gradients, copies, scaled, undo is not None)
         if not self._fill(gradients, copies):
             raise ValueError(
                 "a copy must have its parameter's shape and device, and its elements in the same order in memory"
@@ -191,6 +190,27 @@ class Stepper:
         if skip:
             for p in self._fresh:  # their first step is still to come
                 self.owner.state.pop(p, None)
+
+    def undo(self) -> None:
+        """Take the last step back, which was planned with ``undo``: every bit is as before it.
+
+        Raises:
+            RuntimeError: There is no such step.
+        """
+        if self._undo is None:
+            raise RuntimeError("there is no step to take back: it must be planned with undo=UndoBuffers()")
+        for planned in self._written:
+            slots = planned.bucket.update.slots
+            for p in planned.params:
+                state = self.owner.state[p]
+                self._undo.give_back(p, "p", p)
+                for slot in slots:
+                    self._undo.give_back(p, slot, state[slot])
+                if "step" in planned.bucket.update.program.scalars:
+                    state["step"] -= 1
+        for p in self._new:  # they had no state
+            self.owner.state.pop(p, None)
+        self._written, self._undo = [], None
 
     def _let_go(self) -> None:
         """After a step, or a failed one, tensors are their owner's to free or to move."""
@@ -259,6 +279,10 @@ class Stepper:
         del group
         return self.planner
 
+    def number_parameters(self, numbers: Sequence[int]) -> None:
+        """Say which number each parameter has, for the noise of stochastic rounding; default: as they are counted."""
+        self.planner.numbers = numbers
+
     def _selected(self, found: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Of one value for each parameter, those of the param groups that are stepped."""
         if self._selects is None:
@@ -286,6 +310,7 @@ class Stepper:
             static=list(map(self.planner.static, groups)),
             copies=copies,
             scaled=scaled,
+            undo=self._undo is not None,
         )
 
     def _knows(self, structure: _Structure, gradients: list[Tensor], copies: Mapping[Tensor, Tensor] | None) -> bool:
@@ -302,37 +327,7 @@ class Stepper:
 
     def _fill(self, gradients: list[Tensor], copies: Mapping[Tensor, Tensor] | None) -> bool:
         """Gather this step's tensors; False if a tensor no longer is what the plan was made for."""
-        state = self.owner.state
-        for planned in self._plan:
-            update = planned.bucket.update
-            states = [state[p] for p in planned.params]
-            try:
-                kept = {slot: [s[slot] for s in states] for slot in update.slots}
-                steps = [s["step"] for s in states] if "step" in update.program.scalars else []
-            except KeyError:
-                return False
-            if copies is not None:
-                kept["copy"] = [copies[p] for p in planned.params]
-            tensors = {"p": planned.params, "g": [gradients[i] for i in planned.sources], **kept}
-            try:
-                if planned.view is not None:
-                    tensors = {name: list(map(planned.view, column)) for name, column in tensors.items()}
-                if planned.reorder:
-                    tensors["g"] = list(map(in_order_of, tensors["g"], tensors["p"]))
-                reading = planned.engine.read([*chain.from_iterable(tensors.values()), *steps])
-            except _OF_THE_DEVICE:
-                raise
-            except (RuntimeError, TypeError, AttributeError):  # no tensor at all, or one of quite another kind
-                return False
-            if not _as_planned(planned, tensors, steps, [*chain.from_iterable(kept.values()), *steps], reading):
-                return False
-            bucket = planned.bucket
-            bucket.tensors, bucket.steps = tensors, steps if "step" in update.program.scalars else None
-            if planned.engine.uses_addresses:
-                end = len(bucket) * len(tensors)
-                bucket.addresses = reading.addresses[:end]
-                bucket.step_addresses = None if bucket.steps is None else reading.addresses[end:]
-        return True
+        return all(fill(planned, self.owner.state, gradients, copies, self._undo) for planned in self._plan)
 
     def _table(self, bucket: Bucket, factor: Tensor | None) -> list[Scalars]:
         """The scalars of each param group."""
@@ -345,55 +340,17 @@ class Stepper:
 
     def squares(self) -> Tensor:
         """The sum of squares of all gradients, in parts, on the first one's device: of all shards, if they are such."""
-        parts: list[Tensor] = []
-        shards: dict[Shards, list[Tensor]] = {}
+        return total_squares(self.local_squares())
+
+    def local_squares(self) -> LocalSquares:
+        """The sums of squares of what this process has of the gradients, by what they are divided over."""
+        sums: LocalSquares = {}
         for planned in self._plan:
-            part = planned.engine.sum_of_squares(planned.bucket)
-            if planned.shards:
-                shards.setdefault(planned.shards, []).append(part.sum())
-            else:
-                parts.append(part)
-        for where, sums in shards.items():
-            parts.append(all_reduced(torch.stack(sums).sum(), where).reshape(1))
-        first = parts[0].device
-        return parts[0] if len(parts) == 1 else torch.cat([part.to(first, non_blocking=True) for part in parts])
+            sums.setdefault(planned.shards, []).append(planned.engine.sum_of_squares(planned.bucket))
+        return sums
 
 
 def _label(group: dict[str, Any], index: int) -> str:
     return (
         repr(group["param_names"][index]) if "param_names" in group else f"shape {tuple(group['params'][index].shape)}"
     )
-
-
-def _as_planned(
-    planned: Planned, tensors: Mapping[str, list[Tensor]], steps: list[Tensor], kept: list[Tensor], reading: Reading
-) -> bool:
-    """Whether all tensors have the types and the order in memory that were planned.
-
-    The very tensors of the last step, where and as they were, need no second look; gradients are others at every step.
-    """
-    bucket, seen = planned.bucket, planned.reading
-    count = len(bucket)
-    here = reading.addresses or array("q", map(Tensor.data_ptr, tensors["p"]))
-    if seen is not None and reading.forms == seen.forms and len(kept) == len(planned.kept):
-        same_place = here[:count] == seen.addresses[:count] and here[2 * count :] == seen.addresses[2 * count :]
-        if same_place and all(map(operator.is_, map(operator.call, planned.kept), kept)):
-            return True
-    if list(map(form, tensors["p"])) != planned.forms or aliased(tensors["p"]) != bucket.aliased:
-        return False
-    for name, dtype in bucket.layout.dtypes:
-        for tensor, p in zip(tensors[name], tensors["p"], strict=True):
-            if tensor.dtype != dtype or tensor.shape != p.shape or tensor.device != p.device:
-                return False
-            if bucket.plain and name != "p" and not is_plain(tensor):
-                return False
-            if bucket.dense and (not same_order(tensor, p) or (name != "p" and is_lazy(tensor))):
-                return False
-    for step in steps:
-        if step.dtype != torch.float32 or step.numel() != 1 or not is_plain(step):
-            return False
-        if planned.engine.uses_addresses and step.device != counter_device(planned.engine, bucket.device):
-            return False
-    planned.kept = list(map(weakref.ref, kept))
-    planned.reading = Reading(here, reading.forms)
-    return True

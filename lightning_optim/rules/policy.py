@@ -20,6 +20,8 @@ Rounding = Literal["nearest", "stochastic", "kahan"]
 DECAYS: tuple[Decay, ...] = ("none", "l2", "decoupled", "proximal")
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "kahan")
 KAHAN_SLOT = "kahan_compensation"
+#: Before a tensor's name: the tensor that gets its old value, if a step is to be taken back.
+UNDO = "undo_"
 
 # The floor of the cautious mask's mean, as in the authors' code (kyleliang919/C-Optim): a tensor in which almost
 # every sign disagrees must not take a thousandfold step.
@@ -44,6 +46,7 @@ class Policy:
         weight_dtype: Name of the weight's storage type, when ``rounding`` needs to know it.
         low_precision_slots: The slots stored as bfloat16.
         copy: Also write the new weight to a tensor named ``copy``, rounded to its storage type.
+        undo: Also write the old values of the weight and of each slot to tensors named ``undo_p``, ``undo_<slot>``.
         direction: Write the rule's update to ``copy`` instead, and leave the weight alone: what a whole matrix is
             needed for comes next, and another rule after it.
 
@@ -59,6 +62,7 @@ class Policy:
     weight_dtype: str = "float32"
     low_precision_slots: tuple[str, ...] = ()
     copy: bool = False
+    undo: bool = False
     direction: bool = False
 
     def __post_init__(self) -> None:
@@ -99,7 +103,13 @@ class Update:
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of the tensors of one parameter, in the order of the calling convention."""
-        return ("p", "g", *self.slots, *(("copy",) if self.policy.copy else ()))
+        return ("p", "g", *self.slots, *self.outputs)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the tensors that are only written."""
+        undo = tuple(UNDO + name for name in ("p", *self.slots)) if self.policy.undo else ()
+        return (("copy",) if self.policy.copy else ()) + undo
 
     @cached_property
     def program(self) -> Program:
@@ -120,6 +130,8 @@ class Update:
         shrink = values["lr"] * values["weight_decay"] if policy.decay in ("decoupled", "proximal") else 0.0
         base = p * (1 - shrink) if policy.decay == "decoupled" else p
         slots = {name: values[name] for name in self.slots if name != KAHAN_SLOT}
+        # First: an engine whose values are the tensors themselves must save them before it overwrites them.
+        old = {UNDO + name: values[name] for name in ("p", *self.slots)} if policy.undo else {}
         update, stores = self.rule(base, g, slots, values, dict(self.flags))
         if policy.cautious:
             # A product, not a selection: a NaN must not become a harmless zero.
@@ -153,7 +165,7 @@ class Update:
             stores["p"] = new
         if policy.copy:
             stores["copy"] = new
-        return stores
+        return old | stores
 
     @staticmethod
     def _dither(values: Mapping[str, Any], value: Any, salt: int) -> Any:

@@ -1,0 +1,11 @@
+"""Detached steps: masters and state in host memory, and the way there and back.
+
+>>> from lightning_optim.offload import Detached, DetachedOptions
+>>> DetachedOptions(bucket_mb=16).described()
+"masters in float32, clip='exact', buckets of 16 MB"
+"""
+
+from lightning_optim.offload.options import DetachedOptions
+from lightning_optim.offload.pipeline import Detached
+
+__all__ = ["Detached", "DetachedOptions"]

@@ -1,0 +1,190 @@
+"""What is done on the host, by one thread: bucket after bucket, in an order that does not depend on timing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.engines.scaling import Scaling
+from lightning_optim.offload.buckets import Early, OffloadBucket
+from lightning_optim.offload.masters import GroupOptions
+from lightning_optim.offload.options import DetachedOptions
+from lightning_optim.offload.trace import Trace
+from lightning_optim.offload.transport import Ticket, Transport
+from lightning_optim.offload.whole import step_whole
+from lightning_optim.optimizers.shards import local
+
+
+class FixedScaling(Scaling):
+    """Multiplies gradients by a number that is known, and leaves no step out."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        object.__setattr__(self, "number", torch.tensor(number, dtype=torch.float64))
+
+    def skip(self) -> bool:
+        """See :meth:`Scaling.skip`."""
+        return False
+
+    def factor(self) -> Tensor | None:
+        """See :meth:`Scaling.factor`."""
+        return self.number  # type: ignore[attr-defined] # of a frozen dataclass
+
+
+class HostSide:
+    """A thread, and what it does.
+
+    Args:
+        options: What was chosen.
+        trace: Records what happens when.
+    """
+
+    def __init__(self, options: DetachedOptions, trace: Trace | None) -> None:
+        self._options, self._trace = options, trace
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lightning-optim")
+
+    def submit(self, job: Callable[..., None], *args: Any) -> Future[None]:
+        """Have a job done, after all that were submitted before it."""
+        return self._thread.submit(_without_grad, job, *args)
+
+    def close(self) -> None:
+        """End the thread, when all jobs are done."""
+        self._thread.shutdown()
+
+    # -- jobs ---------------------------------------------------------------------------------------------------
+
+    def fold(self, bucket: OffloadBucket) -> None:
+        """Add what has arrived to the sums."""
+        with self._recorded("fold", bucket.label):
+            sums = bucket.allocate_sums()
+            for i in bucket.staged:
+                if i in bucket.summed:
+                    sums[i].add_(bucket.staging[i])
+                else:
+                    sums[i].copy_(bucket.staging[i])
+            bucket.summed |= bucket.staged
+            bucket.staged = set()
+
+    def measure(self, buckets: list[OffloadBucket]) -> None:
+        """Find the sum of squares of each bucket's gradients."""
+        for bucket in buckets:
+            with self._recorded("norm", bucket.label):
+                if bucket.stepper is None:
+                    gradients = [bucket.gradient(i) for i in sorted(bucket.present)]
+                    bucket.squares = {(): [torch.linalg.vector_norm(g.double()).square() for g in gradients]}
+                else:
+                    self._plan(bucket, scaled=True)
+                    bucket.squares = bucket.stepper.local_squares()
+
+    def update_early(self, bucket: OffloadBucket, number: float | None, options: GroupOptions) -> None:
+        """Do the step of a bucket before that of the others, as if it would be the same then."""
+        self._update(bucket, number, options)
+        bucket.early = Early(options, number, bucket.present)
+
+    def take_back(self, buckets: list[OffloadBucket]) -> None:
+        """As if nothing had been updated early."""
+        for bucket in buckets:
+            if bucket.early is not None:
+                bucket.early = None
+                self._undo(bucket)
+
+    def step(
+        self,
+        optimizer: Optimizer,
+        buckets: list[OffloadBucket],
+        number: float | None,
+        options: GroupOptions,
+        then: Callable[[OffloadBucket], None] | None,
+    ) -> None:
+        """The step of all buckets.
+
+        Args:
+            optimizer: Whose step it is.
+            buckets: Those with gradients, in the order in which they came.
+            number: What gradients are multiplied by.
+            options: Of the param groups.
+            then: Called with each bucket that is done.
+        """
+        if any(bucket.stepper is None for bucket in buckets):
+            with self._recorded("update", "all"):
+                step_whole(optimizer, buckets, number)
+        # The layers that the next forward pass begins with come first; where it has begun already, those whose
+        # gradients the next backward pass brings first.
+        for bucket in reversed(buckets) if then is not None else buckets:
+            early, bucket.early = bucket.early, None
+            if early != Early(options, number, bucket.present):
+                if early is not None:
+                    self._undo(bucket)
+                if bucket.stepper is not None:
+                    self._update(bucket, number, options)
+            if then is not None:
+                then(bucket)
+
+    def send(self, buckets: list[OffloadBucket], transport: Transport, fence: Any) -> None:
+        """Have new weights leave for the device."""
+        for bucket in buckets:
+            if not bucket.on_device:
+                targets = [local(p).detach() for p in bucket.params]
+                bucket.sent = transport.send(bucket.ships(), targets, bucket.label, fence)
+
+    def arrive(
+        self, bucket: OffloadBucket, ticket: Ticket, *, fold: bool, measure: bool, early: Callable[[], None] | None
+    ) -> None:
+        """Wait for gradients, and use them as far as they can be.
+
+        Args:
+            bucket: The bucket.
+            ticket: Of the copy.
+            fold: Others are going to be added to them.
+            measure: Find their norm.
+            early: What else is to be done with them.
+        """
+        ticket.wait()
+        if fold or bucket.summed:
+            self.fold(bucket)
+        if measure:
+            self.measure([bucket])
+        if early is not None:
+            early()
+
+    # -- parts of jobs ------------------------------------------------------------------------------------------
+
+    def _plan(self, bucket: OffloadBucket, *, scaled: bool) -> None:
+        assert bucket.stepper is not None  # noqa: S101 # who calls knows
+        grads = {bucket.masters[i]: bucket.gradient(i) for i in bucket.present}
+        undo = bucket.undo if self._options.clip == "speculative" and not bucket.on_device else None
+        bucket.stepper.plan(grads, bucket.copies(), scaled=scaled, undo=undo)
+
+    def _update(self, bucket: OffloadBucket, number: float | None, options: GroupOptions) -> None:
+        assert bucket.view is not None  # noqa: S101 # who calls knows
+        assert bucket.stepper is not None  # noqa: S101
+        bucket.sent.wait()  # the last weights may still be on their way
+        bucket.view.options = options
+        with self._recorded("update", bucket.label):
+            self._plan(bucket, scaled=number is not None)
+            bucket.stepper.run(None if number is None else FixedScaling(number))
+
+    def _undo(self, bucket: OffloadBucket) -> None:
+        if self._options.clip == "none":
+            raise RuntimeError(
+                f"detached: {bucket.label} was updated in the backward pass, and then its gradients grew, or options "
+                "of its param groups changed: the backward pass is not always the same, or a window has several and "
+                "`last` was not set; valid: clip='exact' or clip='speculative'"
+            )
+        assert bucket.stepper is not None  # noqa: S101 # nothing else is updated early
+        with self._recorded("undo", bucket.label):
+            bucket.stepper.undo()
+
+    def _recorded(self, kind: str, label: str) -> Any:
+        return nullcontext() if self._trace is None else self._trace.record(kind, label)
+
+
+def _without_grad(job: Callable[..., None], *args: Any) -> None:
+    with torch.no_grad():
+        job(*args)

@@ -1,0 +1,184 @@
+"""Master weights in host memory, and how an optimizer looks to whoever steps them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_optim.optimizers.shards import is_distributed, local
+
+Group = dict[str, Any]
+_ABSENT = object()
+
+
+def master_of(p: Tensor, storage: Tensor) -> Tensor:
+    """A master weight: ``storage`` with the value of ``p``, divided over processes as ``p`` is.
+
+    Args:
+        p: The weight on the device.
+        storage: Host memory of the shape of what this process has of it.
+    """
+    with torch.no_grad():
+        storage.copy_(local(p))
+        if not is_distributed(p):
+            return nn.Parameter(storage, requires_grad=False)
+        from torch.distributed.tensor import DTensor
+
+        whole: Any = p
+        divided = DTensor.from_local(
+            storage, host_mesh(whole.device_mesh), whole.placements, shape=p.shape, stride=p.stride()
+        )
+        return nn.Parameter(divided, requires_grad=False)
+
+
+_host_meshes: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def host_mesh(mesh: Any) -> Any:
+    """The same processes, for tensors in host memory. Collective at the first call for a mesh on a device."""
+    if mesh.device_type == "cpu":
+        return mesh
+    if mesh not in _host_meshes:
+        from torch.distributed.device_mesh import DeviceMesh
+
+        groups = [_gloo_group(mesh.get_group(dim)) for dim in range(mesh.ndim)]
+        _host_meshes[mesh] = DeviceMesh.from_group(
+            groups if len(groups) > 1 else groups[0], "cpu", mesh=mesh.mesh, mesh_dim_names=mesh.mesh_dim_names
+        )
+    return _host_meshes[mesh]
+
+
+def _gloo_group(group: Any) -> Any:
+    """The processes of a group, that talk about host memory."""
+    import torch.distributed as dist
+
+    # With `use_local_synchronization` only the members of the group need to call, as other groups do the same.
+    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
+
+
+class GroupOptions:
+    """The options of all param groups at one moment.
+
+    Schedules change them right after a step, while it may still be going on.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.rows: list[Group] = [
+            {
+                key: value.detach().clone() if isinstance(value, Tensor) else value
+                for key, value in group.items()
+                if key not in ("params", "param_names")
+            }
+            for group in optimizer.param_groups
+        ]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, GroupOptions):
+            return NotImplemented
+        return len(self.rows) == len(other.rows) and all(map(_same, self.rows, other.rows))
+
+    __hash__ = None  # type: ignore[assignment] # mutable
+
+
+def _same(a: Group, b: Group) -> bool:
+    if a.keys() != b.keys():
+        return False
+    return all(
+        torch.equal(a[key], b[key])
+        if isinstance(a[key], Tensor) and isinstance(b[key], Tensor)
+        else type(a[key]) is type(b[key]) and a[key] == b[key]
+        for key in a
+    )
+
+
+class MasterState:
+    """The state of an optimizer, by master instead of by weight."""
+
+    def __init__(self, optimizer: Optimizer, weights: Mapping[Tensor, Tensor]) -> None:
+        self._optimizer, self._weights = weakref.ref(optimizer), weights
+
+    def _state(self) -> Any:
+        if (optimizer := self._optimizer()) is None:
+            raise RuntimeError("detached: the optimizer no longer exists")
+        return optimizer.state
+
+    def __getitem__(self, master: Tensor) -> Any:
+        return self._state()[self._weights[master]]
+
+    def __contains__(self, master: object) -> bool:
+        return isinstance(master, Tensor) and self._weights.get(master) in self._state()
+
+    def get(self, master: Tensor, default: Any = None) -> Any:
+        """As of a dict."""
+        return self._state().get(self._weights[master], default)
+
+    def pop(self, master: Tensor, default: Any = None) -> Any:
+        """As of a dict."""
+        return self._state().pop(self._weights[master], default)
+
+
+class View:
+    """An optimizer as it would be if it had the masters of some of its parameters.
+
+    Args:
+        optimizer: The optimizer; not kept alive.
+        places: ``(row, index)`` of each parameter: its param group, and its place there.
+        masters: The master of each.
+        weights: The parameter of each.
+
+    Attributes:
+        options: The options that hold.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        places: Sequence[tuple[int, int]],
+        masters: Sequence[Tensor],
+        weights: Sequence[Tensor],
+    ) -> None:
+        self.options = GroupOptions(optimizer)
+        self._rows: dict[int, Group] = {}
+        for (row, index), master in zip(places, masters, strict=True):
+            group = optimizer.param_groups[row]
+            own = self._rows.setdefault(row, {"params": [], **({"param_names": []} if "param_names" in group else {})})
+            own["params"].append(master)
+            if "param_names" in group:
+                own["param_names"].append(group["param_names"][index])
+        self.state = MasterState(optimizer, dict(zip(masters, weights, strict=True)))
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The param groups that have some of these parameters, with the options that hold."""
+        return [{**self.options.rows[row], **own} for row, own in self._rows.items()]
+
+
+@contextmanager
+def masters_in_place(optimizer: Optimizer, masters: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """While this lasts, an optimizer has masters for its parameters, in the same lists and dicts.
+
+    Args:
+        optimizer: The optimizer.
+        masters: By parameter; parameters without one stay.
+    """
+    weights = {master: p for p, master in masters.items()}
+    _exchange(optimizer, masters)
+    try:
+        yield
+    finally:
+        _exchange(optimizer, weights)
+
+
+def _exchange(optimizer: Optimizer, others: Mapping[Tensor, Tensor]) -> None:
+    for group in optimizer.param_groups:
+        group["params"][:] = [others.get(p, p) for p in group["params"]]
+    for p, other in others.items():
+        # In the same dict: optimizers may have it under another name as well.
+        if (state := optimizer.state.pop(p, _ABSENT)) is not _ABSENT:
+            optimizer.state[other] = state

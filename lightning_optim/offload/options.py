@@ -1,0 +1,104 @@
+"""What may be chosen about detached steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from lightning_optim.engines.base import dtype_name, requested_engine
+from lightning_optim.engines.scaling import LossScale
+from lightning_optim.optimizers.options import parse_dtype
+
+#: When updates are done, if the gradients' norm may change them: see :class:`DetachedOptions`.
+Clip = Literal["exact", "speculative", "none"]
+CLIPS: tuple[Clip, ...] = get_args(Clip)
+
+MASTER_DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class DetachedOptions:
+    """What may be chosen about detached steps.
+
+    Attributes:
+        master_dtype: Of the master weights: ``"float32"`` or ``"float64"``.
+        clip: ``"exact"``: updates wait for the norm of all gradients. ``"speculative"``: updates run during the
+            backward pass as if nothing was to be clipped, and are taken back, bit for bit, and done again where that
+            was wrong; it needs host memory for the old masters and state. The results are those of ``"exact"``.
+            ``"none"``: updates run during the backward pass, and there may be no clipping and no loss scale.
+        bucket_mb: Megabytes (1e6 bytes) of gradients that travel together.
+        device_fraction: The share of the weights whose masters and state stay on the device, from 0 to 1: those whose
+            gradients come last, and whose way to the host and back nothing would hide.
+        delay_one_step: The update runs beside the next forward and backward pass, whose weights therefore lack it: an
+            approximation (ZeRO-Offload's "one-step delayed parameter update").
+        engine: Of our optimizers, and of those of torch's that we step.
+
+    Raises:
+        ValueError: A value that is none of these.
+
+    >>> DetachedOptions(clip="sometimes")
+    Traceback (most recent call last):
+        ...
+    ValueError: clip='sometimes'; valid: exact, speculative, none
+    """
+
+    master_dtype: str | torch.dtype = "float32"
+    clip: Clip = "exact"
+    bucket_mb: float = 32.0
+    device_fraction: float = 0.0
+    delay_one_step: bool = False
+    engine: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check them."""
+        if parse_dtype("master_dtype", self.master_dtype) not in MASTER_DTYPES:
+            valid = ", ".join(map(dtype_name, MASTER_DTYPES))
+            raise ValueError(f"master_dtype={self.master_dtype!r}; valid: {valid}")
+        if self.clip not in CLIPS:
+            raise ValueError(f"clip={self.clip!r}; valid: {', '.join(CLIPS)}")
+        if not _is_number(self.bucket_mb) or not 0 < self.bucket_mb < float("inf"):
+            raise ValueError(f"bucket_mb={self.bucket_mb!r}; valid: megabytes, more than 0")
+        if not _is_number(self.device_fraction) or not 0 <= self.device_fraction <= 1:
+            raise ValueError(f"device_fraction={self.device_fraction!r}; valid: from 0 to 1")
+        if not isinstance(self.delay_one_step, bool):
+            raise ValueError(f"delay_one_step={self.delay_one_step!r}; valid: True, False")
+        if self.delay_one_step and self.clip != "exact":
+            raise ValueError(
+                f"delay_one_step=True with clip={self.clip!r}: an update that is late cannot be early; valid: one of "
+                "them, delay_one_step=False or clip='exact'"
+            )
+        if self.delay_one_step and self.device_fraction:
+            raise ValueError(
+                f"delay_one_step=True with device_fraction={self.device_fraction!r}: weights on the device would "
+                "change while they are used; valid: one of them"
+            )
+        requested_engine(self.engine)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the masters."""
+        dtype = parse_dtype("master_dtype", self.master_dtype)
+        assert dtype is not None  # noqa: S101 # checked above
+        return dtype
+
+    def check_step(self, max_norm: float | None, loss: LossScale | None) -> None:
+        """Whether a step can be done as asked.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        if self.clip == "none" and (max_norm is not None or loss is not None):
+            what = "gradients are to be clipped" if max_norm is not None else "the loss is scaled"
+            raise ValueError(f"clip='none', and {what}; valid: clip='exact' or clip='speculative'")
+
+    def described(self) -> str:
+        """In words."""
+        words = f"masters in {dtype_name(self.dtype)}, clip={self.clip!r}, buckets of {self.bucket_mb:g} MB"
+        words += f", {self.device_fraction:.0%} on the device" if self.device_fraction else ""
+        return words + (", delayed by one step (approximate)" if self.delay_one_step else "")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

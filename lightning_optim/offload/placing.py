@@ -1,0 +1,205 @@
+"""Which parameters travel together, where their masters are, and what steps them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.engines.base import Decision
+from lightning_optim.offload.buckets import OffloadBucket, Place, divide, lay_out, widened
+from lightning_optim.offload.masters import View, master_of
+from lightning_optim.offload.options import DetachedOptions
+from lightning_optim.offload.replicas import Replicas
+from lightning_optim.offload.transport import Transport, transport_for
+from lightning_optim.optimizers.adopt import stepper_for, why_not_adopted
+from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.optimizers.shards import local
+from lightning_optim.optimizers.stepper import Stepper
+
+
+class Placement:
+    """The buckets of an optimizer's parameters.
+
+    Args:
+        optimizer: The optimizer; not kept alive.
+        options: What was chosen.
+        transport: Between device and host; None: by the kind of device.
+        replicas: The processes that divide masters and state among them.
+
+    Attributes:
+        buckets: In the order in which their gradients are expected: the last layers first.
+        whole: Why the optimizer runs its own step on all masters at once; None: our engines step bucket by bucket.
+
+    Raises:
+        ValueError: Options that the optimizer cannot serve.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        options: DetachedOptions,
+        transport: Transport | None,
+        replicas: Replicas | None,
+    ) -> None:
+        self.buckets: list[OffloadBucket] = []
+        self.whole = _why_whole(optimizer)
+        self._options = options
+        self._replicas = replicas
+        self._transport = transport
+        self._device: torch.device | None = None
+        self._known: set[Tensor] = set()
+        name = type(optimizer).__name__
+        if self.whole is not None:
+            for option, value, valid in (
+                ("clip", options.clip, "exact"),
+                ("device_fraction", options.device_fraction, 0.0),
+            ):
+                if value != valid:
+                    raise ValueError(
+                        f"{option}={value!r} with {name}, which runs its own step ({self.whole}); valid: "
+                        f"{option}={valid!r}"
+                    )
+        elif options.clip == "speculative" and isinstance(optimizer, RuleOptimizer):
+            if type(optimizer._stepper) is not Stepper:
+                raise ValueError(f"clip='speculative' with {name}, whose step cannot be taken back; valid: exact, none")
+            state_dtype = optimizer.options.state_dtype
+            if state_dtype is not None and torch.promote_types(state_dtype, options.dtype) != options.dtype:
+                # The kernel computes in the masters' type, and so saves no more of a slot than that.
+                raise ValueError(
+                    f"clip='speculative' with state_dtype={state_dtype} and master_dtype={options.dtype}: the state "
+                    "has more bits than a step could put back; valid: master_dtype='float64', or clip='exact'"
+                )
+
+    @property
+    def transport(self) -> Transport:
+        """Between device and host."""
+        if self._transport is None:
+            self._transport = transport_for(self._device or torch.device("cpu"))
+        return self._transport
+
+    def grow(self, optimizer: Optimizer) -> list[OffloadBucket]:
+        """Make buckets of the parameters that require gradients and are in none yet.
+
+        Raises:
+            ValueError: Weights on several devices.
+        """
+        places = [
+            Place(p, row, index, 0)
+            for row, group in enumerate(optimizer.param_groups)
+            for index, p in enumerate(group["params"])
+        ]
+        places = [replace(place, number=number) for number, place in enumerate(places)]
+        new = [place for place in places if place.param.requires_grad and place.param not in self._known]
+        if not new:
+            return []
+        self._check_devices(new)
+        self._known.update(place.param for place in new)
+        new.reverse()  # as a backward pass goes
+        limit = self._options.bucket_mb * 1e6
+        if self._replicas is not None:
+            # Small enough that every process gets its share.
+            limit = min(limit, max(1.0, sum(place.param.nbytes for place in new) / self._replicas.world))
+        made = [
+            OffloadBucket(f"bucket {number}", run)
+            for number, run in enumerate(divide(new, int(limit)), start=len(self.buckets))
+        ]
+        self._keep_on_device(made)
+        if self._replicas is not None and self.whole is None:
+            self._replicas.assign(made)
+        pinned = self.transport.pins
+        lay_out([b for b in made if b.mine and not b.on_device], self._options.dtype, pinned=pinned)
+        for bucket in made:
+            if bucket.on_device:
+                _stay(bucket, self._options.dtype)
+            if bucket.mine and self.whole is None:
+                self._equip(optimizer, bucket)
+        self.buckets += made
+        return made
+
+    def max_grad_norm(self, optimizer: Optimizer) -> float | None:
+        """The optimizer's own limit."""
+        return optimizer.options.max_grad_norm if isinstance(optimizer, RuleOptimizer) else None
+
+    def has_gradients(self) -> bool:
+        """Whether any parameter has a gradient in its place."""
+        return any(p.grad is not None for bucket in self.buckets for p in bucket.params)
+
+    def report(self, optimizer: Optimizer, *, scaled: bool, notes: Sequence[str]) -> list[Decision]:
+        """Which engine steps which parameters, and why."""
+        told = "; ".join(notes)
+        if self.whole is not None:
+            count = sum(len(bucket.places) for bucket in self.buckets)
+            name = type(optimizer).__name__
+            return [Decision(f"{count} tensors in host memory, {told}", f"{name}'s own step", self.whole)]
+        decisions: list[Decision] = []
+        for bucket in self.buckets:
+            if bucket.stepper is not None:
+                for decision in bucket.stepper.report(scaled=scaled):
+                    where = "on the device" if bucket.on_device else f"in host memory, {told}"
+                    decisions.append(replace(decision, bucket=f"{bucket.label}: {decision.bucket} {where}"))
+        return decisions
+
+    def close(self) -> None:
+        """End what was started."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def _check_devices(self, places: Sequence[Place]) -> None:
+        devices = {local(place.param).device for place in places} | ({self._device} if self._device else set())
+        if len(devices) > 1:
+            raise ValueError(
+                f"detached steps of weights on {', '.join(sorted(map(str, devices)))}; valid: one device for each "
+                "process"
+            )
+        self._device = devices.pop()
+
+    def _keep_on_device(self, made: list[OffloadBucket]) -> None:
+        """Leave the buckets that come last on the device, up to the share that was asked for."""
+        total = sum(p.numel() for bucket in made for p in bucket.params)
+        room = self._options.device_fraction * total
+        for bucket in reversed(made):
+            room -= sum(p.numel() for p in bucket.params)
+            if room < 0:
+                break
+            bucket.on_device = True
+
+    def _equip(self, optimizer: Optimizer, bucket: OffloadBucket) -> None:
+        """Give a bucket what steps it, as the optimizer would step its masters."""
+        places = [(place.row, place.index) for place in bucket.places]
+        bucket.view = view = View(optimizer, places, bucket.masters, bucket.params)
+        if isinstance(optimizer, RuleOptimizer):
+            engine = optimizer.options.engine if self._options.engine == "auto" else self._options.engine
+            options = replace(optimizer.options, engine=engine, max_grad_norm=None, capture=False)
+            bucket.stepper = optimizer.make_stepper(view, options)
+        else:
+            bucket.stepper = stepper_for(optimizer, engine=self._options.engine, owner=view)
+        # Rounding noise is a parameter's own, whatever bucket it is in.
+        order = sorted(range(len(places)), key=lambda i: (_rows(places).index(places[i][0]), i))
+        bucket.stepper.number_parameters([bucket.places[i].number for i in order])
+
+
+def _rows(places: Sequence[tuple[int, int]]) -> list[int]:
+    return list(dict.fromkeys(row for row, _ in places))
+
+
+def _stay(bucket: OffloadBucket, master_dtype: torch.dtype) -> None:
+    """Give a bucket its masters on the device: the weights themselves, if they have the type."""
+    dtype = widened(bucket.params[0].dtype, master_dtype)
+    if dtype == bucket.params[0].dtype:
+        bucket.masters = bucket.params
+        return
+    storage = [torch.empty_like(local(p).detach(), dtype=dtype) for p in bucket.params]
+    bucket.masters = [master_of(p, s) for p, s in zip(bucket.params, storage, strict=True)]
+    bucket.outgoing = [local(p).detach() for p in bucket.params]
+
+
+def _why_whole(optimizer: Optimizer) -> str | None:
+    if isinstance(optimizer, RuleOptimizer):
+        overridden = inspect.unwrap(type(optimizer).step) is not inspect.unwrap(RuleOptimizer.step)
+        return "its class has a step of its own" if overridden else None
+    return why_not_adopted(optimizer)

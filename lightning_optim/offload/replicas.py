@@ -1,0 +1,81 @@
+"""Processes with the same weights and gradients, that divide masters and state among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_optim.offload.buckets import OffloadBucket
+
+
+class Replicas:
+    """The processes of a group. All of its methods but :meth:`assign` are collective.
+
+    Args:
+        group: Of ``torch.distributed``; None: all processes.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+
+    def assign(self, buckets: Sequence[OffloadBucket]) -> None:
+        """Say which process has which bucket: the largest first, each to the one that has least."""
+        loads = [0] * self.world
+        for bucket in sorted(buckets, key=lambda bucket: -sum(p.numel() for p in bucket.params)):
+            bucket.rank = loads.index(min(loads))
+            bucket.mine = bucket.rank == self.rank
+            loads[bucket.rank] += sum(p.numel() for p in bucket.params)
+
+    def sum(self, number: Tensor) -> Tensor:
+        """The sum over all processes of a number on the host."""
+        device = self._device(number)
+        total = number.to(device)
+        dist.all_reduce(total, group=self._group)
+        return total.cpu()
+
+    def spread(self, buckets: Sequence[OffloadBucket]) -> None:
+        """Give all processes the weights of those that have their masters."""
+        works = [
+            dist.broadcast(p.detach(), self._source(bucket), group=self._group, async_op=True)
+            for bucket in buckets
+            if bucket.rank is not None
+            for p in bucket.params
+        ]
+        for work in works:
+            work.wait()
+
+    def gather(self, bucket: OffloadBucket, own: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """What the process that has a bucket holds for each of its parameters, for all processes.
+
+        Args:
+            bucket: The bucket.
+            own: By name, there, tensors of any shape; elsewhere it is not read.
+        """
+        described: list[Any] = [
+            [[(name, t.dtype, tuple(t.shape)) for name, t in values.items()] for values in own] if bucket.mine else None
+        ]
+        dist.broadcast_object_list(described, self._source(bucket), group=self._group)
+        found = []
+        for index, fields in enumerate(described[0]):
+            values = {}
+            for name, dtype, shape in fields:
+                tensor = own[index][name].contiguous() if bucket.mine else torch.empty(shape, dtype=dtype)
+                there = tensor.to(self._device(tensor))
+                dist.broadcast(there, self._source(bucket), group=self._group)
+                values[name] = there.cpu()
+            found.append(values)
+        return found
+
+    def _source(self, bucket: OffloadBucket) -> int:
+        assert bucket.rank is not None  # noqa: S101 # who calls knows
+        return bucket.rank if self._group is None else dist.get_global_rank(self._group, bucket.rank)
+
+    def _device(self, tensor: Tensor) -> torch.device:
+        """Where a tensor must be for these processes to talk about it."""
+        backend = dist.get_backend(self._group)
+        return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else tensor.device
