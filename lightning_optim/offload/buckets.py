@@ -6,15 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_optim.offload.arena import Slab
-from lightning_optim.offload.masters import GroupOptions, View, master_of
+from lightning_optim.offload.masters import GroupOptions, View, like_master, master_of
 from lightning_optim.offload.transport import Ticket
-from lightning_optim.optimizers.shards import LocalSquares, is_distributed, local
+from lightning_optim.optimizers.shards import LocalSquares, local
 from lightning_optim.optimizers.stepper import Stepper
 from lightning_optim.optimizers.undo import UndoBuffers
 
@@ -61,7 +60,8 @@ class OffloadBucket:
         rank: The process that has their masters, if these are divided over processes; else None.
         mine: Whether this process has the masters.
         on_device: Whether masters and state are on the weights' device.
-        masters: One for each parameter.
+        widens: Whether masters have more bits than their weights.
+        masters: One for each parameter; none if this process does not have them.
         staging: Where gradients arrive, in their own type.
         outgoing: Where new weights are written in their own type; None if the masters themselves are of that type.
         sums: Gradients of several arrivals, in the masters' type; made when first needed.
@@ -85,6 +85,7 @@ class OffloadBucket:
     rank: int | None = None
     mine: bool = True
     on_device: bool = False
+    widens: bool = False
     masters: list[Tensor] = field(default_factory=list)
     staging: list[Tensor] = field(default_factory=list)
     outgoing: list[Tensor] | None = None
@@ -148,16 +149,6 @@ class OffloadBucket:
             parts = [local(master) for master in self.masters]
             self.sums = Slab(parts[0].dtype, parts, pinned=False).tensors
         return self.sums
-
-
-def like_master(value: Tensor, master: Tensor) -> Tensor:
-    """What this process has of a tensor, as a tensor that is divided as a master is."""
-    if not is_distributed(master):
-        return value
-    from torch.distributed.tensor import DTensor
-
-    whole: Any = master
-    return DTensor.from_local(value, whole.device_mesh, whole.placements, shape=master.shape, stride=master.stride())
 
 
 def divide(places: Sequence[Place], bucket_bytes: int) -> list[list[Place]]:

@@ -159,6 +159,29 @@ class View:
         return [{**self.options.rows[row], **own} for row, own in self._rows.items()]
 
 
+def bring_state(optimizer: Optimizer, masters: Mapping[Tensor, Tensor]) -> None:
+    """Bring the state that was loaded for weights to where the masters are, and divide it as they are.
+
+    Args:
+        optimizer: Whose state it is.
+        masters: By parameter.
+    """
+    for p, master in masters.items():
+        for name, value in (optimizer.state.get(p) or {}).items():
+            if isinstance(value, Tensor) and value.shape == p.shape and value.device != master.device:
+                optimizer.state[p][name] = like_master(local(value).to(local(master).device), master)
+
+
+def like_master(value: Tensor, master: Tensor) -> Tensor:
+    """What this process has of a tensor, as a tensor that is divided as a master is."""
+    if not is_distributed(master):
+        return value
+    from torch.distributed.tensor import DTensor
+
+    whole: Any = master
+    return DTensor.from_local(value, whole.device_mesh, whole.placements, shape=master.shape, stride=master.stride())
+
+
 @contextmanager
 def masters_in_place(optimizer: Optimizer, masters: Mapping[Tensor, Tensor]) -> Iterator[None]:
     """While this lasts, an optimizer has masters for its parameters, in the same lists and dicts.

@@ -17,7 +17,7 @@ the results do not either.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -31,7 +31,7 @@ from lightning_optim.engines.base import Decision
 from lightning_optim.engines.scaling import LossScale, Scaling, needs_squares
 from lightning_optim.offload.buckets import OffloadBucket
 from lightning_optim.offload.host import HostSide
-from lightning_optim.offload.masters import GroupOptions, masters_in_place
+from lightning_optim.offload.masters import GroupOptions, bring_state, masters_in_place
 from lightning_optim.offload.options import DetachedOptions
 from lightning_optim.offload.placing import Placement
 from lightning_optim.offload.replicas import Replicas
@@ -99,6 +99,7 @@ class Detached:
         self._overlap = overlap
         self._host = HostSide(self.options, trace)
         self._versions: dict[Tensor, int] = {}
+        self._state = optimizer.state
         self._needs_squares = False
         self._unpublished: Future[None] | None = None
         self._handles: list[Any] = []
@@ -123,7 +124,7 @@ class Detached:
         self.options.check_step(max_norm, loss)
         self.publish()
         self._grow()
-        self._follow_weights()
+        self._follow()
         self._collect()
         self._needs_squares = needs_squares(max_norm, loss)
         work = [bucket for bucket in self._placement.buckets if bucket.mine and bucket.present]
@@ -184,6 +185,7 @@ class Detached:
         """While this lasts, the optimizer has the masters for its parameters: for loading a state."""
         with masters_in_place(self.optimizer, self.masters()):
             yield
+        self._state = self.optimizer.state
 
     @torch.no_grad()
     def set_masters(self, values: Mapping[Tensor, Tensor]) -> list[Tensor]:
@@ -229,6 +231,11 @@ class Detached:
         self.publish()
         self._host.close()
         self._placement.close()
+
+    @property
+    def buckets(self) -> Sequence[OffloadBucket]:
+        """The parameters, as they travel."""
+        return self._placement.buckets
 
     @property
     def optimizer(self) -> Optimizer:
@@ -319,8 +326,15 @@ class Detached:
             for job in arrivals:
                 job.result()
 
-    def _follow_weights(self) -> None:
-        """Weights that someone has changed since the last step, averaging or clamping them, say, are the masters."""
+    def _follow(self) -> None:
+        """Weights that someone has changed since the last step, averaging or clamping them, say, are the masters.
+
+        And a state that was loaded is the state.
+        """
+        state = self.optimizer.state
+        if state is not self._state:
+            bring_state(self.optimizer, self.masters())
+            self._state = state
         if any(local(p)._version != version for p, version in self._versions.items()):
             self.read_weights()
 

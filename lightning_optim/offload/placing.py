@@ -108,6 +108,9 @@ class Placement:
             OffloadBucket(f"bucket {number}", run)
             for number, run in enumerate(divide(new, int(limit)), start=len(self.buckets))
         ]
+        for bucket in made:
+            dtype = bucket.params[0].dtype
+            bucket.widens = widened(dtype, self._options.dtype) != dtype
         self._keep_on_device(made)
         if self._replicas is not None and self.whole is None:
             self._replicas.assign(made)
@@ -136,13 +139,17 @@ class Placement:
             count = sum(len(bucket.places) for bucket in self.buckets)
             name = type(optimizer).__name__
             return [Decision(f"{count} tensors in host memory, {told}", f"{name}'s own step", self.whole)]
-        decisions: list[Decision] = []
+        same: dict[tuple[str, str, str], list[tuple[OffloadBucket, Decision]]] = {}
         for bucket in self.buckets:
-            if bucket.stepper is not None:
-                for decision in bucket.stepper.report(scaled=scaled):
-                    where = "on the device" if bucket.on_device else f"in host memory, {told}"
-                    decisions.append(replace(decision, bucket=f"{bucket.label}: {decision.bucket} {where}"))
-        return decisions
+            for decision in bucket.stepper.report(scaled=scaled) if bucket.stepper is not None else ():
+                types = decision.bucket.partition(" (")[2]
+                place = "on the device" if bucket.on_device else f"in host memory, {told}"
+                same.setdefault((place, types, str(replace(decision, bucket=""))), []).append((bucket, decision))
+        combined = []
+        for (place, types, _), pairs in same.items():
+            count = len({bucket.label for bucket, _ in pairs})
+            combined.append(replace(pairs[0][1], bucket=f"tensors of {count} buckets ({types} {place}"))
+        return combined
 
     def close(self) -> None:
         """End what was started."""

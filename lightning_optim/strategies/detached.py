@@ -1,0 +1,299 @@
+"""The logic of the detached strategies, for either root of Lightning: over :mod:`lightning_optim.offload`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.control.undo_policy import UndoPolicy
+from lightning_optim.offload import Detached, DetachedOptions
+from lightning_optim.offload.checkpoint import gathered_masters, gathered_state, own_entries
+from lightning_optim.offload.options import Clip
+from lightning_optim.offload.replicas import Replicas
+from lightning_optim.optimizers.stepper import Stepper
+from lightning_optim.strategies.drive import _AMP, Drive, _set_attribute
+from lightning_optim.strategies.driven import Driven, OnOneDevice, Sharded
+from lightning_optim.warnings import warn_once
+
+#: The key of a checkpoint under which masters are that have more bits than their weights.
+MASTERS = "detached_masters"
+
+
+class DetachedDrive(Drive):
+    """One optimizer under a detached strategy."""
+
+    def __init__(self, optimizer: Optimizer, detached: Detached) -> None:
+        super().__init__(optimizer, "auto")
+        if self.own_step == "its step was replaced":
+            name = type(optimizer).__name__
+            raise ValueError(f"detached: the step of this {name} was replaced, and would be passed by")
+        if self.own_step is not None:
+            self.own_step = None
+            self._amp_before = optimizer.__dict__.get(_AMP)
+            _set_attribute(optimizer, _AMP, False)
+        self.detached = detached
+        self.expects: Callable[[], tuple[float | None, float | None]] = lambda: (None, None)
+        detached.last = False
+        self._zero_grad_before = optimizer.__dict__.get("zero_grad")
+        optimizer.zero_grad = detached.zero_grad  # type: ignore[method-assign]
+
+    @property
+    def writes_in_backward(self) -> bool:  # type: ignore[override] # of a class that never does
+        """See :attr:`Drive.writes_in_backward`."""
+        return self.detached.options.clip != "exact" or self.detached.options.delay_one_step
+
+    def release(self, optimizer: Optimizer) -> None:
+        """See :meth:`Drive.release`: the state stays in host memory."""
+        self.detached.close()
+        _set_attribute(optimizer, "zero_grad", self._zero_grad_before)
+        super().release(optimizer)
+
+    def stepper(self, optimizer: Optimizer) -> Stepper:
+        """See :meth:`Drive.stepper`."""
+        return self.detached  # type: ignore[return-value] # it has what is asked for: step, report, scaling
+
+    def extra_tensors(self) -> list[Tensor]:
+        """See :meth:`Drive.extra_tensors`."""
+        return [master for p, master in self.detached.masters().items() if master is not p]
+
+    def undone(self, optimizer: Optimizer) -> None:
+        """See :meth:`Drive.undone`."""
+        self.detached.zero_grad()
+        self.detached.read_weights()
+
+    @contextmanager
+    def in_place_of_its_own(self, optimizer: Optimizer) -> Iterator[None]:
+        """See :meth:`Drive.in_place_of_its_own`."""
+        self.detached.last, self.detached.expects = True, self.expects()
+        try:
+            with super().in_place_of_its_own(optimizer):
+                yield
+        except BaseException:
+            self.detached.zero_grad()
+            raise
+        finally:
+            self.detached.last = False
+
+    def _steps_sparse(self, optimizer: Optimizer) -> bool:
+        return False  # a sparse gradient is refused by who takes it
+
+
+class DetachedBase(Driven):
+    """Steps optimizers from masters in host memory.
+
+    Args:
+        *args: Of the Lightning strategy.
+        options: See :class:`~lightning_optim.offload.options.DetachedOptions`.
+        **kwargs: Of the Lightning strategy, and ``undo``.
+
+    Raises:
+        ValueError: An option that is none.
+    """
+
+    #: Whether gradients are final as soon as the backward pass has accumulated them.
+    gradients_are_local = False
+
+    def __init__(self, *args: Any, options: DetachedOptions, **kwargs: Any) -> None:
+        super().__init__(*args, engine=options.engine, **kwargs)
+        self.options = options
+
+    # -- what Lightning calls -----------------------------------------------------------------------------------
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state in the format of always, gathered from all processes that have some of it."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)  # of a LightningOptimizer
+        detached = self._detached_of(optimizer)
+        if detached is not None:
+            detached.publish()
+            if detached.replicas is not None:
+                return gathered_state(detached, optimizer)
+        return super().optimizer_state(optimizer)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load states where the masters are, and the masters, if the checkpoint has some."""
+        if not self._loads_with_the_model:
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+                detached = self._detached_of(optimizer)
+                if detached is None:
+                    optimizer.load_state_dict(state)
+                    continue
+                detached.read_weights()
+                with detached.masters_in_place():
+                    optimizer.load_state_dict(own_entries(detached, optimizer, state))
+        for optimizer, masters in zip(self.optimizers, checkpoint.get(MASTERS, ()), strict=False):
+            self._load_masters(optimizer, masters)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Save, with the masters that have more bits than their weights."""
+        found = [self._detached_of(optimizer) for optimizer in self.optimizers]
+        if "optimizer_states" in checkpoint and any(found):
+            names = {p: name for name, p in self.lightning_module.named_parameters()}
+            checkpoint[MASTERS] = [{} if detached is None else gathered_masters(detached, names) for detached in found]
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The weights after the last step."""
+        self._publish()
+        return super().lightning_module_state_dict()
+
+    def on_validation_start(self) -> None:
+        """Have the weights be those after the last step."""
+        self._publish()
+        super().on_validation_start()
+
+    def on_train_end(self) -> None:
+        """Have the weights be those after the last step."""
+        self._publish()
+        super().on_train_end()
+
+    # -- ours ---------------------------------------------------------------------------------------------------
+
+    #: Whether the Lightning strategy loads optimizers together with the model.
+    _loads_with_the_model = False
+
+    def _new_drive(self, optimizer: Optimizer) -> Drive:
+        drive = DetachedDrive(
+            optimizer,
+            Detached(optimizer, self.options, replicas=self._replicas(), overlap=self._overlaps()),
+        )
+        drive.expects = self._expectation
+        return drive
+
+    def _take_over(self, optimizer: Optimizer, trainer: Any) -> None:
+        clip, scaler = self.options.clip, getattr(trainer.precision_plugin, "scaler", None)
+        if clip == "none" and (trainer.gradient_clip_val or scaler is not None):
+            what = (
+                f"gradient_clip_val={trainer.gradient_clip_val}"
+                if trainer.gradient_clip_val
+                else f"precision={trainer.precision!r}"
+            )
+            raise ValueError(f"clip='none' with {what}; valid: clip='exact' or clip='speculative'")
+        self._drive(optimizer)
+        if clip != "exact" and not self._overlaps():
+            warn_once(
+                f"{self.strategy_name}: clip={clip!r} is of no use here: something looks at the gradients before the "
+                "step, or the module steps by itself; updates run in the step, as with clip='exact'"
+            )
+
+    def _detached_of(self, optimizer: Optimizer) -> Detached | None:
+        drive = None if self._drives is None else self._drives.get(optimizer)
+        return drive.detached if isinstance(drive, DetachedDrive) else None
+
+    def _publish(self) -> None:
+        for optimizer in self.optimizers:
+            if (detached := self._detached_of(optimizer)) is not None:
+                detached.publish()
+
+    def _replicas(self) -> Replicas | None:
+        """The processes among which masters are divided."""
+        return None
+
+    def _overlaps(self) -> bool:
+        """Whether gradients may leave their places before the step: nobody looks for them there."""
+        trainer, module = self._trainer, self.lightning_module
+        hooks = ("on_after_backward", "on_before_zero_grad", "on_before_optimizer_step")
+        return (
+            self.gradients_are_local
+            and module.automatic_optimization
+            and not self._gradients_are_seen()
+            and self._is_stock(module, "optimizer_zero_grad")
+            and self._is_stock(module, "backward")
+            and all(self._is_stock(module, hook) for hook in hooks)
+            and all(self._is_stock(callback, hook, "Callback") for hook in hooks for callback in trainer.callbacks)
+        )
+
+    def _expectation(self) -> tuple[float | None, float | None]:
+        """What the next step will be given, as far as one knows before it: loss scale and limit of the norm."""
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        if self.options.clip == "exact":
+            return None, None
+        return (scaler.get_scale() if scaler is not None else None), self._trainer.gradient_clip_val or None
+
+    def _load_masters(self, optimizer: Optimizer, masters: Mapping[str, Tensor]) -> None:
+        detached = self._detached_of(optimizer)
+        if detached is None or not masters:
+            return
+        by_name = dict(self.lightning_module.named_parameters())
+        strange = detached.set_masters({by_name[name]: value for name, value in masters.items() if name in by_name})
+        if strange:
+            warn_once(
+                f"{self.strategy_name}: the checkpoint's masters of {len(strange)} parameters are not those of its "
+                "weights, which have changed since: the weights are taken"
+            )
+
+
+class DetachedOnOneDevice(OnOneDevice, DetachedBase):
+    """As :class:`DetachedBase`, on the one device that the Trainer is given."""
+
+    gradients_are_local = True
+
+    def __init__(
+        self,
+        device: torch.device | str | int | None = None,
+        accelerator: Any = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+        master_dtype: str = "float32",
+        clip: Clip = "exact",
+        bucket_mb: float = 32.0,
+        device_fraction: float = 0.0,
+        delay_one_step: bool = False,
+        engine: str = "auto",
+        undo: bool | dict[str, Any] | UndoPolicy = False,
+    ) -> None:
+        options = DetachedOptions(master_dtype, clip, bucket_mb, device_fraction, delay_one_step, engine)
+        super().__init__(
+            device,
+            accelerator=accelerator,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            options=options,
+            undo=undo,
+        )
+
+
+class DetachedReplicas(DetachedBase):
+    """As :class:`DetachedBase`, with masters and state divided over the processes of DDP."""
+
+    def __init__(
+        self,
+        *args: Any,
+        master_dtype: str = "float32",
+        bucket_mb: float = 32.0,
+        device_fraction: float = 0.0,
+        engine: str = "auto",
+        undo: bool | dict[str, Any] | UndoPolicy = False,
+        **kwargs: Any,
+    ) -> None:
+        options = DetachedOptions(master_dtype, "exact", bucket_mb, device_fraction, False, engine)
+        super().__init__(*args, options=options, undo=undo, **kwargs)
+
+    def _replicas(self) -> Replicas | None:
+        ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return Replicas() if ready and torch.distributed.get_world_size() > 1 else None
+
+
+class DetachedSharded(Sharded, DetachedBase):
+    """As :class:`DetachedBase`, over parameters that are divided, whose masters are divided as they are."""
+
+    _loads_with_the_model = True
+
+    def __init__(
+        self,
+        data_parallel_size: Any = "auto",
+        tensor_parallel_size: int = 1,
+        *,
+        master_dtype: str = "float32",
+        bucket_mb: float = 32.0,
+        device_fraction: float = 0.0,
+        engine: str = "auto",
+        undo: bool | dict[str, Any] | UndoPolicy = False,
+        **kwargs: Any,
+    ) -> None:
+        options = DetachedOptions(master_dtype, "exact", bucket_mb, device_fraction, False, engine)
+        super().__init__(data_parallel_size, tensor_parallel_size, options=options, undo=undo, **kwargs)
