@@ -18,7 +18,7 @@ from lightning_optim.offload.options import DetachedOptions
 from lightning_optim.offload.trace import Trace
 from lightning_optim.offload.transport import Ticket, Transport
 from lightning_optim.offload.whole import step_whole
-from lightning_optim.optimizers.shards import local
+from lightning_optim.optimizers.shards import is_distributed, local, shards_of
 
 
 class FixedScaling(Scaling):
@@ -76,8 +76,11 @@ class HostSide:
         for bucket in buckets:
             with self._recorded("norm", bucket.label):
                 if bucket.stepper is None:
-                    gradients = [bucket.gradient(i) for i in sorted(bucket.present)]
-                    bucket.squares = {(): [torch.linalg.vector_norm(g.double()).square() for g in gradients]}
+                    bucket.squares = {}
+                    for g in map(bucket.gradient, sorted(bucket.present)):
+                        where = shards_of(g) if is_distributed(g) else ()
+                        part = torch.linalg.vector_norm(local(g).double()).square()
+                        bucket.squares.setdefault(where, []).append(part)
                 else:
                     self._plan(bucket, scaled=True)
                     bucket.squares = bucket.stepper.local_squares()

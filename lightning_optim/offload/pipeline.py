@@ -346,7 +346,9 @@ class Detached:
             for where, parts in (bucket.squares or {}).items():
                 sums.setdefault(where, []).extend(part.sum().reshape(1).cpu() for part in parts)
         total = total_squares(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
-        return (total if self.replicas is None else self.replicas.sum(total)).reshape(1)
+        if self.replicas is not None and self._placement.whole is None:
+            total = self.replicas.sum(total)
+        return total.reshape(1)
 
     def _receive(self) -> None:
         """Have whatever comes next on the device come after the new weights."""

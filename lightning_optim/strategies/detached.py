@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -101,6 +102,7 @@ class DetachedBase(Driven):
     def __init__(self, *args: Any, options: DetachedOptions, **kwargs: Any) -> None:
         super().__init__(*args, engine=options.engine, **kwargs)
         self.options = options
+        self._ended: WeakKeyDictionary[Optimizer, Detached] | None = None  # of the last training, for who saves it
 
     # -- what Lightning calls -----------------------------------------------------------------------------------
 
@@ -127,6 +129,13 @@ class DetachedBase(Driven):
                     optimizer.load_state_dict(own_entries(detached, optimizer, state))
         for optimizer, masters in zip(self.optimizers, checkpoint.get(MASTERS, ()), strict=False):
             self._load_masters(optimizer, masters)
+
+    def on_train_start(self) -> None:
+        """Have masters be those of the weights that were loaded, which does not always leave a trace at the weights."""
+        for optimizer in self.optimizers:
+            if (detached := self._detached_of(optimizer)) is not None:
+                detached.read_weights()
+        super().on_train_start()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save, with the masters that have more bits than their weights."""
@@ -182,7 +191,14 @@ class DetachedBase(Driven):
 
     def _detached_of(self, optimizer: Optimizer) -> Detached | None:
         drive = None if self._drives is None else self._drives.get(optimizer)
-        return drive.detached if isinstance(drive, DetachedDrive) else None
+        if isinstance(drive, DetachedDrive):
+            return drive.detached
+        return None if self._ended is None else self._ended.get(optimizer)
+
+    def _release(self) -> None:
+        ended = {o: drive.detached for o, drive in (self._drives or {}).items() if isinstance(drive, DetachedDrive)}
+        super()._release()
+        self._ended = WeakKeyDictionary(ended) if ended else None
 
     def _publish(self) -> None:
         for optimizer in self.optimizers:
