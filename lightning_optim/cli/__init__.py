@@ -1,1 +1,1 @@
-"""The command line: ``lightning-optim fit | validate | test | predict | list | doctor``."""
+"""The command line: ``lightning-optim fit | validate | test | predict | list | doctor | plan``."""

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ReduceLROnPlateau, instantiate_class
 
 from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.optimizers.sam import SAM, built_by
 from lightning_optim.param_groups import Kinds, param_groups
 
 Interval = Literal["step", "epoch"]
@@ -120,17 +121,26 @@ def _class(spec: dict[str, Any]) -> Any:
 
 def _kinds(spec: dict[str, Any]) -> Kinds | None:
     """How an optimizer of ours wants the parameters told apart."""
-    cls = _class(spec)
+    cls, _ = _stepped(spec)
     ours = isinstance(cls, type) and issubclass(cls, RuleOptimizer)
     return cls.kinds(_arguments(spec)) if ours else None
 
 
 def _arguments(spec: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that a class will get, its own defaults included."""
-    cls = _class(spec)
+    """The arguments that the class of :func:`_stepped` will get, its own defaults included."""
+    cls, given = _stepped(spec)
+    if cls is None:
+        base = spec["init_args"]["base"]
+        raise ValueError(f"param_groups with base={base!r}, whose options are not known; valid: an optimizer's class")
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(cls).parameters.items()
         if parameter.default is not inspect.Parameter.empty
     }
-    return defaults | spec.get("init_args", {})
+    return defaults | given
+
+
+def _stepped(spec: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The class that has options for param groups, None if that is not known, and the arguments that are given."""
+    cls, given = _class(spec), spec.get("init_args", {})
+    return built_by(given["base"]) if cls is SAM else (cls, given)

@@ -62,9 +62,16 @@ def _doctor(arguments: Sequence[str]) -> int:
     return run(arguments)
 
 
+def _plan(arguments: Sequence[str]) -> int:
+    from lightning_optim.cli.plan import main as run
+
+    return run(arguments)
+
+
 _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "list": ("show the optimizers and schedules", _list),
     "doctor": ("show what this machine can do, and which engine is chosen", _doctor),
+    "plan": ("choose where the optimizer's step runs: on the device, or in host memory", _plan),
 }
 
 
@@ -73,21 +80,29 @@ def _usage() -> str:
     return USAGE.format(commands="\n".join(f"  {name:<10}{text}" for name, text in described.items()))
 
 
-def _run_trainer(arguments: list[str]) -> int:
+def can_use_lightning(command: str) -> bool:
+    """Prepare for a command that takes LightningCLI's flags; say what is missing for it, if anything is."""
     missing = [name for name in ("lightning", "jsonargparse") if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f"lightning-optim {arguments[0]} needs {' and '.join(missing)}: pip install 'lightning-optim[cli]'",
+            f"lightning-optim {command} needs {' and '.join(missing)}: pip install 'lightning-optim[cli]'",
             file=sys.stderr,
         )
-        return 1
+        return False
     # `--model my_project.Model` is looked up from the current folder, as under `python -m`: the console script's
     # own folder is what Python would put there.
     if not sys.flags.safe_path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    from lightning_optim.cli.optim_cli import OptimCLI
     from lightning_optim.cli.quiet import quiet_lightning
 
     quiet_lightning()
+    return True
+
+
+def _run_trainer(arguments: list[str]) -> int:
+    if not can_use_lightning(arguments[0]):
+        return 1
+    from lightning_optim.cli.optim_cli import OptimCLI
+
     OptimCLI(args=arguments, parser_kwargs={"prog": "lightning-optim"})
     return 0
