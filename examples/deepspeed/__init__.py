@@ -1,0 +1,1 @@
+"""Accelerate with DeepSpeed, and an optimizer of ours stepping on the host."""
