@@ -9,11 +9,14 @@
 from lightning_optim._version import __version__
 from lightning_optim.optimizers import (
     LAMB,
+    LBFGS,
+    SAM,
     SGD,
     Adam,
     AdamOptim,
     AdamW,
     AdamWOptim,
+    LBFGSOptim,
     Lion,
     Muon,
     MuonOptim,
@@ -35,6 +38,8 @@ from lightning_optim.warnings import LightningOptimWarning
 
 __all__ = [
     "LAMB",
+    "LBFGS",
+    "SAM",
     "SGD",
     "WSD",
     "Adam",
@@ -42,6 +47,7 @@ __all__ = [
     "AdamW",
     "AdamWOptim",
     "Cosine",
+    "LBFGSOptim",
     "LightningOptimWarning",
     "Linear",
     "Lion",

@@ -1,6 +1,7 @@
 """Every optimizer and schedule by name: what the CLI lists and the tests run through.
 
-A new optimizer is one file in ``optimizers/`` and one line in :data:`OPTIMIZERS`.
+A new optimizer is one file in ``optimizers/`` and one line in :data:`OPTIMIZERS`, or, if its step evaluates the model
+again, in :data:`CLOSURE_OPTIMIZERS`, or, if it is made around another one, in :data:`WRAPPERS`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_optim.optimizers import LAMB, SGD, Adam, AdamW, Lion, Muon, RuleOptimizer
+from lightning_optim.optimizers import LAMB, LBFGS, SAM, SGD, Adam, AdamW, Lion, Muon, RuleOptimizer
 from lightning_optim.optimizers.options import did_you_mean
+from lightning_optim.optimizers.sam import built_by
 from lightning_optim.param_groups import param_groups
 from lightning_optim.rules.policy import Policy, Update
 from lightning_optim.schedulers import WSD, Cosine, Linear, Schedule
@@ -65,6 +67,44 @@ class OptimizerInfo:
 
 
 @dataclass(frozen=True)
+class ClosureOptimizerInfo(OptimizerInfo):
+    """What the registry knows about an optimizer that evaluates the model again: ``needs_closure`` is True.
+
+    Attributes:
+        name: See :class:`OptimizerInfo`.
+        cls: The class; no :class:`~lightning_optim.optimizers.base.RuleOptimizer`.
+        paper: Where it is defined.
+        torch_equivalent: None.
+    """
+
+    cls: type[Any]
+
+    @cached_property
+    def kind(self) -> str:
+        """``"closure"``."""
+        return "closure"
+
+
+@dataclass(frozen=True)
+class WrapperInfo(OptimizerInfo):
+    """What the registry knows about an optimizer that is made around another one, which its option ``base`` builds.
+
+    Attributes:
+        name: See :class:`OptimizerInfo`.
+        cls: The class; no :class:`~lightning_optim.optimizers.base.RuleOptimizer`.
+        paper: Where it is defined.
+        torch_equivalent: None.
+    """
+
+    cls: type[Any]
+
+    @cached_property
+    def kind(self) -> str:
+        """``"wrapper"``."""
+        return "wrapper"
+
+
+@dataclass(frozen=True)
 class SchedulerInfo:
     """What the registry knows about a schedule.
 
@@ -94,6 +134,15 @@ OPTIMIZERS: dict[str, OptimizerInfo] = {
     )
 }
 
+#: Those whose step calls its closure several times. Listed and made by name like the others; apart, because what holds
+#: for rules (engines, rounding, state per parameter) does not hold for them.
+CLOSURE_OPTIMIZERS: dict[str, ClosureOptimizerInfo] = {
+    info.name: info for info in (ClosureOptimizerInfo("lbfgs", LBFGS, "Byrd, Nocedal and Schnabel, 1994"),)
+}
+
+#: Those around another optimizer. Apart for the same reason.
+WRAPPERS: dict[str, WrapperInfo] = {info.name: info for info in (WrapperInfo("sam", SAM, "arXiv:2010.01412"),)}
+
 SCHEDULERS: dict[str, SchedulerInfo] = {
     info.name: info
     for info in (SchedulerInfo("cosine", Cosine), SchedulerInfo("linear", Linear), SchedulerInfo("wsd", WSD))
@@ -104,9 +153,9 @@ def list_optimizers() -> list[str]:
     """Names of all optimizers.
 
     >>> list_optimizers()
-    ['adam', 'adamw', 'lamb', 'lion', 'muon', 'sgd']
+    ['adam', 'adamw', 'lamb', 'lbfgs', 'lion', 'muon', 'sam', 'sgd']
     """
-    return sorted(OPTIMIZERS)
+    return sorted({**OPTIMIZERS, **CLOSURE_OPTIMIZERS, **WRAPPERS})
 
 
 def list_schedulers() -> list[str]:
@@ -124,7 +173,7 @@ def optimizer_info(name: str) -> OptimizerInfo:
     Raises:
         ValueError: No such optimizer.
     """
-    return _lookup("optimizer", name, OPTIMIZERS)
+    return _lookup("optimizer", name, {**OPTIMIZERS, **CLOSURE_OPTIMIZERS, **WRAPPERS})
 
 
 def scheduler_info(name: str) -> SchedulerInfo:
@@ -144,7 +193,7 @@ def create_optimizer(
     no_decay: Iterable[str] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     **options: Any,
-) -> RuleOptimizer:
+) -> Any:
     """Make an optimizer by name.
 
     Args:
@@ -155,6 +204,9 @@ def create_optimizer(
         no_decay: For a module: further parameters without weight decay, as name patterns.
         overrides: For a module: options by name pattern.
         options: The optimizer's own, by name.
+
+    Returns:
+        A :class:`~lightning_optim.optimizers.base.RuleOptimizer`; of kind ``"closure"``, another torch optimizer.
 
     Raises:
         ValueError: No such optimizer, or options for a module without one.
@@ -174,16 +226,25 @@ def create_optimizer(
         if layer_decay is not None or no_decay is not None or overrides is not None:
             raise ValueError("layer_decay, no_decay and overrides need a module; pass the model itself")
         return info.create(model, **options)
-    signature = inspect.signature(info.cls).parameters
+    cls, own = built_by(options["base"]) if info.kind == "wrapper" and "base" in options else (info.cls, options)
+    if cls is None:
+        raise TypeError(
+            f"{name} of a module, with base={options['base']!r}, whose options are not known; valid: a class "
+            "or a functools.partial of one, or parameters in place of the module"
+        )
+    known = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()} | own
     groups = param_groups(
         model,
-        lr=options.get("lr", signature["lr"].default),
-        weight_decay=options.get("weight_decay", signature["weight_decay"].default),
+        lr=known.get("lr"),
+        weight_decay=known.get("weight_decay", 0.0),
         layer_decay=layer_decay,
         no_decay=no_decay,
         overrides=overrides,
-        kinds=info.cls.kinds(options),
+        kinds=cls.kinds(own) if issubclass(cls, RuleOptimizer) else None,
     )
+    if "weight_decay" not in known:
+        for group in groups:
+            del group["weight_decay"]
     return info.create(groups, **options)
 
 

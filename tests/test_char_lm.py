@@ -282,6 +282,27 @@ def test_a_resumed_run_is_the_uninterrupted_one(text: Path, tmp_path: Path, stop
     assert _curves(resumed) == _curves(whole), "the report goes on with the curve of the checkpoint"
 
 
+@pytest.mark.filterwarnings("ignore:in_graph\\w*. the triton engine cannot be used")
+def test_the_overlay_that_undoes_spikes(text: Path, tmp_path: Path) -> None:
+    cli = run(text, tmp_path, f"--config={CONFIG.parent / 'undo.yaml'}", "--trainer.max_steps=3")
+    strategy: Any = cli.trainer.strategy
+    assert (strategy.undo.threshold, strategy.undo.recover_steps) == (7.0, 100)
+    assert cli.trainer.callback_metrics["undo/count"] == 0
+    assert cli.trainer.global_step == 3
+
+
+@pytest.mark.filterwarnings("ignore:in_graph\\w*. the triton engine cannot be used")
+def test_the_overlay_with_sam(text: Path, tmp_path: Path) -> None:
+    """Its parameters are split as AdamW alone would have it."""
+    overlay = f"--config={CONFIG.parent / 'sam.yaml'}"
+    cli = run(text, tmp_path, overlay, "--trainer.accumulate_grad_batches=2", "--trainer.max_steps=3")
+    optimizer: Any = cli.trainer.optimizers[0]
+    assert type(optimizer.base).__name__ == "AdamWOptim"
+    groups = [(group["weight_decay"], group["betas"], group["sam_rho"]) for group in optimizer.param_groups]
+    assert groups == [(0.1, (0.9, 0.95), 0.05), (0.0, (0.9, 0.95), 0.05)]
+    assert cli.trainer.global_step == 3
+
+
 def _curves(cli: OptimCLI) -> Any:
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
     (report,) = (callback for callback in callbacks if type(callback).__name__ == "Report")

@@ -6,13 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_optim.callbacks.replay_guard import RefuseWithoutReplay
     from lightning_optim.callbacks.schedule_totals import FillTotalSteps
 
-__all__ = ["FillTotalSteps"]
+__all__ = ["FillTotalSteps", "RefuseWithoutReplay"]
 
 # Name -> module of this package. Lightning takes seconds to import, so that a name is looked up when it is
 # asked for.
-_HOMES = {"FillTotalSteps": "schedule_totals"}
+_HOMES = {"FillTotalSteps": "schedule_totals", "RefuseWithoutReplay": "replay_guard"}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,13 @@
 
 from pytorch_lightning import Callback
 
+from lightning_optim.control.replay_guard import ReplayGuard
 from lightning_optim.control.schedule_totals import TotalsFiller
 
 
 class FillTotalSteps(TotalsFiller, Callback):
     """As :class:`lightning_optim.callbacks.FillTotalSteps`, for ``pytorch_lightning.Trainer``."""
+
+
+class RefuseWithoutReplay(ReplayGuard, Callback):
+    """As :class:`lightning_optim.callbacks.RefuseWithoutReplay`, for ``pytorch_lightning.Trainer``."""

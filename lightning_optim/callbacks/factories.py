@@ -8,6 +8,7 @@ and never raise.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -16,17 +17,18 @@ _log = logging.getLogger(__name__)
 
 def for_lightning() -> list[Any]:
     """Callbacks for ``lightning.pytorch.Trainer``, group ``lightning.pytorch.callbacks_factory``."""
-    return _make("lightning_optim.callbacks.schedule_totals")
+    return _make({"FillTotalSteps": "schedule_totals", "RefuseWithoutReplay": "replay_guard"})
 
 
 def for_pytorch_lightning() -> list[Any]:
     """Callbacks for ``pytorch_lightning.Trainer``, group ``pytorch_lightning.callbacks_factory``."""
-    return _make("lightning_optim.callbacks._pytorch_lightning")
+    return _make(dict.fromkeys(("FillTotalSteps", "RefuseWithoutReplay"), "_pytorch_lightning"))
 
 
-def _make(module: str) -> list[Any]:
+def _make(homes: Mapping[str, str]) -> list[Any]:
+    """An instance of each class, by the module of this package that has it."""
     try:
-        return [import_module(module).FillTotalSteps()]
+        return [getattr(import_module(f"lightning_optim.callbacks.{home}"), name)() for name, home in homes.items()]
     except Exception:  # whatever it is, a Trainer that does not use this package has to be built
         _log.warning("lightning-optim adds no callbacks to this Trainer", exc_info=True)
         return []

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_optim import list_optimizers, optimizer_info
+from lightning_optim import optimizer_info
+from lightning_optim.registry import OPTIMIZERS
 
 from .common import (
     Model,
@@ -43,7 +44,7 @@ pytestmark = known_warnings
 SHARDED: dict[str, dict[str, Any]] = {"plain": {}, "clipped": {"max_grad_norm": 0.3}, "cautious": {"cautious": True}}
 SHARDED_CASES = [
     (name, case)
-    for name in list_optimizers()
+    for name in sorted(OPTIMIZERS)
     for case, options in SHARDED.items()
     if set(options) <= set(optimizer_info(name).options)
 ]
@@ -71,7 +72,7 @@ def ddp_rank(rank: int, folder: Path) -> None:
     """Trainer with DDP: each rank sees half of every batch."""
     _join(rank, folder)
     found = {}
-    for name in list_optimizers():
+    for name in sorted(OPTIMIZERS):
         model = Shared(maker(name), torch.float64, batch=2)
         run = fit(folder, model, strategy="ddp", devices=RANKS, use_distributed_sampler=False)
         assert run.world_size == RANKS

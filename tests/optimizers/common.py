@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_optim import list_optimizers, optimizer_info
+from lightning_optim import optimizer_info
 from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.registry import OPTIMIZERS
 
 # Without a C compiler the host engine says so and another one takes its place, "with the same results": that is
 # what these tests then find out.
@@ -19,7 +20,7 @@ known_warnings = pytest.mark.filterwarnings(
     "ignore:.*the host engine cannot be used .no C compiler:lightning_optim.warnings.LightningOptimWarning"
 )
 
-each = pytest.mark.parametrize("name", list_optimizers())
+each = pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 each_engine = pytest.mark.parametrize("engine", ["eager", "foreach", "host"])
 
 #: What is set in most tests, for optimizers that have it: nothing should be at a value that switches it off.

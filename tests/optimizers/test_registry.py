@@ -9,7 +9,7 @@ from torch import nn
 from lightning_optim import create_optimizer, list_optimizers, optimizer_info
 from lightning_optim.engines import ENGINES
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.registry import OPTIMIZERS
+from lightning_optim.registry import CLOSURE_OPTIMIZERS, OPTIMIZERS, WRAPPERS
 
 from .common import each, gradient, known_warnings, make, parameters, train
 
@@ -17,8 +17,8 @@ pytestmark = known_warnings
 
 
 def test_names() -> None:
-    assert list_optimizers() == sorted(OPTIMIZERS)
-    for name, info in OPTIMIZERS.items():
+    assert list_optimizers() == sorted({**OPTIMIZERS, **CLOSURE_OPTIMIZERS, **WRAPPERS})
+    for name, info in {**OPTIMIZERS, **CLOSURE_OPTIMIZERS, **WRAPPERS}.items():
         assert info.name == name == name.lower()
         assert optimizer_info(name.upper()) is info
         assert info.summary

@@ -1,0 +1,304 @@
+"""Evaluating an accumulation window again: the same batches, the same noise, at other weights.
+
+SAM and line searches need the loss and the gradient of a step's whole window at more than one place. What is here
+knows nothing of a trainer: it records evaluations of a module as they are made, and makes them again.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_optim.optimizers.sam import SAM
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether an optimizer evaluates the model several times in a step, at weights that it chooses."""
+    return getattr(optimizer, "needs_closure", False) is True or isinstance(optimizer, LBFGS)
+
+
+def needs_replay(optimizer: Optimizer) -> bool:
+    """Whether a step of an optimizer needs its window more than once."""
+    return isinstance(optimizer, SAM) or needs_closure(optimizer)
+
+
+class RandomStates:
+    """The states of the random number generators: Python's, NumPy's if it is in use, torch's on the CPU and devices.
+
+    Args:
+        devices: The devices whose generators are meant.
+
+    >>> states = RandomStates()
+    >>> first = torch.rand(2), random.random()
+    >>> states.put_back()
+    >>> torch.equal(torch.rand(2), first[0]), random.random() == first[1]
+    (True, True)
+    """
+
+    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
+        self._python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self._numpy = None if numpy is None else (numpy.random, numpy.random.get_state())
+        self._cpu = torch.get_rng_state()
+        # Of a generator on CUDA this reads a seed and an offset that the host keeps: no waiting.
+        self._devices = [
+            (_generators(device), _of(device), _generators(device).get_rng_state(*_of(device)))
+            for device in devices
+            if device.type not in ("cpu", "meta")
+        ]
+
+    def put_back(self) -> None:
+        """Set all generators to these states."""
+        random.setstate(self._python)
+        if self._numpy is not None:
+            self._numpy[0].set_state(self._numpy[1])
+        torch.set_rng_state(self._cpu)
+        for generators, device, state in self._devices:
+            generators.set_rng_state(state, *device)
+
+
+def _generators(device: torch.device) -> Any:
+    return torch.get_device_module(device.type)
+
+
+def _of(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # there is one
+
+
+@dataclass(frozen=True)
+class _Value:
+    """Something that a module keeps: a buffer, or part of a metric's state."""
+
+    store: dict[str, Any]
+    key: str
+    value: Any
+    copy: Any
+
+    def put_back(self) -> None:
+        self.store[self.key] = self.value  # which others may hold, as DDP holds buffers
+        if isinstance(self.value, Tensor):
+            self.value.copy_(self.copy)
+        elif isinstance(self.value, list):
+            self.value[:] = self.copy
+
+
+class ModuleState:
+    """Copies of what the forward passes of a module change besides gradients: its buffers, as of batch norms.
+
+    Args:
+        module: The module.
+        before: An earlier state of it, whose copies are shared where nothing has changed since.
+        metrics: Include the states of ``torchmetrics`` in it.
+
+    >>> norm = nn.BatchNorm1d(2)
+    >>> state = ModuleState(norm)
+    >>> _ = norm(torch.ones(3, 2))
+    >>> norm.running_mean
+    tensor([0.1000, 0.1000])
+    >>> state.put_back()
+    >>> norm.running_mean
+    tensor([0., 0.])
+    """
+
+    @torch.no_grad()
+    def __init__(self, module: nn.Module, before: ModuleState | None = None, *, metrics: bool = False) -> None:
+        self._parts: dict[nn.Module, tuple[Any, list[_Value]]] = {}
+        torchmetrics = sys.modules.get("torchmetrics") if metrics else None
+        for part in module.modules():
+            if part._buffers:
+                mark = _mark(part)
+                known = None if before is None else before._parts.get(part)
+                if known is not None and known[0] == mark:
+                    self._parts[part] = known
+                else:
+                    self._parts[part] = mark, _values(part._buffers, part._buffers)
+        self._metrics: list[_Value] = []
+        if torchmetrics is not None:
+            for part in module.modules():
+                if isinstance(part, torchmetrics.Metric):
+                    names = [*part._defaults, "_update_count", "_computed", "_forward_cache"]
+                    self._metrics += _values(part.__dict__, [name for name in names if name in part.__dict__])
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Set the module's buffers, and its metrics, to these values."""
+        for part, (mark, values) in self._parts.items():
+            if _mark(part) != mark:
+                for value in values:
+                    value.put_back()
+        for value in self._metrics:
+            value.put_back()
+
+
+def _values(store: dict[str, Any], names: Iterable[str]) -> list[_Value]:
+    return [_Value(store, name, store[name], _copy(store[name])) for name in names]
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return list(value) if isinstance(value, list) else value
+
+
+def _mark(part: nn.Module) -> list[Any]:
+    """Differs once any of a module's buffers has changed.
+
+    For all of them together: batch norms write their averages past autograd's version counters, but not their own
+    counter of batches.
+    """
+    # An inference tensor has no version, and an object equals only itself: taken to have changed.
+    return [
+        None if buffer is None else (id(buffer), object() if buffer.is_inference() else buffer._version)
+        for buffer in part._buffers.values()
+    ]
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    run: Callable[[], Any]
+    noise: RandomStates
+    state: ModuleState
+
+
+class Window:
+    """The evaluations that make up one step, to be made again at other weights.
+
+    It keeps what was evaluated (with its batch, on its device), the generators' states, and copies of those buffers
+    that differ from one evaluation to the next, until :meth:`clear`.
+
+    Args:
+        module: What is evaluated.
+        loss_of: The loss in what an evaluation returns, as it is to be differentiated; None if there is none.
+
+    >>> weight = nn.Parameter(torch.tensor(1.0))
+    >>> window = Window(nn.Module(), lambda output: output / 2)
+    >>> for batch in (3.0, 5.0):
+    ...     _ = window.run(lambda batch=batch: (weight * batch + torch.rand(())).square())
+    >>> with torch.no_grad():
+    ...     window.replay(lambda loss: None).item() == window.loss.item()
+    True
+    """
+
+    def __init__(self, module: nn.Module, loss_of: Callable[[Any], Tensor | None]) -> None:
+        self._module, self._loss_of = module, loss_of
+        self._evaluations: list[_Evaluation] = []
+        self._losses: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self._evaluations)
+
+    @property
+    def loss(self) -> Tensor:
+        """The sum of the losses, as they were when they were recorded."""
+        return reduce(torch.add, self._losses)  # in the order of `replay`: the same weights give the same bits
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._evaluations.clear()
+        self._losses.clear()
+
+    def run(self, evaluate: Callable[[], Any]) -> Any:
+        """Make and record an evaluation.
+
+        Args:
+            evaluate: Makes it, from what it has kept itself.
+
+        Returns:
+            What it returned. It is recorded only if there is a loss in it.
+        """
+        noise = RandomStates(self._devices())
+        state = ModuleState(self._module, self._evaluations[-1].state if self._evaluations else None)
+        output = evaluate()
+        loss = self._loss_of(output)
+        if loss is not None:
+            self._evaluations.append(_Evaluation(evaluate, noise, state))
+            self._losses.append(loss.detach().clone().reshape(()))
+        return output
+
+    def replay(
+        self,
+        backward: Callable[[Tensor], None],
+        between: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Tensor:
+        """Make all evaluations again, with the noise and the buffers that each of them had.
+
+        Afterwards generators, buffers and metrics are as if that had not been.
+
+        Args:
+            backward: Called with each loss.
+            between: Makes a context for all evaluations but the last one, as ``no_sync`` of DDP.
+
+        Returns:
+            The sum of the losses.
+
+        Raises:
+            RuntimeError: An evaluation that returned a loss now returns none.
+        """
+        noise, state = RandomStates(self._devices()), ModuleState(self._module, metrics=True)
+        total: Tensor | None = None
+        try:
+            for number, evaluation in enumerate(self._evaluations, start=1):
+                evaluation.noise.put_back()
+                evaluation.state.put_back()
+                with between() if number < len(self._evaluations) else nullcontext():
+                    loss = self._loss_of(evaluation.run())
+                    if loss is None:
+                        raise RuntimeError(
+                            f"batch {number} of {len(self._evaluations)} had a loss and, evaluated again at other "
+                            "weights, has none; valid: a training_step that decides by its batch alone"
+                        )
+                    backward(loss)
+                loss = loss.detach().reshape(())
+                total = loss if total is None else total + loss
+        finally:
+            noise.put_back()
+            state.put_back()
+        if total is None:
+            raise ValueError("there is nothing to replay: no evaluation was recorded")
+        return total
+
+    def _devices(self) -> set[torch.device]:
+        return {tensor.device for tensors in (self._module.parameters(), self._module.buffers()) for tensor in tensors}
+
+
+@contextmanager
+def muted(owner: Any, *methods: str) -> Iterator[None]:
+    """While this lasts, methods of an object do nothing, whatever they are given.
+
+    Args:
+        owner: The object.
+        methods: Their names.
+
+    >>> class Talking:
+    ...     def say(self, word):
+    ...         print(word)
+    >>> talking = Talking()
+    >>> with muted(talking, "say"):
+    ...     talking.say("no")
+    >>> talking.say("yes")
+    yes
+    """
+    before = {name: owner.__dict__[name] for name in methods if name in owner.__dict__}
+    for name in methods:
+        owner.__dict__[name] = _nothing
+    try:
+        yield
+    finally:
+        for name in methods:
+            if name in before:
+                owner.__dict__[name] = before[name]
+            else:
+                del owner.__dict__[name]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """In place of a method."""

@@ -1,0 +1,366 @@
+"""SAM: sharpness-aware minimization around any optimizer; ASAM by a flag."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from numbers import Real
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+from torch.optim.optimizer import ParamsT
+
+from lightning_optim.optimizers.ascent import ADAPTIVE, RHO, ascend
+from lightning_optim.optimizers.shards import local
+
+
+@dataclass
+class _Ascent:
+    """Where in its step an optimizer is.
+
+    An object of its own that is only changed, never replaced: Lightning's wrapper of an optimizer reads attributes of
+    the optimizer, but swallows those that are set.
+    """
+
+    #: Exact copies of the weights that are perturbed now.
+    old: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    perturbed: bool = False
+    #: Whether the gradients are those of weights that were perturbed, and are to be stepped with.
+    done: bool = False
+
+
+class _Shared:
+    """An attribute that a wrapper has in common with the optimizer in it, whoever of the two is assigned to."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, wrapper: Any, owner: type | None = None) -> Any:
+        if wrapper is None:
+            return self
+        base = wrapper.__dict__.get("base")
+        if base is not None:
+            return getattr(base, self._name)
+        if self._name not in wrapper.__dict__:  # a wrapper of Lightning's asks the optimizer then
+            raise AttributeError(self._name)
+        return wrapper.__dict__[self._name]
+
+    def __set__(self, wrapper: Any, value: Any) -> None:
+        base = wrapper.__dict__.get("base")
+        if base is None:
+            wrapper.__dict__[self._name] = value
+        else:
+            setattr(base, self._name, value)
+
+
+class SAM(Optimizer):
+    r"""SAM: steps with the gradient of the worst weights nearby, so as to find flat minima.
+
+    .. math:: e = \rho\,\frac{g}{\lVert g \rVert + 10^{-12}}, \qquad
+              \theta \leftarrow \mathrm{base}\big(\theta,\ \nabla L(\theta + e)\big)
+
+    with the norm over all gradients together, of all param groups, devices and shards. With ``adaptive`` (ASAM) it is
+    :math:`e = \rho\,T^2 g / \lVert T g \rVert`, where :math:`T = |\theta| + 0.01` for weights and 1 for biases, as in
+    its authors' code. Biases are those with ``bias`` in their name if names are known (``model.named_parameters()``),
+    else all tensors of less than two dimensions, which takes the scales of norm layers for biases.
+
+    Every step evaluates the model twice. Three ways lead there:
+
+    - a Lightning Trainer with a strategy of ours does all of it (see ``docs/strategies.md``), with accumulation,
+      clipping, ``16-mixed`` and DDP;
+    - ``step(closure)``, in a loop of one's own without these;
+    - :meth:`perturb`, a second forward and backward pass over the *same* batches from zeroed gradients,
+      :meth:`restore`, and ``step()``.
+
+    Param groups, state and defaults are the base optimizer's, so that any schedule moves its learning rate, and
+    ``state_dict`` is the base's, with ``sam_rho`` and ``sam_adaptive`` in each group; these may be set per group.
+
+    Args:
+        params: Parameters, named parameters or param groups, as the base takes them.
+        base: Builds the optimizer that steps: a class, a ``functools.partial``, or in a configuration file of a
+            LightningCLI a ``class_path`` with ``init_args``.
+        rho: Length of the perturbation; ASAM's authors take 0.5.
+        adaptive: ASAM.
+
+    Raises:
+        ValueError: ``rho`` is negative or not finite, or the base cannot be in a SAM.
+        TypeError: ``base`` builds no optimizer, or an option has the wrong type.
+
+    References:
+        Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv:2010.01412.
+        Kwon et al., ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural Networks,
+        arXiv:2102.11600.
+
+    >>> from functools import partial
+    >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    >>> optimizer = SAM([weight], partial(torch.optim.SGD, lr=0.1), rho=0.5)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = weight.square().sum() / 2
+    ...     loss.backward()
+    ...     return loss
+    >>> optimizer.step(closure).item()
+    12.5
+    >>> weight.detach()  # 0.9 of it, and less by a tenth of the perturbation, [0.3, 0.4]
+    tensor([2.6700, 3.5600])
+    """
+
+    param_groups = _Shared()
+    state = _Shared()
+    defaults = _Shared()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base: Callable[[Iterable], Optimizer],
+        rho: float = 0.05,
+        adaptive: bool = False,
+    ) -> None:
+        _check({RHO: rho, ADAPTIVE: adaptive}, {RHO: "rho", ADAPTIVE: "adaptive"})
+        if isinstance(base, Optimizer) or not callable(base):
+            raise TypeError(
+                f"SAM: base={_described(base)}; valid: what builds an optimizer from parameters, such as "
+                "torch.optim.AdamW or functools.partial(torch.optim.AdamW, lr=1e-3)"
+            )
+        given, own = _without_own_options(params)
+        inner = base(given)
+        _check_base(inner)
+        # Among the defaults, so that later groups and loaded ones get them too.
+        inner.defaults.update({RHO: rho, ADAPTIVE: adaptive})
+        for group in inner.param_groups:
+            group.update({RHO: rho, ADAPTIVE: adaptive} | own.get(id(group["params"][0]) if group["params"] else 0, {}))
+        self._ascent = _Ascent()
+        super().__init__(inner.param_groups, inner.defaults)
+        for name in ("param_groups", "state", "defaults"):
+            del self.__dict__[name]
+        self.base = inner
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Any]) -> Any: ...
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step the base optimizer with the gradient at the perturbed weights.
+
+        Args:
+            closure: Evaluates the model and returns the loss. It is called twice, or once after :meth:`perturb` and
+                :meth:`restore`, when the gradients are there already.
+
+        Returns:
+            What the closure returned the first time: the loss at the weights themselves.
+
+        Raises:
+            RuntimeError: The weights are perturbed; there is no closure, and nobody has called :meth:`perturb` and
+                :meth:`restore`; or the closure computes no gradients the second time.
+        """
+        ascent = self._ascent
+        if ascent.perturbed:
+            raise RuntimeError("SAM: step() while the weights are perturbed; call restore() first")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not ascent.done:
+            if closure is None:
+                self._refuse_to_step_plainly()
+            else:
+                self._evaluate_again(closure)
+        ascent.done = False
+        self.base.step()
+        return loss
+
+    @torch.no_grad()
+    def perturb(self, loss_scale: float | Tensor | None = None) -> None:
+        """Move the weights to the worst place nearby, by the present gradients; these are not changed.
+
+        Where a gradient is infinite or NaN, the weights stay as they are. Nothing is read back from the device.
+
+        Args:
+            loss_scale: What the loss, and so the gradients, were multiplied by, if they were.
+
+        Raises:
+            RuntimeError: They are perturbed already, or a gradient is sparse.
+        """
+        ascent = self._ascent
+        if ascent.perturbed:
+            raise RuntimeError("SAM: perturb() twice; call restore() in between")
+        ascent.old = ascend(self.param_groups, loss_scale)
+        ascent.perturbed, ascent.done = True, False
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the weights back to what they were before :meth:`perturb`, bit for bit.
+
+        Raises:
+            RuntimeError: They are not perturbed.
+        """
+        ascent = self._ascent
+        if not ascent.perturbed:
+            raise RuntimeError("SAM: restore() without perturb()")
+        for p, old in ascent.old:
+            local(p).copy_(old)
+        ascent.old.clear()
+        ascent.perturbed, ascent.done = False, True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own, the base's and ``sam_rho`` and ``sam_adaptive``.
+
+        Raises:
+            ValueError, TypeError: ``sam_rho`` or ``sam_adaptive`` is not valid, or what the base raises.
+        """
+        if isinstance(param_group, dict):
+            _check(param_group)
+        if "base" in self.__dict__:
+            self.base.add_param_group(param_group)
+        else:  # the constructor goes through the groups that there are
+            super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's, with ``sam_rho`` and ``sam_adaptive`` in each param group."""
+        for before in list(self._optimizer_state_dict_pre_hooks.values()):
+            before(self)
+        state_dict = self.base.state_dict()
+        for after in list(self._optimizer_state_dict_post_hooks.values()):
+            result = after(self, state_dict)
+            state_dict = state_dict if result is None else result
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of a SAM, or of an optimizer such as the base: groups then keep their own ``sam_rho``.
+
+        Raises:
+            ValueError, TypeError: ``sam_rho`` or ``sam_adaptive`` is not valid, or what the base raises.
+        """
+        state_dict = state_dict.copy()
+        for before in list(self._optimizer_load_state_dict_pre_hooks.values()):
+            result = before(self, state_dict)
+            state_dict = state_dict if result is None else result
+        own = [{key: group[key] for key in (RHO, ADAPTIVE)} for group in self.param_groups]
+        saved = state_dict.get("param_groups")
+        if isinstance(saved, list) and len(saved) == len(own):
+            for group in saved:
+                _check(group)
+            groups = [mine | group for mine, group in zip(own, saved, strict=True)]
+            state_dict = {**state_dict, "param_groups": groups}
+        self.base.load_state_dict(state_dict)
+        for after in list(self._optimizer_load_state_dict_post_hooks.values()):
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"base": self.base, "_ascent": self._ascent}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        switch = "differentiable" in state["base"].defaults
+        super().__setstate__(state)
+        if not switch:  # torch adds it, and optimizers of ours have none
+            self.defaults.pop("differentiable", None)
+
+    def __repr__(self) -> str:
+        return f"SAM over {self.base!r}"
+
+    def _evaluate_again(self, closure: Callable[[], Any]) -> None:
+        """The second evaluation of a step, at the perturbed weights."""
+        had = any(p.grad is not None for group in self.param_groups for p in group["params"])
+        self.perturb()
+        try:
+            self.zero_grad()
+            with torch.enable_grad():
+                closure()
+        finally:
+            self.restore()
+        if had and not any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            raise RuntimeError(
+                "SAM: the closure computed no gradients when it was called a second time; valid: a closure that runs "
+                "forward and backward at each call, or perturb() and restore() around a second pass, then step()"
+            )
+
+    def _refuse_to_step_plainly(self) -> None:
+        """A step without a second gradient would silently be the base's own."""
+        # torch.distributed.checkpoint has optimizers make such a step to allocate their state.
+        if all("lr" in group and float(group["lr"]) == 0 for group in self.param_groups):
+            return
+        raise RuntimeError(
+            "SAM: step() without a closure, and without perturb() and restore() before it, would be a step of "
+            f"{type(self.base).__name__} alone; valid: step(closure), where the closure runs forward and backward, or "
+            "perturb(), a second forward and backward pass, restore(), step(). Under a Lightning Trainer: "
+            "strategy='in_graph' or another one of lightning-optim's"
+        )
+
+
+def stepped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer whose rule updates the weights: that inside of a SAM; any other itself."""
+    return optimizer.base if isinstance(optimizer, SAM) else optimizer
+
+
+def built_by(base: Any) -> tuple[type[Optimizer] | None, dict[str, Any]]:
+    """The class that a base builds, if that can be told, and the options that it is given, as far as it names them.
+
+    >>> from functools import partial
+    >>> built_by(partial(torch.optim.SGD, lr=0.1))
+    (<class 'torch.optim.sgd.SGD'>, {'lr': 0.1})
+    """
+    given: dict[str, Any] = {}
+    while isinstance(base, partial):
+        given = base.keywords | given
+        # jsonargparse has the class among the arguments of a function of its own.
+        classes = [part for part in (base.func, *base.args) if _is_optimizer_class(part)]
+        base = classes[-1] if classes else base.func
+    return (base if _is_optimizer_class(base) else None), given
+
+
+def _is_optimizer_class(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Optimizer)
+
+
+def _without_own_options(params: Any) -> tuple[Any, dict[int, dict[str, Any]]]:
+    """Parameters as the base is to get them, and SAM's own options by the parameters for which groups give them."""
+    if isinstance(params, Tensor):
+        return params, {}  # which no optimizer takes, and says so
+    given: list[Any] = []
+    own: dict[int, dict[str, Any]] = {}
+    for entry in params:
+        if isinstance(entry, dict) and "params" in entry:
+            _check(entry)
+            options = {key: entry[key] for key in (RHO, ADAPTIVE) if key in entry}
+            entry = {key: value for key, value in entry.items() if key not in options}
+            if not isinstance(entry["params"], Tensor):
+                entry["params"] = list(entry["params"])
+            members = entry["params"] if isinstance(entry["params"], list) else [entry["params"]]
+            own |= {id(member[1] if isinstance(member, tuple) else member): options for member in members}
+        given.append(entry)
+    return given, own
+
+
+def _check_base(inner: Any) -> None:
+    if not isinstance(inner, Optimizer):
+        raise TypeError(f"SAM: base built a {type(inner).__name__}; valid: a torch.optim.Optimizer")
+    reason = ""
+    if isinstance(inner, SAM):
+        reason = "a SAM in a SAM perturbs twice"
+    elif isinstance(inner, LBFGS) or getattr(inner, "needs_closure", False):
+        reason = "it evaluates the model itself, at weights that it chooses"
+    elif clash := {RHO, ADAPTIVE} & inner.defaults.keys():
+        reason = f"it has options {', '.join(sorted(clash))} of its own"
+    if reason:
+        raise ValueError(f"SAM: base={type(inner).__name__}: {reason}; valid: optimizers of one gradient, as AdamW")
+
+
+def _check(options: dict[str, Any], names: dict[str, str] | None = None) -> None:
+    shown = names or {RHO: RHO, ADAPTIVE: ADAPTIVE}
+    rho, adaptive = options.get(RHO, 0.0), options.get(ADAPTIVE, False)
+    if not isinstance(rho, Real) or isinstance(rho, bool):
+        raise TypeError(f"SAM: {shown[RHO]}={rho!r} is a {type(rho).__name__}; valid: a finite number >= 0")
+    if not 0 <= float(rho) < math.inf:
+        raise ValueError(f"SAM: {shown[RHO]}={rho!r}; valid: a finite number >= 0")
+    if not isinstance(adaptive, bool):
+        raise TypeError(f"SAM: {shown[ADAPTIVE]}={adaptive!r} is not a bool; valid: True, False")
+
+
+def _described(value: Any) -> str:
+    return f"a {type(value).__name__}" if isinstance(value, Optimizer) else repr(value)

@@ -1,0 +1,210 @@
+"""Steps that need the accumulation window again, at other weights: SAM, and optimizers that search along a line.
+
+Lightning's own closure evaluates the last batch of a window only, and calls hooks and clips at every evaluation. Here
+it is called once. What is evaluated again are the recorded ``training_step`` calls, with nothing but a backward pass
+after each.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from types import MethodType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from lightning_optim.control.window import Window, muted, needs_closure, needs_replay
+from lightning_optim.optimizers.sam import SAM
+
+#: What comes after this class: a strategy of Lightning's, of either root.
+_Strategy: Any = object
+
+
+class Replays(_Strategy):
+    """Gives SAM its second pass, and line searches a closure over the whole window, in automatic optimization.
+
+    Raises:
+        ValueError: (in ``setup``, for such optimizers) Something that cannot go with them.
+    """
+
+    #: By this others know that a strategy does so.
+    replays_windows: ClassVar[bool] = True
+
+    _window: Window | None = None
+    _is_replaying = False
+
+    # -- what a subclass may say differently --------------------------------------------------------------------
+
+    def _perturb(self, optimizer: SAM, loss_scale: Tensor | None) -> None:
+        """Move the weights that the next forward pass uses, by the gradients of the window."""
+        optimizer.perturb(loss_scale)
+
+    def _restore(self, optimizer: SAM) -> None:
+        """Put these weights back."""
+        optimizer.restore()
+
+    def _forget_gradients(self, optimizer: Optimizer) -> None:
+        """Before a window is replayed."""
+        optimizer.zero_grad(set_to_none=True)
+
+    def _backward_again(self, loss: Tensor, optimizer: Optimizer) -> None:
+        """The backward pass of a batch that is replayed, without Lightning's hooks."""
+        if (scaler := self._loss_scaler()) is not None:
+            loss = scaler.scale(loss)
+        self.precision_plugin.backward(loss, self.lightning_module, optimizer)
+
+    def _unscale_again(self, optimizer: Optimizer) -> Tensor | None:
+        """Unscale the gradients of a replayed window; nonzero where some are not finite, None without a scaler."""
+        if (scaler := self._loss_scaler()) is None:
+            return None
+        inverse = scaler._get_scale_async().double().reciprocal().float()
+        found = scaler._unscale_grads_(optimizer, inverse, torch.zeros_like(inverse), False)
+        flags = [flag.to(inverse.device) for flag in found.values()]
+        return torch.stack(flags).sum() if flags else torch.zeros_like(inverse)
+
+    # -- what Lightning calls -----------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any) -> None:
+        """Set up as Lightning's own strategy does; refuse what such optimizers cannot go with."""
+        super().setup(trainer)
+        self._window = None
+        if trainer.state.fn == "fit" and self.lightning_module.automatic_optimization:
+            for optimizer in self.optimizers:
+                if needs_replay(optimizer):
+                    self._check_replay(optimizer, trainer)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a batch, and take note of it where it may have to be evaluated again."""
+        evaluate = partial(super().training_step, *args, **kwargs)
+        if self._is_replaying or not self._is_recording():
+            return evaluate()
+        if self._window is None:
+            self._window = Window(self.lightning_module, self._loss_of)
+        trainer = self.lightning_module.trainer
+        if trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0:
+            self._window.clear()  # as Lightning clears the gradients then
+        return self._window.run(evaluate)
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Step as Lightning's own strategy does, with the window evaluated as often as the optimizer needs it."""
+        if not (needs_replay(optimizer) and self._is_recording()):
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        try:
+            output = closure()
+        finally:
+            window, self._window = self._window, None
+        step = partial(super().optimizer_step, optimizer, lambda: output, model, **kwargs)
+        if output is None and self._loss_scaler() is not None:
+            return step()  # Lightning leaves the step out: without a loss there was nothing to scale
+        if isinstance(optimizer, SAM):
+            self._ascend(optimizer, window)
+            return step()
+        with self._searching(optimizer, window):
+            return step()
+
+    def teardown(self) -> None:
+        """Let go of what was recorded."""
+        self._window = None
+        super().teardown()
+
+    # -- ours ---------------------------------------------------------------------------------------------------
+
+    def _is_recording(self) -> bool:
+        return self.lightning_module.automatic_optimization and any(map(needs_replay, self.optimizers))
+
+    def _loss_scaler(self) -> Any:
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        return scaler if scaler is not None and scaler.is_enabled() else None
+
+    def _loss_of(self, output: Any) -> Tensor | None:
+        """The loss in what ``training_step`` returned, divided as Lightning divides it."""
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
+            return None
+        return loss / self.lightning_module.trainer.accumulate_grad_batches
+
+    def _ascend(self, optimizer: SAM, window: Window | None) -> None:
+        """Replace the gradients of the window by those at the perturbed weights."""
+        scaler = self._loss_scaler()
+        self._perturb(optimizer, None if scaler is None else scaler._get_scale_async())
+        try:
+            if window:
+                self._replay(optimizer, window)
+        finally:
+            self._restore(optimizer)
+
+    def _replay(self, optimizer: Optimizer, window: Window) -> Tensor:
+        self._forget_gradients(optimizer)
+        self._is_replaying = True
+        try:
+            with torch.enable_grad(), muted(self.lightning_module, "log", "log_dict"):
+                return window.replay(partial(self._backward_again, optimizer=optimizer), self._unsynced)
+        finally:
+            self._is_replaying = False
+
+    def _unsynced(self) -> AbstractContextManager[Any]:
+        """As Lightning does for all batches of a window but the last."""
+        return self.block_backward_sync() if hasattr(self, "block_backward_sync") else nullcontext()
+
+    @contextmanager
+    def _searching(self, optimizer: Optimizer, window: Window | None) -> Iterator[None]:
+        """While this lasts, ``optimizer.step`` gets a closure over the window in place of Lightning's."""
+        recorded = None if not window else window.loss
+
+        def evaluate() -> Tensor:
+            nonlocal recorded
+            assert window is not None  # noqa: S101
+            if recorded is not None:  # Lightning's closure has just made this evaluation
+                loss, recorded = recorded, None
+            else:
+                loss = self._replay(optimizer, window)
+                if (found := self._unscale_again(optimizer)) is not None:
+                    loss = torch.where(found.reshape(()) == 0, loss, torch.inf)
+            # The same on all ranks, so that all of them search alike.
+            return self.reduce(loss.clone(), reduce_op="mean")
+
+        own, before = optimizer.step, optimizer.__dict__.get("step")
+
+        def step(_: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+            result = None if closure is None else closure()  # with Lightning's hooks
+            return own(evaluate) if window else result  # type: ignore[arg-type]
+
+        optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            if before is None:
+                del optimizer.step
+            else:
+                optimizer.step = before  # type: ignore[method-assign]
+
+    def _check_replay(self, optimizer: Optimizer, trainer: Any) -> None:
+        name, module = type(optimizer).__name__.removesuffix("Optim"), self.lightning_module
+        for option in ("step_in_backward", "capture"):
+            if value := getattr(self, option, False):
+                raise ValueError(f"{name} with {option}={value!r}: its step evaluates the model; valid: {option}=False")
+        if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+            raise ValueError(
+                f"{name} with training_step(dataloader_iter), whose batches cannot be evaluated again; valid: "
+                "training_step(batch) or training_step(batch, batch_idx)"
+            )
+        if not needs_closure(optimizer):
+            return
+        if trainer.gradient_clip_val or not self._is_stock(module, "configure_gradient_clipping"):
+            what = "a configure_gradient_clipping of the module's own"
+            if trainer.gradient_clip_val:
+                what = f"gradient_clip_val={trainer.gradient_clip_val!r}"
+            raise ValueError(
+                f"{name} with {what}: along a clipped gradient its line search compares what is not of the same "
+                f"function; valid: no clipping, or another optimizer than {name}"
+            )
+        if isinstance(optimizer, LBFGS) and self._loss_scaler() is not None:
+            raise ValueError(
+                f"torch's {name} with precision={trainer.precision!r}, which Lightning refuses; valid: "
+                "lightning_optim.LBFGS, or precision='bf16-mixed'"
+            )
