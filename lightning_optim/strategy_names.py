@@ -17,6 +17,11 @@ STRATEGIES = {
     "in_graph": "InGraphStrategy",
     "in_graph_ddp": "InGraphDDPStrategy",
     "in_graph_fsdp2": "InGraphFSDP2Strategy",
+    "detached": "DetachedStrategy",
+    "detached_ddp": "DetachedDDPStrategy",
+    "detached_fsdp2": "DetachedFSDP2Strategy",
+    "optim_auto": "OptimAutoStrategy",
+    "detached_deepspeed": "DetachedDeepSpeedStrategy",
 }
 
 #: The packages by which one may have Lightning, whose classes differ -> where ours for each are.

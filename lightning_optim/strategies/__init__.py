@@ -1,12 +1,17 @@
 """Lightning strategies: where the step runs, and what is done inside of it.
 
-============================ ===================== ==============================================================
-class                        name                  is
-============================ ===================== ==============================================================
-:class:`InGraphStrategy`     ``in_graph``          one device: the step stays in the device's queue
-:class:`InGraphDDPStrategy`  ``in_graph_ddp``      the same on every device of Lightning's ``ddp``
-:class:`InGraphFSDP2Strategy` ``in_graph_fsdp2``   the same over parameters that ``fully_shard`` has divided
-============================ ===================== ==============================================================
+================================== ====================== =======================================================
+class                              name                   is
+================================== ====================== =======================================================
+:class:`InGraphStrategy`           ``in_graph``           one device: the step stays in the device's queue
+:class:`InGraphDDPStrategy`        ``in_graph_ddp``       the same on every device of Lightning's ``ddp``
+:class:`InGraphFSDP2Strategy`      ``in_graph_fsdp2``     the same over parameters that ``fully_shard`` has divided
+:class:`DetachedStrategy`          ``detached``           masters and state in host memory, where a kernel steps
+:class:`DetachedDDPStrategy`       ``detached_ddp``       the same, masters and state divided over the processes
+:class:`DetachedFSDP2Strategy`     ``detached_fsdp2``     the same over parameters that ``fully_shard`` has divided
+:class:`DetachedDeepSpeedStrategy` ``detached_deepspeed`` DeepSpeed's ZeRO, with our optimizers
+:class:`OptimAutoStrategy`         ``optim_auto``         ``in_graph`` or ``detached``, by what was measured
+================================== ====================== =======================================================
 
 Importing this package makes the names known to ``lightning`` and to ``pytorch_lightning``; ``import lightning_optim``
 does so for the one that was imported before it. The classes here are those for ``lightning``; those for
@@ -21,9 +26,27 @@ from typing import TYPE_CHECKING, Any
 from lightning_optim.strategy_names import STRATEGIES, register
 
 if TYPE_CHECKING:
-    from lightning_optim.strategies.lightning import InGraphDDPStrategy, InGraphFSDP2Strategy, InGraphStrategy
+    from lightning_optim.strategies.lightning import (
+        DetachedDDPStrategy,
+        DetachedDeepSpeedStrategy,
+        DetachedFSDP2Strategy,
+        DetachedStrategy,
+        InGraphDDPStrategy,
+        InGraphFSDP2Strategy,
+        InGraphStrategy,
+        OptimAutoStrategy,
+    )
 
-__all__ = ["InGraphDDPStrategy", "InGraphFSDP2Strategy", "InGraphStrategy"]
+__all__ = [
+    "DetachedDDPStrategy",
+    "DetachedDeepSpeedStrategy",
+    "DetachedFSDP2Strategy",
+    "DetachedStrategy",
+    "InGraphDDPStrategy",
+    "InGraphFSDP2Strategy",
+    "InGraphStrategy",
+    "OptimAutoStrategy",
+]
 
 register(wanted=True)
 

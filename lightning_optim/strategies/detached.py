@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,12 +13,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.control.undo_policy import UndoPolicy
+from lightning_optim.control.window import needs_closure, needs_replay
 from lightning_optim.offload import Detached, DetachedOptions
 from lightning_optim.offload.checkpoint import gathered_masters, gathered_state, own_entries
 from lightning_optim.offload.options import Clip
 from lightning_optim.offload.replicas import Replicas
+from lightning_optim.optimizers.sam import stepped
 from lightning_optim.optimizers.stepper import Stepper
-from lightning_optim.strategies.drive import _AMP, Drive, _set_attribute
+from lightning_optim.strategies.drive import _AMP, REPLACED, Drive, _set_attribute
 from lightning_optim.strategies.driven import Driven, OnOneDevice, Sharded
 from lightning_optim.warnings import warn_once
 
@@ -26,62 +29,115 @@ MASTERS = "detached_masters"
 
 
 class DetachedDrive(Drive):
-    """One optimizer under a detached strategy."""
+    """One optimizer under a detached strategy.
 
-    def __init__(self, optimizer: Optimizer, detached: Detached) -> None:
-        super().__init__(optimizer, "auto")
-        if self.own_step == "its step was replaced":
+    Args:
+        optimizer: The optimizer.
+        engine: As of :class:`Drive`.
+        expects: What the next step will be given: see :class:`~lightning_optim.offload.Detached`.
+
+    Attributes:
+        detached: What steps it, once :meth:`attach` was called; until then it is stepped where its weights are.
+        rescue: Called with the error when a step finds no memory on the device; it may :meth:`attach`.
+
+    Raises:
+        ValueError: The optimizer's step was replaced.
+    """
+
+    _replaces_all = True
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        engine: str = "auto",
+        expects: Callable[[], tuple[float | None, float | None]] = lambda: (None, None),
+    ) -> None:
+        super().__init__(optimizer, engine)
+        if self.own_step == REPLACED:
             name = type(optimizer).__name__
             raise ValueError(f"detached: the step of this {name} was replaced, and would be passed by")
+        self.detached: Detached | None = None
+        self.rescue: Callable[[torch.OutOfMemoryError], None] | None = None
+        self._expects = expects
+        self._zero_grad_before: Any = None
+
+    def attach(self, optimizer: Optimizer, detached: Detached) -> None:
+        """Step by masters in host memory from here on."""
         if self.own_step is not None:
             self.own_step = None
             self._amp_before = optimizer.__dict__.get(_AMP)
             _set_attribute(optimizer, _AMP, False)
         self.detached = detached
-        self.expects: Callable[[], tuple[float | None, float | None]] = lambda: (None, None)
-        detached.last = False
+        detached.last = self.stepping
         self._zero_grad_before = optimizer.__dict__.get("zero_grad")
         optimizer.zero_grad = detached.zero_grad  # type: ignore[method-assign]
 
     @property
     def writes_in_backward(self) -> bool:  # type: ignore[override] # of a class that never does
         """See :attr:`Drive.writes_in_backward`."""
-        return self.detached.options.clip != "exact" or self.detached.options.delay_one_step
+        options = None if self.detached is None else self.detached.options
+        return options is not None and (options.clip != "exact" or options.delay_one_step)
 
     def release(self, optimizer: Optimizer) -> None:
         """See :meth:`Drive.release`: the state stays in host memory."""
-        self.detached.close()
-        _set_attribute(optimizer, "zero_grad", self._zero_grad_before)
+        if self.detached is not None:
+            self.detached.close()
+            _set_attribute(optimizer, "zero_grad", self._zero_grad_before)
         super().release(optimizer)
 
     def stepper(self, optimizer: Optimizer) -> Stepper:
         """See :meth:`Drive.stepper`."""
-        return self.detached  # type: ignore[return-value] # it has what is asked for: step, report, scaling
+        # It has what is asked for: `step`, `report` and `scaling`.
+        return super().stepper(optimizer) if self.detached is None else self.detached  # type: ignore[return-value]
 
     def extra_tensors(self) -> list[Tensor]:
         """See :meth:`Drive.extra_tensors`."""
-        return [master for p, master in self.detached.masters().items() if master is not p]
+        masters = {} if self.detached is None else self.detached.masters()
+        return [master for p, master in masters.items() if master is not p]
 
     def undone(self, optimizer: Optimizer) -> None:
         """See :meth:`Drive.undone`."""
-        self.detached.zero_grad()
-        self.detached.read_weights()
+        if self.detached is not None:
+            self.detached.zero_grad()
+            self.detached.read_weights()
 
     @contextmanager
     def in_place_of_its_own(self, optimizer: Optimizer) -> Iterator[None]:
         """See :meth:`Drive.in_place_of_its_own`."""
-        self.detached.last, self.detached.expects = True, self.expects()
+        if self.detached is not None:
+            self.detached.last, self.detached.expects = True, self._expects()
         try:
             with super().in_place_of_its_own(optimizer):
                 yield
         except BaseException:
-            self.detached.zero_grad()
+            if self.detached is not None:
+                self.detached.zero_grad()
             raise
         finally:
-            self.detached.last = False
+            if self.detached is not None:
+                self.detached.last = False
+
+    def _update(self, optimizer: Optimizer) -> None:
+        if self.detached is not None:
+            self.detached.step(loss=self.loss, max_grad_norm=self._max_norm)
+            return
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        versions = [p._version for p in weights]
+        try:
+            if self.own_step is not None:
+                inspect.unwrap(type(optimizer).step)(optimizer)
+            else:
+                super()._update(optimizer)
+            return
+        except torch.OutOfMemoryError as error:
+            if self.rescue is None or versions != [p._version for p in weights]:
+                raise  # in the middle of the step
+            failed = error.with_traceback(None)  # whose frames would keep memory
+        self.rescue(failed)
+        self._update(optimizer)
 
     def _steps_sparse(self, optimizer: Optimizer) -> bool:
-        return False  # a sparse gradient is refused by who takes it
+        return self.detached is None and super()._steps_sparse(optimizer)  # who takes a sparse gradient refuses it
 
 
 class DetachedBase(Driven):
@@ -166,12 +222,17 @@ class DetachedBase(Driven):
     _loads_with_the_model = False
 
     def _new_drive(self, optimizer: Optimizer) -> Drive:
-        drive = DetachedDrive(
-            optimizer,
-            Detached(optimizer, self.options, replicas=self._replicas(), overlap=self._overlaps()),
-        )
-        drive.expects = self._expectation
+        if needs_closure(optimizer):
+            return Drive(optimizer, self.engine)  # it steps weights that it keeps in host memory itself
+        return self._detach(optimizer)
+
+    def _detach(self, optimizer: Optimizer) -> DetachedDrive:
+        drive = DetachedDrive(optimizer, self.options.engine, self._expectation)
+        drive.attach(optimizer, self._detached(optimizer))
         return drive
+
+    def _detached(self, optimizer: Optimizer) -> Detached:
+        return Detached(optimizer, self.options, replicas=self._replicas(), overlap=self._overlaps())
 
     def _take_over(self, optimizer: Optimizer, trainer: Any) -> None:
         clip, scaler = self.options.clip, getattr(trainer.precision_plugin, "scaler", None)
@@ -190,13 +251,15 @@ class DetachedBase(Driven):
             )
 
     def _detached_of(self, optimizer: Optimizer) -> Detached | None:
+        optimizer = stepped(optimizer)
         drive = None if self._drives is None else self._drives.get(optimizer)
         if isinstance(drive, DetachedDrive):
             return drive.detached
         return None if self._ended is None else self._ended.get(optimizer)
 
     def _release(self) -> None:
-        ended = {o: drive.detached for o, drive in (self._drives or {}).items() if isinstance(drive, DetachedDrive)}
+        drives = {o: drive for o, drive in (self._drives or {}).items() if isinstance(drive, DetachedDrive)}
+        ended = {o: drive.detached for o, drive in drives.items() if drive.detached is not None}
         super()._release()
         self._ended = WeakKeyDictionary(ended) if ended else None
 
@@ -216,6 +279,7 @@ class DetachedBase(Driven):
         return (
             self.gradients_are_local
             and module.automatic_optimization
+            and not any(map(needs_replay, self.optimizers))
             and not self._gradients_are_seen()
             and self._is_stock(module, "optimizer_zero_grad")
             and self._is_stock(module, "backward")

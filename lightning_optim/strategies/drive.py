@@ -27,6 +27,9 @@ from lightning_optim.optimizers.stepper import Stepper
 
 _AMP = "_step_supports_amp_scaling"
 
+#: Why an optimizer has to run its own step: it is not that of its class.
+REPLACED = "its step was replaced"
+
 
 def why_own_step(optimizer: Optimizer) -> str | None:
     """Why an optimizer has to run its own step, or None if our engines may do it."""
@@ -37,7 +40,7 @@ def why_own_step(optimizer: Optimizer) -> str | None:
         return reason
     replaced = optimizer.__dict__.get("step")  # schedulers put a wrapper there that only counts
     if replaced is not None and not hasattr(replaced, "_wrapped_by_lr_sched"):
-        return "its step was replaced"
+        return REPLACED
     return None
 
 
@@ -85,6 +88,19 @@ class Drive:
         self._amp_before = optimizer.__dict__.get(_AMP)
         _set_attribute(optimizer, _AMP, False)
 
+    #: Whether optimizers that run their own step do so by :meth:`_update`, too.
+    _replaces_all = False
+
+    #: Whether weights or state change before the backward pass has ended.
+    writes_in_backward = False
+
+    def extra_tensors(self) -> list[Tensor]:
+        """What a step changes beside weights and state, such as masters: copied and put back when steps are undone."""
+        return []
+
+    def undone(self, optimizer: Optimizer) -> None:
+        """Follow after steps were undone: all tensors are what they were, and the gradients at hand are not wanted."""
+
     def release(self, optimizer: Optimizer) -> None:
         """Leave the optimizer as it was found."""
         if self.own_step is None:
@@ -108,12 +124,12 @@ class Drive:
 
     def postpones(self, optimizer: Optimizer) -> bool:
         """Whether what is to be done to the gradients can wait for the step that is going on."""
-        return self.stepping and self.own_step is None and not _is_sparse(optimizer)
+        return self.stepping and self.own_step is None and not self._steps_sparse(optimizer)
 
     @contextmanager
     def in_place_of_its_own(self, optimizer: Optimizer) -> Iterator[None]:
         """While this lasts, ``optimizer.step`` is ours, with its hooks and its record in profiles."""
-        if self.own_step is not None:
+        if self.own_step is not None and not self._replaces_all:
             yield
             return
         before = optimizer.__dict__.get("step")
@@ -165,15 +181,23 @@ class Drive:
                 result = closure()
         self._check_undisturbed(optimizer)
         with torch.no_grad():
-            if _is_sparse(optimizer):
-                inspect.unwrap(type(optimizer).step)(optimizer)
-            elif self.backward is not None:
-                self.backward.finish()
-            else:
-                self.stepper(optimizer).step(loss=self.loss, max_grad_norm=self._max_norm)
+            self._update(optimizer)
         # By this schedulers see that a step came before theirs.
         optimizer._opt_called = True  # type: ignore[attr-defined] # torch sets it the same way, from outside
         return result
+
+    def _update(self, optimizer: Optimizer) -> None:
+        """Have weights and state be those after the step."""
+        if self._steps_sparse(optimizer):
+            inspect.unwrap(type(optimizer).step)(optimizer)
+        elif self.backward is not None:
+            self.backward.finish()
+        else:
+            self.stepper(optimizer).step(loss=self.loss, max_grad_norm=self._max_norm)
+
+    def _steps_sparse(self, optimizer: Optimizer) -> bool:
+        """Whether torch's own step is needed for a gradient that is sparse."""
+        return _is_sparse(optimizer)
 
     def cleared_flag(self, scale: Tensor) -> Tensor:
         """What a step sets when it is left out: zero, and always in the same place, which a CUDA graph would keep."""

@@ -16,20 +16,23 @@ from torch.optim import Optimizer
 from lightning_optim.control.held_schedules import HeldSchedules
 from lightning_optim.engines.base import requested_engine
 from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.optimizers.sam import stepped
 from lightning_optim.strategies.drive import Drive, two_limits
+from lightning_optim.strategies.replay import Replays
 from lightning_optim.strategies.scaler import InStepScaler
+from lightning_optim.strategies.undo import Undoes
 
 #: What comes after these classes: a strategy of Lightning's, of either root.
 _Strategy: Any = object
 
 
-class Driven(_Strategy):
+class Driven(Undoes, Replays, _Strategy):
     """Steps optimizers by our engines, with clipping and unscaling inside of the step.
 
     Args:
         *args: Of the Lightning strategy.
         engine: The engine of torch's optimizers and, if it is not ``"auto"``, of ours as well.
-        **kwargs: Of the Lightning strategy.
+        **kwargs: Of the Lightning strategy, and ``undo``: see :class:`~lightning_optim.strategies.undo.Undoes`.
 
     Raises:
         ValueError: An unknown engine.
@@ -64,7 +67,7 @@ class Driven(_Strategy):
         super().setup(trainer)
         if trainer.state.fn == "fit":
             self._release()
-            for optimizer in self.optimizers:
+            for optimizer in map(stepped, self.optimizers):
                 self._check_limits(optimizer, trainer.gradient_clip_val)
                 self._take_over(optimizer, trainer)
             self._take_plugin_over()
@@ -77,7 +80,7 @@ class Driven(_Strategy):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Step as Lightning's own strategy does, with our step in place of the optimizer's."""
-        with self._drive(optimizer).in_place_of_its_own(optimizer):
+        with self._drive(optimizer).in_place_of_its_own(stepped(optimizer)):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         scaler = getattr(self.precision_plugin, "scaler", None)
         if isinstance(scaler, InStepScaler) and scaler.found_inf is not None:
@@ -104,8 +107,10 @@ class Driven(_Strategy):
         return "\n".join(f"{self.strategy_name}: {self._described(optimizer)}" for optimizer in self.optimizers)
 
     def _described(self, optimizer: Optimizer) -> str:
-        cls, drive = type(optimizer), self._drive(optimizer)
+        drive, outer, optimizer = self._drive(optimizer), optimizer, stepped(optimizer)
+        cls = type(optimizer)
         name = f"{cls.__module__.partition('.')[0]}'s {cls.__name__.removesuffix('Optim')}"
+        name = name if outer is optimizer else f"{type(outer).__name__} over {name}"
         if drive.own_step is not None:
             return f"{name} runs its own step: {drive.own_step}"
         decisions = drive.stepper(optimizer).report(scaled=self._scales_gradients())
@@ -122,6 +127,8 @@ class Driven(_Strategy):
         return self.lightning_module.trainer
 
     def _drive(self, optimizer: Optimizer) -> Drive:
+        """Of an optimizer, or of the one in it."""
+        optimizer = stepped(optimizer)
         # Here rather than in `setup` alone, since callbacks may replace the optimizers at any time.
         if self._drives is None:
             self._drives = WeakKeyDictionary()
@@ -168,12 +175,13 @@ class Driven(_Strategy):
             type(plugin).clip_gradients(plugin, optimizer, clip_val, gradient_clip_algorithm)
 
         drive = self._drive(optimizer)
-        waits = module.automatic_optimization and drive.postpones(optimizer)
+        inner = stepped(optimizer)
+        waits = module.automatic_optimization and drive.postpones(inner)
         if clip_val <= 0 or gradient_clip_algorithm != "norm" or not waits:
             stock()
         else:
             drive.clip(
-                optimizer, clip_val, stock, has_its_own_way=not self._is_stock(module, "configure_gradient_clipping")
+                inner, clip_val, stock, has_its_own_way=not self._is_stock(module, "configure_gradient_clipping")
             )
 
     def _gradients_are_seen(self) -> bool:

@@ -8,7 +8,9 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_optim.control.step_in_backward import CLIPS
+from lightning_optim.control.undo_policy import UndoPolicy
 from lightning_optim.engines import ENGINES
+from lightning_optim.optimizers.sam import stepped
 from lightning_optim.strategies.backward import StepsInBackward, in_backward
 from lightning_optim.strategies.drive import Drive
 from lightning_optim.strategies.driven import Driven, OnOneDevice, Sharded
@@ -51,7 +53,7 @@ class InGraph(Driven):
         """Elsewhere than on CUDA nobody else says that these strategies are made for the Triton engine."""
         chosen = {
             decision.engine
-            for optimizer in self.optimizers
+            for optimizer in map(stepped, self.optimizers)
             if (drive := self._drive(optimizer)).own_step is None and drive.requested(optimizer) == "auto"
             for decision in drive.stepper(optimizer).report(scaled=self._scales_gradients())
         }
@@ -76,6 +78,7 @@ class InGraphOnOneDevice(OnOneDevice, InGraph):
         engine: str = "auto",
         capture: bool = False,
         step_in_backward: StepsInBackward = False,
+        undo: bool | dict[str, Any] | UndoPolicy = False,
     ) -> None:
         if step_in_backward not in (False, True, *CLIPS):
             raise ValueError(f"step_in_backward={step_in_backward!r}; valid: False, True, {', '.join(CLIPS)}")
@@ -91,6 +94,7 @@ class InGraphOnOneDevice(OnOneDevice, InGraph):
             precision_plugin=precision_plugin,
             engine=engine,
             capture=capture,
+            undo=undo,
         )
         self.step_in_backward = step_in_backward
 

@@ -11,6 +11,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from lightning_optim.engines.scaling import LossScale
+from lightning_optim.optimizers.sam import stepped
 from lightning_optim.strategies.drive import Drive
 
 
@@ -49,7 +50,7 @@ class InStepScaler(torch.amp.GradScaler):
 
     def unscale_(self, optimizer: Optimizer) -> None:
         """Leave it to the step, where nobody looks at the gradients before."""
-        waits = self.drive_of(optimizer).postpones(optimizer) and not self.gradients_are_seen()
+        waits = self.drive_of(optimizer).postpones(stepped(optimizer)) and not self.gradients_are_seen()
         if self._enabled and waits and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
             return
         super().unscale_(optimizer)
@@ -61,7 +62,7 @@ class InStepScaler(torch.amp.GradScaler):
         """
         drive = self.drive_of(optimizer)
         state = self._per_optimizer_states[id(optimizer)] if self._enabled else {}
-        if not self._enabled or not drive.postpones(optimizer) or state["stage"] is OptState.STEPPED:
+        if not self._enabled or not drive.postpones(stepped(optimizer)) or state["stage"] is OptState.STEPPED:
             return super().step(optimizer, *args, **kwargs)
         scale, _ = self._check_scale_growth_tracker("step")
         if state["stage"] is OptState.READY:
@@ -73,7 +74,7 @@ class InStepScaler(torch.amp.GradScaler):
             drive.loss = LossScale(None, drive.cleared_flag(scale).copy_(torch.stack(found).sum()), check=False)
         self.found_inf = drive.loss.found_inf
         result = optimizer.step(*args, **kwargs)
-        if drive.stepper(optimizer).scaling is None:  # as torch's own, where no parameter has a gradient
+        if drive.stepper(stepped(optimizer)).scaling is None:  # as torch's own, where no parameter has a gradient
             raise AssertionError("No inf checks were recorded for this optimizer.")
         state["found_inf_per_device"] = {self.found_inf.device: self.found_inf}
         state["stage"] = OptState.STEPPED

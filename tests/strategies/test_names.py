@@ -7,6 +7,7 @@ import sys
 import textwrap
 import warnings
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ def test_names_and_class_paths(root: str) -> None:
     base = import_module(f"{root}.strategies").Strategy
     register()
     for name, cls in STRATEGIES.items():
+        if name == "detached_deepspeed" and find_spec("deepspeed") is None:
+            continue  # it says so: tests/deepspeed_engine
         strategy = registry.get(name)
         assert type(strategy) is getattr(home, cls)
         assert isinstance(strategy, base)
@@ -89,6 +92,28 @@ def test_command_line(flags: list[str]) -> None:
     strategy: Any = cli.trainer.strategy
     assert type(strategy) is InGraphStrategy
     assert ("eager (requested)" in strategy.report()) == (len(flags) == 2)
+
+
+@pytest.mark.parametrize(
+    ("cls", "flags"),
+    [
+        ("DetachedStrategy", ["clip=speculative", "bucket_mb=8.5", "master_dtype=float64", "device_fraction=0.5"]),
+        ("DetachedStrategy", ["delay_one_step=true", "undo=false", "engine=host"]),
+        ("DetachedDDPStrategy", ["bucket_mb=8.5", "master_dtype=float64", "find_unused_parameters=true"]),
+        ("OptimAutoStrategy", ["clip=auto", "activation_gb=1.5"]),
+    ],
+)
+def test_options_from_the_command_line(cls: str, flags: list[str]) -> None:
+    quiet = [f"--trainer.{flag}=false" for flag in ("logger", "enable_checkpointing", "enable_progress_bar")]
+    chosen = [f"--trainer.strategy=lightning_optim.strategies.{cls}", *[f"--trainer.strategy.{flag}" for flag in flags]]
+    model = [f"--model={Model.__module__}.Model", "--optimizer=torch.optim.AdamW", "--trainer.accelerator=cpu"]
+    cli = OptimCLI(args=[*model, *quiet, *chosen], run=False, save_config_callback=None)
+    assert type(cli.trainer.strategy).__name__ == cls
+    options = vars(getattr(cli.trainer.strategy, "options"))  # noqa: B009 # of these classes alone
+    for flag in flags:
+        name, _, value = flag.partition("=")
+        if name in options and (name, value) != ("clip", "auto"):
+            assert str(options[name]).lower() == value
 
 
 def test_options_of_the_class_beneath() -> None:
