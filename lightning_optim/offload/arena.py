@@ -39,7 +39,8 @@ class Slab:
         for tensor in like:
             begins.append(total)
             total += -(-tensor.numel() // step) * step
-        self.memory = torch.zeros(total, dtype=dtype)  # touched here, not at the first step
+        # Touched here, not at the first step; and in host memory, whatever `torch.set_default_device` says.
+        self.memory = torch.zeros(total, dtype=dtype, device="cpu")
         self.tensors = [_view(self.memory, begin, tensor) for begin, tensor in zip(begins, like, strict=True)]
         self.pinned = pinned and total > 0 and self._pin()
 
@@ -54,7 +55,8 @@ class Slab:
                 key="pinning failed",
             )
             return False
-        weakref.finalize(self.memory, cudart.cudaHostUnregister, address)
+        # With the storage: views of it, such as masters, outlive the tensor and the slab.
+        weakref.finalize(self.memory.untyped_storage(), cudart.cudaHostUnregister, address)
         return True
 
 

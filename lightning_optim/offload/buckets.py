@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -73,10 +73,12 @@ class OffloadBucket:
         summed: The parameters whose gradients are in :attr:`sums`.
         since: The parameters whose gradients were added to since the last shipment.
         fired: How often each gradient was added to in the last backward pass of this window.
-        usual: The same, of the window before.
+        usual: The same, of windows before.
         arrivals: Jobs that wait for gradients.
         squares: The sums of squares of its gradients, if they are known.
         early: The update that was done before the step, if it was.
+        unsent: The parameters whose new weights have not left for the device.
+        under_way: Those whose new weights have left, and are perhaps not there yet.
         sent: The last copy of weights to the device.
     """
 
@@ -102,6 +104,8 @@ class OffloadBucket:
     arrivals: list[Future[None]] = field(default_factory=list)
     squares: LocalSquares | None = None
     early: Early | None = None
+    unsent: set[int] = field(default_factory=set)
+    under_way: list[int] = field(default_factory=list)
     sent: Ticket = field(default_factory=Ticket)
 
     @property
@@ -138,10 +142,18 @@ class OffloadBucket:
         return [local(master) for master in self.masters] if self.outgoing is None else self.outgoing
 
     def forget_gradients(self) -> None:
-        """After a window: what comes next is another."""
-        self.staged, self.summed, self.since = set(), set(), set()
+        """What the host has of them."""
+        self.staged, self.summed = set(), set()
         self.squares = None
-        self.arrivals = []
+
+    def follow(self, indices: Iterable[int]) -> None:
+        """Have masters be their weights, where these are not what they round to."""
+        for index in indices if self.mine else ():
+            p, master = local(self.places[index].param), local(self.masters[index])
+            weight = p.to(master.device)
+            if not torch.equal(master.to(p.dtype), weight):
+                master.copy_(weight)
+            self.unsent.discard(index)
 
     def allocate_sums(self) -> list[Tensor]:
         """Memory for the sums."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_optim.engines.memory import is_lazy, same_order
 from lightning_optim.offload.transport import Ticket, Transport, copy_all
 
 
@@ -66,7 +67,9 @@ class CudaTransport(Transport):
     ) -> Ticket:
         if after is not None:
             stream.wait_event(after)
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+        with torch.cuda.device(self._device), torch.cuda.stream(stream), torch.no_grad():
+            if stream is self._down:
+                sources = list(map(_as_in, sources, targets))
             copy_all(sources, targets, non_blocking=True)
             done = torch.cuda.Event(blocking=True)
             done.record(stream)
@@ -74,3 +77,14 @@ class CudaTransport(Transport):
             # Their owner may free them at once: the allocator must not give the memory away before the copy is done.
             tensor.record_stream(stream)
         return _Launched(done, self._device)
+
+
+def _as_in(source: Tensor, target: Tensor) -> Tensor:
+    """A tensor with its elements in memory as the target has them.
+
+    Otherwise torch copies to other host memory first, and reorders from there at once, before the copy is done.
+    """
+    if same_order(source, target) and source.dtype == target.dtype and not is_lazy(source):
+        return source
+    size, strides = target.shape, target.stride()
+    return torch.empty_strided(size, strides, dtype=target.dtype, device=source.device).copy_(source)

@@ -26,7 +26,7 @@ class FixedScaling(Scaling):
 
     def __init__(self, number: float) -> None:
         super().__init__()
-        object.__setattr__(self, "number", torch.tensor(number, dtype=torch.float64))
+        object.__setattr__(self, "number", torch.tensor(number, dtype=torch.float64, device="cpu"))
 
     def skip(self) -> bool:
         """See :meth:`Scaling.skip`."""
@@ -43,18 +43,26 @@ class HostSide:
     Args:
         options: What was chosen.
         trace: Records what happens when.
+
+    Attributes:
+        threads: How many threads a job may use: as many as who steps has, or has been given since. (OpenMP keeps that
+            number for each thread; one that asks for itself never hears of ``torch.set_num_threads``.)
+        closed: Whether no job is done any more.
     """
 
     def __init__(self, options: DetachedOptions, trace: Trace | None) -> None:
+        self.threads = torch.get_num_threads()
+        self.closed = False
         self._options, self._trace = options, trace
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lightning-optim")
 
     def submit(self, job: Callable[..., None], *args: Any) -> Future[None]:
         """Have a job done, after all that were submitted before it."""
-        return self._thread.submit(_without_grad, job, *args)
+        return self._thread.submit(_in_its_place, self.threads, job, *args)
 
     def close(self) -> None:
         """End the thread, when all jobs are done."""
+        self.closed = True
         self._thread.shutdown()
 
     # -- jobs ---------------------------------------------------------------------------------------------------
@@ -79,7 +87,8 @@ class HostSide:
                     bucket.squares = {}
                     for g in map(bucket.gradient, sorted(bucket.present)):
                         where = shards_of(g) if is_distributed(g) else ()
-                        part = torch.linalg.vector_norm(local(g).double()).square()
+                        mine = torch.view_as_real(local(g).resolve_conj()) if g.is_complex() else local(g)
+                        part = torch.linalg.vector_norm(mine.double()).square()
                         bucket.squares.setdefault(where, []).append(part)
                 else:
                     self._plan(bucket, scaled=True)
@@ -87,15 +96,29 @@ class HostSide:
 
     def update_early(self, bucket: OffloadBucket, number: float | None, options: GroupOptions) -> None:
         """Do the step of a bucket before that of the others, as if it would be the same then."""
-        self._update(bucket, number, options)
+        self._update(bucket, _scaling(number), options)
         bucket.early = Early(options, number, bucket.present)
 
     def take_back(self, buckets: list[OffloadBucket]) -> None:
         """As if nothing had been updated early."""
+        early = [bucket for bucket in buckets if bucket.early is not None]
+        for bucket in early:
+            bucket.early = None
+        for bucket in early:
+            self._undo(bucket)
+
+    def leave_out(self, buckets: list[OffloadBucket]) -> None:
+        """As if there had been no step; first ones are still to come."""
+        self.take_back(buckets)
         for bucket in buckets:
-            if bucket.early is not None:
-                bucket.early = None
-                self._undo(bucket)
+            if bucket.stepper is not None:
+                bucket.stepper.abandon()
+
+    def forget(self, buckets: list[OffloadBucket]) -> None:
+        """Forget gradients, and what was done with them before the step."""
+        for bucket in buckets:
+            bucket.forget_gradients()
+        self.take_back(buckets)
 
     def step(
         self,
@@ -117,24 +140,34 @@ class HostSide:
         if any(bucket.stepper is None for bucket in buckets):
             with self._recorded("update", "all"):
                 step_whole(optimizer, buckets, number)
+            for bucket in buckets:
+                bucket.unsent |= bucket.present
         # The layers that the next forward pass begins with come first; where it has begun already, those whose
         # gradients the next backward pass brings first.
         for bucket in reversed(buckets) if then is not None else buckets:
-            early, bucket.early = bucket.early, None
-            if early != Early(options, number, bucket.present):
-                if early is not None:
-                    self._undo(bucket)
-                if bucket.stepper is not None:
-                    self._update(bucket, number, options)
+            if bucket.stepper is not None:
+                early, bucket.early = bucket.early, None
+                if early != Early(options, number, bucket.present):
+                    if early is not None:
+                        self._undo(bucket)
+                    self._update(bucket, _scaling(number), options)
+                bucket.unsent |= bucket.present
             if then is not None:
                 then(bucket)
 
-    def send(self, buckets: list[OffloadBucket], transport: Transport, fence: Any) -> None:
-        """Have new weights leave for the device."""
+    def step_here(self, buckets: list[OffloadBucket], scaling: Scaling | None, options: GroupOptions) -> None:
+        """The step of buckets that stay on the device: by who calls, on the stream of who calls."""
         for bucket in buckets:
-            if not bucket.on_device:
-                targets = [local(p).detach() for p in bucket.params]
-                bucket.sent = transport.send(bucket.ships(), targets, bucket.label, fence)
+            self._update(bucket, scaling, options)
+
+    def send(self, buckets: list[OffloadBucket], transport: Transport, fence: Any) -> None:
+        """Have new weights leave for the device: only new ones, as the others are there, and not where they leave."""
+        for bucket in buckets:
+            if bucket.unsent:
+                members, ships = sorted(bucket.unsent), bucket.ships()
+                targets = [local(bucket.params[i]).detach() for i in members]
+                bucket.sent = transport.send([ships[i] for i in members], targets, bucket.label, fence)
+                bucket.unsent, bucket.under_way = set(), members
 
     def arrive(
         self, bucket: OffloadBucket, ticket: Ticket, *, fold: bool, measure: bool, early: Callable[[], None] | None
@@ -161,24 +194,38 @@ class HostSide:
     def _plan(self, bucket: OffloadBucket, *, scaled: bool) -> None:
         assert bucket.stepper is not None  # noqa: S101 # who calls knows
         grads = {bucket.masters[i]: bucket.gradient(i) for i in bucket.present}
-        undo = bucket.undo if self._options.clip == "speculative" and not bucket.on_device else None
+        undo = bucket.undo if self._keeps_old(bucket) else None
         bucket.stepper.plan(grads, bucket.copies(), scaled=scaled, undo=undo)
 
-    def _update(self, bucket: OffloadBucket, number: float | None, options: GroupOptions) -> None:
+    def _keeps_old(self, bucket: OffloadBucket) -> bool:
+        return self._options.clip == "speculative" and not bucket.on_device
+
+    def _update(self, bucket: OffloadBucket, scaling: Scaling | None, options: GroupOptions) -> None:
         assert bucket.view is not None  # noqa: S101 # who calls knows
         assert bucket.stepper is not None  # noqa: S101
         bucket.sent.wait()  # the last weights may still be on their way
         bucket.view.options = options
         with self._recorded("update", bucket.label):
-            self._plan(bucket, scaled=number is not None)
-            bucket.stepper.run(None if number is None else FixedScaling(number))
+            try:
+                self._plan(bucket, scaled=scaling is not None and scaling.factor() is not None)
+            except BaseException:
+                bucket.stepper.abandon()
+                raise
+            try:
+                bucket.stepper.run(scaling)
+            except BaseException:
+                if self._keeps_old(bucket):
+                    bucket.stepper.undo()
+                bucket.stepper.abandon()
+                raise
 
     def _undo(self, bucket: OffloadBucket) -> None:
         if self._options.clip == "none":
             raise RuntimeError(
-                f"detached: {bucket.label} was updated in the backward pass, and then its gradients grew, or options "
-                "of its param groups changed: the backward pass is not always the same, or a window has several and "
-                "`last` was not set; valid: clip='exact' or clip='speculative'"
+                f"detached: {bucket.label} was updated in the backward pass, and then its gradients grew or were "
+                "dropped, or its weights, its state or options of its param groups changed: the backward pass is not "
+                "always the same, or a window has several and `last` was not set; valid: clip='exact' or "
+                "clip='speculative'"
             )
         assert bucket.stepper is not None  # noqa: S101 # nothing else is updated early
         with self._recorded("undo", bucket.label):
@@ -188,6 +235,12 @@ class HostSide:
         return nullcontext() if self._trace is None else self._trace.record(kind, label)
 
 
-def _without_grad(job: Callable[..., None], *args: Any) -> None:
+def _scaling(number: float | None) -> Scaling | None:
+    return None if number is None else FixedScaling(number)
+
+
+def _in_its_place(threads: int, job: Callable[..., None], *args: Any) -> None:
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
     with torch.no_grad():
         job(*args)

@@ -54,6 +54,8 @@ class _Lane:
             begin = time.perf_counter()
             seconds = link.latency + sum(t.nbytes for t in sources) / link.bandwidth
             seconds *= 1 + link.jitter * link.random.random()
+            if link.poison:  # what is read on the way must be seen to be, and what is overwritten on the way too
+                time.sleep(seconds)
             try:
                 copy_all(sources, targets)
             except BaseException as error:  # who waits for it must know
@@ -62,6 +64,7 @@ class _Lane:
             if link.trace is not None:
                 link.trace.add(self.kind, label, begin)
             ticket.done.set()
+            del job, sources, targets, ticket  # not to be kept until the next copy
 
 
 class SimulatedLink(Transport):
@@ -74,7 +77,7 @@ class SimulatedLink(Transport):
         bandwidth: Bytes per second, in each direction.
         latency: Seconds before a copy begins.
         jitter: Copies take up to this share longer, at random.
-        poison: Fill targets with NaN until their copy is done.
+        poison: Fill targets with NaN until their copy is done, at the end of its time.
         seed: Of the jitter.
         trace: Where copies are recorded.
 

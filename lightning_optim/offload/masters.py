@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -159,17 +159,27 @@ class View:
         return [{**self.options.rows[row], **own} for row, own in self._rows.items()]
 
 
-def bring_state(optimizer: Optimizer, masters: Mapping[Tensor, Tensor]) -> None:
-    """Bring the state that was loaded for weights to where the masters are, and divide it as they are.
+def bring_state(
+    optimizer: Optimizer, masters: Mapping[Tensor, Tensor], dtype_of: Callable[[Tensor, str], torch.dtype]
+) -> None:
+    """Have the state that there is for weights be one for their masters: where they are, divided as they are.
+
+    Torch's own optimizers make and load it in the weights' type, in which it would lose most of each step.
 
     Args:
         optimizer: Whose state it is.
         masters: By parameter.
+        dtype_of: From a parameter and the name of a tensor of its state, the type that it is to have.
     """
     for p, master in masters.items():
         for name, value in (optimizer.state.get(p) or {}).items():
-            if isinstance(value, Tensor) and value.shape == p.shape and value.device != master.device:
-                optimizer.state[p][name] = like_master(local(value).to(local(master).device), master)
+            if not isinstance(value, Tensor) or value.shape != p.shape or name == "step":
+                continue
+            if not (value.is_floating_point() or value.is_complex()):
+                continue
+            device, dtype = local(master).device, dtype_of(p, name)
+            if value.device != device or value.dtype != dtype:
+                optimizer.state[p][name] = like_master(local(value).to(device, dtype), master)
 
 
 def like_master(value: Tensor, master: Tensor) -> Tensor:
@@ -180,6 +190,17 @@ def like_master(value: Tensor, master: Tensor) -> Tensor:
 
     whole: Any = master
     return DTensor.from_local(value, whole.device_mesh, whole.placements, shape=master.shape, stride=master.stride())
+
+
+def part_of(value: Tensor, master: Tensor) -> Tensor:
+    """What this process has of a tensor, which may be given as a whole, if it is divided as a master is."""
+    if is_distributed(value) or not is_distributed(master) or value.shape != master.shape:
+        return local(value)
+    from torch.distributed.tensor import distribute_tensor
+
+    whole: Any = master
+    # All processes have the value: nobody need send it.
+    return local(distribute_tensor(value.cpu(), whole.device_mesh, whole.placements, src_data_rank=None))
 
 
 @contextmanager

@@ -27,12 +27,14 @@ class DetachedOptions:
         clip: ``"exact"``: updates wait for the norm of all gradients. ``"speculative"``: updates run during the
             backward pass as if nothing was to be clipped, and are taken back, bit for bit, and done again where that
             was wrong; it needs host memory for the old masters and state. The results are those of ``"exact"``.
-            ``"none"``: updates run during the backward pass, and there may be no clipping and no loss scale.
+            ``"none"``: updates run during the backward pass, and there may be no clipping and no loss scale; a step
+            raises RuntimeError where an update turns out to have been too early.
         bucket_mb: Megabytes (1e6 bytes) of gradients that travel together.
         device_fraction: The share of the weights whose masters and state stay on the device, from 0 to 1: those whose
             gradients come last, and whose way to the host and back nothing would hide.
-        delay_one_step: The update runs beside the next forward and backward pass, whose weights therefore lack it: an
-            approximation (ZeRO-Offload's "one-step delayed parameter update").
+        delay_one_step: The update runs beside the next forward pass, and the backward pass until its first bucket is
+            complete, whose weights therefore lack it: an approximation (ZeRO-Offload's "one-step delayed parameter
+            update"). Only for optimizers that our engines step.
         engine: Of our optimizers, and of those of torch's that we step.
 
     Raises:

@@ -17,11 +17,10 @@ the results do not either.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,14 +30,16 @@ from lightning_optim.engines.base import Decision
 from lightning_optim.engines.scaling import LossScale, Scaling, needs_squares
 from lightning_optim.offload.buckets import OffloadBucket
 from lightning_optim.offload.host import HostSide
-from lightning_optim.offload.masters import GroupOptions, bring_state, masters_in_place
+from lightning_optim.offload.intake import Intake
+from lightning_optim.offload.masters import GroupOptions, masters_in_place, part_of
 from lightning_optim.offload.options import DetachedOptions
+from lightning_optim.offload.outside import Outside
 from lightning_optim.offload.placing import Placement
 from lightning_optim.offload.replicas import Replicas
 from lightning_optim.offload.trace import Trace
-from lightning_optim.offload.transport import Transport
+from lightning_optim.offload.transport import Ticket, Transport
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.optimizers.shards import LocalSquares, is_distributed, local, total_squares
+from lightning_optim.optimizers.shards import LocalSquares, local, total_squares
 
 
 class Detached:
@@ -90,7 +91,6 @@ class Detached:
         trace: Trace | None = None,
     ) -> None:
         self.options = options or DetachedOptions()
-        self.last = True
         self.scaling: Scaling | None = None
         self.expects: tuple[float | None, float | None] = (None, None)
         self.replicas = replicas
@@ -98,11 +98,10 @@ class Detached:
         self._placement = Placement(optimizer, self.options, transport, replicas)
         self._overlap = overlap
         self._host = HostSide(self.options, trace)
-        self._versions: dict[Tensor, int] = {}
-        self._state = optimizer.state
-        self._needs_squares = False
+        self._intake = Intake(self._host, self._placement, overlap=overlap, patient=self.options.clip == "none")
+        self._intake.update_early(self._early_update)
+        self._outside = Outside(optimizer)
         self._unpublished: Future[None] | None = None
-        self._handles: list[Any] = []
         self._grow()
 
     # -- for users ----------------------------------------------------------------------------------------------
@@ -122,33 +121,42 @@ class Detached:
         optimizer = self.optimizer
         max_norm = self._placement.max_grad_norm(optimizer) if max_grad_norm is None else max_grad_norm
         self.options.check_step(max_norm, loss)
+        self._host.threads = torch.get_num_threads()
         self.publish()
         self._grow()
         self._follow()
-        self._collect()
-        self._needs_squares = needs_squares(max_norm, loss)
+        self._intake.collect()
+        self._intake.measures = needs_squares(max_norm, loss)
         work = [bucket for bucket in self._placement.buckets if bucket.mine and bucket.present]
         if not work and not (self.replicas is not None and self._placement.has_gradients()):
             self._end_window(None)
             return
-        squares = self._total(work) if self._needs_squares else None
+        squares = self._total(work) if self._intake.measures else None
         scaling = _on_host(max_norm, loss, squares)
         self._end_window(scaling)
         if scaling is not None and scaling.skip():
             if loss is not None:
                 loss.found_inf.fill_(1.0)
-            self._host.submit(self._host.take_back, work).result()
+            self._host.submit(self._host.leave_out, work).result()
             return
+        options = GroupOptions(optimizer)
         factor = None if scaling is None else scaling.factor()
         number = None if factor is None else float(factor)
+        travelling = [bucket for bucket in work if not bucket.on_device]
         transport, delayed = self._placement.transport, self.options.delay_one_step
         fence = transport.fence()
         send = None if delayed else lambda bucket: self._host.send([bucket], transport, fence)
-        done = self._host.submit(self._host.step, optimizer, work, number, GroupOptions(optimizer), send)
+        done = self._host.submit(self._host.step, optimizer, travelling, number, options, send)
+        # By this schedulers see that a step came before theirs.
+        optimizer._opt_called = True  # type: ignore[attr-defined] # torch sets it the same way, from outside
         if delayed:
             self._unpublished = done
-        else:
+            return
+        try:
+            self._host.step_here([bucket for bucket in work if bucket.on_device], scaling, options)
             done.result()
+        finally:
+            done.exception()
             self._receive()
 
     def publish(self) -> None:
@@ -157,23 +165,37 @@ class Detached:
             return
         done, self._unpublished = self._unpublished, None
         done.result()
+        # Weights that were changed meanwhile are what was wanted last.
+        for bucket in self._placement.buckets:
+            bucket.follow(self._outside.changed(bucket))
         transport = self._placement.transport
-        mine = [bucket for bucket in self._placement.buckets if bucket.mine]
-        self._host.submit(self._host.send, mine, transport, transport.fence()).result()
+        self._host.submit(self._host.send, self._placement.buckets, transport, transport.fence()).result()
         self._receive()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients, on the device and on the host."""
-        self._wait_for_arrivals()
-        self._host.submit(self._host.take_back, self._placement.buckets).result()
-        for bucket in self._placement.buckets:
-            bucket.forget_gradients()
-            bucket.fired.clear()
+        """Forget all gradients, on the device and on the host.
+
+        Those on the host are known to nobody else: ``optimizer.zero_grad()`` and ``module.zero_grad()`` leave them.
+
+        Args:
+            set_to_none: Otherwise those that are still on the device become zeros.
+        """
+        self._intake.forget()
+        job = self._host.submit(self._host.forget, self._placement.buckets)
+        if self._unpublished is None:
+            job.result()
+        else:  # the delayed update still reads them: whoever brings the next waits
+            for bucket in self._placement.buckets:
+                bucket.arrivals = [job]
         Optimizer.zero_grad(self.optimizer, set_to_none)
 
     def masters(self) -> dict[Tensor, Tensor]:
-        """By parameter, its master; only those that this process has."""
+        """By parameter, its master; only those that this process has.
+
+        They are those of the last step; with ``clip="none"`` some may be ahead of it, from a backward pass to the step.
+        """
         self.publish()
+        self._settle()
         return {
             place.param: master
             for bucket in self._placement.buckets
@@ -185,7 +207,8 @@ class Detached:
         """While this lasts, the optimizer has the masters for its parameters: for loading a state."""
         with masters_in_place(self.optimizer, self.masters()):
             yield
-        self._state = self.optimizer.state
+        self._placement.bring_state(self.optimizer, self._placement.buckets)
+        self._outside.note_state(self.optimizer)
 
     @torch.no_grad()
     def set_masters(self, values: Mapping[Tensor, Tensor]) -> list[Tensor]:
@@ -202,8 +225,8 @@ class Detached:
             value = values.get(p)
             if value is None:
                 continue
-            mine = local(value).to(local(master).dtype)
-            if mine.shape != local(p).shape or not torch.equal(mine.to(p.dtype), local(p).cpu()):
+            mine = part_of(value, master).to(local(master))
+            if mine.shape != local(p).shape or not torch.equal(mine.to(p.dtype), local(p).to(mine.device)):
                 strange.append(p)
             else:
                 local(master).copy_(mine)
@@ -212,11 +235,10 @@ class Detached:
     @torch.no_grad()
     def read_weights(self) -> None:
         """Have masters follow weights that were set from outside; those that round to their weights keep their bits."""
-        for p, master in self.masters().items():
-            weight = local(p).to(local(master).device)
-            if not torch.equal(local(master).to(p.dtype), weight):
-                local(master).copy_(weight)
-            self._versions[p] = local(p)._version
+        self.masters()
+        for bucket in self._placement.buckets:
+            bucket.follow(range(len(bucket.places)))
+            self._outside.note(bucket.params)
 
     def report(self, *, scaled: bool = False) -> list[Decision]:
         """Which engine steps which parameters, and why."""
@@ -224,13 +246,23 @@ class Detached:
 
     def close(self) -> None:
         """Wait for all that is under way, and let the weights go."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._wait_for_arrivals()
-        self.publish()
-        self._host.close()
-        self._placement.close()
+        self._intake.close()
+        self._intake.forget()
+        try:
+            self.publish()
+            self._settle()
+        finally:
+            self._host.close()
+            self._placement.close()
+
+    @property
+    def last(self) -> bool:
+        """Whether the backward pass to come is the window's last, after which a step comes."""
+        return self._intake.last
+
+    @last.setter
+    def last(self, last: bool) -> None:
+        self._intake.last = last
 
     @property
     def buckets(self) -> Sequence[OffloadBucket]:
@@ -244,131 +276,94 @@ class Detached:
             raise RuntimeError("detached: the optimizer no longer exists")
         return optimizer
 
-    # -- gradients come -----------------------------------------------------------------------------------------
+    # -- a step -------------------------------------------------------------------------------------------------
 
     def _grow(self) -> None:
         """Take in the parameters that require gradients and are new: groups may be added, and unfrozen."""
-        first = len(self._placement.buckets)
-        for number, bucket in enumerate(self._placement.grow(self.optimizer), start=first):
-            for index, p in enumerate(bucket.params):
-                self._versions[p] = local(p)._version
-                if self._overlap and not bucket.on_device:
-                    hook = partial(_on_gradient, weakref.ref(self), number, index)
-                    self._handles.append(p.register_post_accumulate_grad_hook(hook))
+        made = self._placement.grow(self.optimizer)
+        self._placement.bring_state(self.optimizer, made)
+        for bucket in made:
+            self._outside.note(bucket.params)
+            self._intake.watch(bucket)
 
-    def _on_gradient(self, bucket: OffloadBucket, index: int) -> None:
-        """A gradient was added to. Gradients of one bucket come from one thread: that of its device."""
-        bucket.since.add(index)
-        if self.last:
-            bucket.fired[index] += 1
-        expected = bucket.usual.keys() if bucket.usual else range(len(bucket.places))
-        if not bucket.since.issuperset(expected):
-            return
-        complete = self.last and bucket.usual is not None and bucket.fired >= bucket.usual
-        if bucket.usual is None or not self.last or complete:
-            self._ship(bucket, complete=complete)
-
-    @torch.no_grad()
-    def _ship(self, bucket: OffloadBucket, *, complete: bool = False) -> None:
-        """Start to fetch the gradients that a bucket's parameters have."""
-        bucket.since.clear()
-        if not bucket.mine:
-            return
-        grads = {i: p.grad for i, p in enumerate(bucket.params) if p.grad is not None}
-        if not grads:
-            return
-        for i, grad in grads.items():
-            _check(bucket.params[i], grad)
-        for job in bucket.arrivals:
-            job.result()
-        if bucket.early is not None:  # more of a gradient that was taken for complete
-            self._host.submit(self._host.take_back, [bucket]).result()
-        if bucket.staged:
-            self._host.submit(self._host.fold, bucket).result()
-        if self._overlap:
-            for i in grads:
-                bucket.params[i].grad = None
-        targets = [bucket.staging[i] for i in grads]
-        ticket = self._placement.transport.fetch([local(g).detach() for g in grads.values()], targets, bucket.label)
-        bucket.staged = set(grads)
-        bucket.squares = None
-        known = complete and bucket.stepper is not None
-        arrived = partial(
-            self._host.arrive,
-            bucket,
-            ticket,
-            fold=not self.last,
-            measure=known and self._needs_squares and not _collective(bucket),
-            early=partial(self._update_early, bucket) if known and self.options.clip != "exact" else None,
-        )
-        bucket.arrivals.append(self._host.submit(arrived))
-
-    def _update_early(self, bucket: OffloadBucket) -> None:
-        """On the host: as if nothing was to be clipped."""
+    def _early_update(self, bucket: OffloadBucket) -> Callable[[], None] | None:
+        """An update before the step, as if nothing was to be clipped; none if the host has others' news to hear."""
+        if self.options.clip == "exact" or self._outside.changed(bucket) or self._outside.loaded(self.optimizer):
+            return None
         scale, max_norm = self.expects
+        max_norm = self._placement.max_grad_norm(self.optimizer) if max_norm is None else max_norm
         number = 1.0 / scale if scale is not None else (1.0 if max_norm is not None else None)
-        self._host.update_early(bucket, number, GroupOptions(self.optimizer))
-
-    # -- a step -------------------------------------------------------------------------------------------------
-
-    def _collect(self) -> None:
-        """Fetch what has not been fetched, and wait for all."""
-        for bucket in self._placement.buckets:
-            if not self._overlap:
-                bucket.forget_gradients()  # those in their places have all of the window in them
-            if not bucket.on_device:
-                self._ship(bucket)
-        self._wait_for_arrivals()
-
-    def _wait_for_arrivals(self) -> None:
-        for bucket in self._placement.buckets:
-            arrivals, bucket.arrivals = bucket.arrivals, []
-            for job in arrivals:
-                job.result()
+        return partial(self._host.update_early, bucket, number, GroupOptions(self.optimizer))
 
     def _follow(self) -> None:
         """Weights that someone has changed since the last step, averaging or clamping them, say, are the masters.
 
         And a state that was loaded is the state.
         """
-        state = self.optimizer.state
-        if state is not self._state:
-            bring_state(self.optimizer, self.masters())
-            self._state = state
-        if any(local(p)._version != version for p, version in self._versions.items()):
-            self.read_weights()
+        loaded = self._outside.loaded(self.optimizer)
+        changed = [bucket for bucket in self._placement.buckets if self._outside.changed(bucket)]
+        if not (loaded or changed):
+            return
+        # What was updated early was so without knowing of this.
+        self._host.submit(self._host.take_back, self._placement.buckets if loaded else changed).result()
+        if loaded:
+            self._placement.bring_state(self.optimizer, self._placement.buckets)
+            self._outside.note_state(self.optimizer)
+        for bucket in changed:
+            bucket.follow(self._outside.changed(bucket))
+            self._outside.note(bucket.params)
 
     def _total(self, work: list[OffloadBucket]) -> Tensor:
         """The sum of squares of all gradients: in order of the buckets, whatever came first."""
-        self._host.submit(self._host.measure, [bucket for bucket in work if bucket.squares is None]).result()
+        unknown = [bucket for bucket in work if bucket.squares is None]
+        measured = self._host.submit(self._host.measure, [bucket for bucket in unknown if not bucket.on_device])
+        self._host.measure([bucket for bucket in unknown if bucket.on_device])
+        measured.result()
         sums: LocalSquares = {}
         for bucket in work:
             for where, parts in (bucket.squares or {}).items():
-                sums.setdefault(where, []).extend(part.sum().reshape(1).cpu() for part in parts)
-        total = total_squares(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
+                # What processes add up stays where they talk about it.
+                own = (part.sum().reshape(1) for part in parts)
+                sums.setdefault(where, []).extend(own if where else (part.cpu() for part in own))
+        totals = [total_squares({where: parts}).sum().cpu() for where, parts in sums.items()]
+        total = torch.stack(totals).sum() if totals else torch.zeros((), dtype=torch.float64, device="cpu")
         if self.replicas is not None and self._placement.whole is None:
             total = self.replicas.sum(total)
         return total.reshape(1)
 
     def _receive(self) -> None:
-        """Have whatever comes next on the device come after the new weights."""
+        """Have whatever comes next on the device come after the new weights.
+
+        Raises:
+            Exception: A copy failed. The weights are sent again with the next step.
+        """
+        errors: list[Exception] = []
         for bucket in self._placement.buckets:
-            bucket.sent.wait_on_device()
+            try:
+                bucket.sent.wait_on_device()
+            except Exception as error:  # whatever a transport raises
+                errors.append(error)
+                bucket.sent = Ticket()
+                bucket.unsent |= set(bucket.under_way)
         if self.replicas is not None:
             self.replicas.spread(self._placement.buckets)
         params = [p for bucket in self._placement.buckets for p in bucket.params]
         # Behind torch's back: a later backward through an old weight must fail as after any in-place update.
         torch.autograd.graph.increment_version([local(p) for p in params])
-        self._versions = {p: local(p)._version for p in params}
+        self._outside.note(params)
+        if errors:
+            raise errors[0]
 
     def _end_window(self, scaling: Scaling | None) -> None:
         self.scaling = scaling
         if isinstance(optimizer := self.optimizer, RuleOptimizer):
             optimizer._stepper.scaling = scaling  # by which it knows its `grad_norm`
-        for bucket in self._placement.buckets:
-            if bucket.fired:
-                bucket.usual = bucket.fired.copy()
-            bucket.fired.clear()
+        self._intake.end_window()
+
+    def _settle(self) -> None:
+        """Take back what was updated in a backward pass that no step has come after yet."""
+        if self.options.clip == "speculative" and not self._host.closed:
+            self._host.submit(self._host.take_back, self._placement.buckets).result()
 
     # -- small things -------------------------------------------------------------------------------------------
 
@@ -377,31 +372,6 @@ class Detached:
         if not self._overlap:
             notes.append("gradients stay on the device until the step")
         return notes
-
-
-def _on_gradient(owner: weakref.ref[Detached], number: int, index: int, p: Tensor) -> None:
-    # A hook that held its owner, or the bucket, would keep masters and state alive as long as the model.
-    del p
-    if (detached := owner()) is not None:
-        detached._on_gradient(detached._placement.buckets[number], index)
-
-
-def _check(p: Tensor, grad: Tensor) -> None:
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"detached: a parameter of shape {tuple(p.shape)} has a gradient of layout {grad.layout}; valid: dense "
-            "gradients (use sparse=False in nn.Embedding)"
-        )
-    if grad.dtype != p.dtype or grad.shape != p.shape:
-        raise RuntimeError(
-            f"detached: a parameter of {p.dtype} and shape {tuple(p.shape)} has a gradient of {grad.dtype} and shape "
-            f"{tuple(grad.shape)}; valid: the parameter's own"
-        )
-
-
-def _collective(bucket: OffloadBucket) -> bool:
-    """Whether processes must talk to each other to know a norm: they do so in one order, in the step."""
-    return any(map(is_distributed, bucket.masters))
 
 
 def _on_host(max_norm: float | None, loss: LossScale | None, squares: Tensor | None) -> Scaling | None:

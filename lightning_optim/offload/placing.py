@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from torch.optim import Optimizer
 
 from lightning_optim.engines.base import Decision
 from lightning_optim.offload.buckets import OffloadBucket, Place, divide, lay_out, widened
-from lightning_optim.offload.masters import View, master_of
+from lightning_optim.offload.masters import View, bring_state, master_of
 from lightning_optim.offload.options import DetachedOptions
 from lightning_optim.offload.replicas import Replicas
+from lightning_optim.offload.shared_memory import check_memory
 from lightning_optim.offload.transport import Transport, transport_for
 from lightning_optim.optimizers.adopt import stepper_for, why_not_adopted
 from lightning_optim.optimizers.base import RuleOptimizer
@@ -54,10 +56,17 @@ class Placement:
         self._device: torch.device | None = None
         self._known: set[Tensor] = set()
         name = type(optimizer).__name__
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"detached: {name}, whose step evaluates the model, at weights that only the device has; valid: any "
+                "optimizer that steps without a closure"
+            )
         if self.whole is not None:
             for option, value, valid in (
                 ("clip", options.clip, "exact"),
                 ("device_fraction", options.device_fraction, 0.0),
+                ("delay_one_step", options.delay_one_step, False),  # its param groups have the masters meanwhile
             ):
                 if value != valid:
                     raise ValueError(
@@ -98,7 +107,9 @@ class Placement:
         if not new:
             return []
         self._check_devices(new)
-        self._known.update(place.param for place in new)
+        known = self._known | {place.param for place in new}
+        check_memory([local(place.param) for place in places if place.param in known])
+        self._known = known
         new.reverse()  # as a backward pass goes
         limit = self._options.bucket_mb * 1e6
         if self._replicas is not None:
@@ -117,12 +128,25 @@ class Placement:
         pinned = self.transport.pins
         lay_out([b for b in made if b.mine and not b.on_device], self._options.dtype, pinned=pinned)
         for bucket in made:
-            if bucket.on_device:
+            if bucket.mine and bucket.on_device:
                 _stay(bucket, self._options.dtype)
             if bucket.mine and self.whole is None:
                 self._equip(optimizer, bucket)
         self.buckets += made
         return made
+
+    def bring_state(self, optimizer: Optimizer, buckets: Sequence[OffloadBucket]) -> None:
+        """Have the state that there is for the weights of these buckets be one for their masters."""
+        for bucket in buckets:
+            masters = dict(zip(bucket.params, bucket.masters, strict=False))  # other processes have the others
+
+            def dtype_of(p: Tensor, slot: str, bucket: OffloadBucket = bucket, masters: Any = masters) -> torch.dtype:
+                if bucket.stepper is None:
+                    return masters[p].dtype
+                row = next(place.row for place in bucket.places if place.param is p)
+                return bucket.stepper.planner_of(optimizer.param_groups[row]).slot_dtype(masters[p], slot)
+
+            bring_state(optimizer, masters, dtype_of)
 
     def max_grad_norm(self, optimizer: Optimizer) -> float | None:
         """The optimizer's own limit."""
@@ -186,12 +210,9 @@ class Placement:
         else:
             bucket.stepper = stepper_for(optimizer, engine=self._options.engine, owner=view)
         # Rounding noise is a parameter's own, whatever bucket it is in.
-        order = sorted(range(len(places)), key=lambda i: (_rows(places).index(places[i][0]), i))
+        rows = list(dict.fromkeys(row for row, _ in places))
+        order = sorted(range(len(places)), key=lambda i: (rows.index(places[i][0]), i))
         bucket.stepper.number_parameters([bucket.places[i].number for i in order])
-
-
-def _rows(places: Sequence[tuple[int, int]]) -> list[int]:
-    return list(dict.fromkeys(row for row, _ in places))
 
 
 def _stay(bucket: OffloadBucket, master_dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_optim.engines.memory import is_dense
 from lightning_optim.offload.buckets import OffloadBucket
 
 
@@ -40,14 +41,20 @@ class Replicas:
 
     def spread(self, buckets: Sequence[OffloadBucket]) -> None:
         """Give all processes the weights of those that have their masters."""
-        works = [
-            dist.broadcast(p.detach(), self._source(bucket), group=self._group, async_op=True)
-            for bucket in buckets
-            if bucket.rank is not None
-            for p in bucket.params
-        ]
+        works: list[Any] = []
+        copied: list[tuple[Tensor, Tensor]] = []
+        for bucket in buckets:
+            for p in bucket.params if bucket.rank is not None else ():
+                flat = _flat(p)
+                if flat is None:
+                    flat = p.detach().reshape(-1).clone()
+                    copied.append((p, flat))
+                flat = torch.view_as_real(flat) if flat.is_complex() else flat
+                works.append(dist.broadcast(flat, self._source(bucket), group=self._group, async_op=True))
         for work in works:
             work.wait()
+        for p, flat in copied:
+            p.detach().copy_(flat.view(p.shape))
 
     def gather(self, bucket: OffloadBucket, own: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
         """What the process that has a bucket holds for each of its parameters, for all processes.
@@ -79,3 +86,8 @@ class Replicas:
         """Where a tensor must be for these processes to talk about it."""
         backend = dist.get_backend(self._group)
         return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else tensor.device
+
+
+def _flat(p: Tensor) -> Tensor | None:
+    """A tensor's memory in its own order, which all processes have alike; None if it has gaps."""
+    return p.detach().as_strided((p.numel(),), (1,)) if is_dense(p) else None

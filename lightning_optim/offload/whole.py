@@ -39,5 +39,5 @@ def step_whole(optimizer: Optimizer, work: Sequence[OffloadBucket], factor: floa
         for master in stepped:
             master.grad = None
     for bucket in work:
-        for master, out in zip(bucket.masters, bucket.outgoing or [], strict=bucket.outgoing is not None):
-            out.copy_(local(master))
+        for i in bucket.present if bucket.outgoing is not None else ():
+            bucket.ships()[i].copy_(local(bucket.masters[i]))

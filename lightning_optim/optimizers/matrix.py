@@ -177,6 +177,11 @@ class MatrixStepper(Stepper):
         finally:  # memory is held during a step only
             self._batches, self._updates, self._copies = [], {}, None
 
+    def abandon(self) -> None:
+        """See :meth:`Stepper.abandon`."""
+        super().abandon()
+        self._direct.abandon()
+
     def planner_of(self, group: Group) -> Planner:
         """See :meth:`Stepper.planner_of`."""
         return self._direct.planner if group["use_muon"] else self.planner

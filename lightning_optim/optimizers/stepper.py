@@ -51,6 +51,16 @@ class _Structure:
     undo: bool
 
 
+@dataclass(frozen=True)
+class _Past:
+    """A step that can be taken back: what it has written, with which states, and those that it has made."""
+
+    written: list[Planned]
+    states: dict[Tensor, Any]
+    new: list[tuple[Tensor, Any]]
+    undo: UndoBuffers
+
+
 class Stepper:
     """Applies one rule to the parameters of an optimizer.
 
@@ -82,9 +92,11 @@ class Stepper:
         self._plan: list[Planned] = []
         self._plans: list[tuple[_Structure, list[Planned]]] = []  # the last ones, latest first
         self._fresh: list[Tensor] = []
-        self._new: list[Tensor] = []
+        self._new: list[tuple[Tensor, Any]] = []  # with the state that a plan has made for them
         self._written: list[Planned] = []  # at the last step
         self._undo: UndoBuffers | None = None
+        #: What can be taken back; not the plan's, as a norm may be planned between a step and its undoing.
+        self._past: _Past | None = None
         self._captured: Any = None
 
     def step(
@@ -119,9 +131,7 @@ class Stepper:
                 self.run(Scaling(max_norm, loss, self.squares() if needs_squares(max_norm, loss) else None))
         except BaseException:
             self._let_go()
-            if not self._written:
-                for p in self._new:  # their first step is still to come
-                    self.owner.state.pop(p, None)
+            self.abandon()
             raise
 
     def plan(
@@ -143,7 +153,8 @@ class Stepper:
         Returns:
             Whether any parameter has a gradient.
         """
-        self._fresh, self._new, self._written, self._undo = [], [], [], undo
+        self.abandon()
+        self._fresh, self._written, self._undo = [], [], undo
         params = [p for group in self.owner.param_groups for p in group["params"]]
         found = self._selected(list(map(_grad, params)) if grads is None else [grads.get(p) for p in params])
         gradients = [g for g in found if g is not None]
@@ -155,7 +166,7 @@ class Stepper:
         # Plans for other parameters would keep these alive.
         self._plans = [pair for pair in self._plans if pair[0].params == structure.params][: PLANS - 1]
         members = self.planner.members(found)
-        self._new = self.planner.prepare(members)
+        self._new = [(p, self.owner.state[p]) for p in self.planner.prepare(members)]
         self._plan = self.planner.build(members, gradients, copies, scaled, undo is not None)
         if not self._fill(gradients, copies):
             raise ValueError(
@@ -171,6 +182,10 @@ class Stepper:
         """Let every bucket's engine run what is planned; the second half of :meth:`step`."""
         self.scaling = scaling
         self._written = []
+        self._past = None
+        if self._undo is not None:
+            states = {p: self.owner.state.get(p) for planned in self._plan for p in planned.params}
+            self._past = _Past(self._written, states, self._new, self._undo)
         # A host that must know waits for the device once; the engines that decide on the device come to the same.
         on_device = all(planned.engine.controls_on_device for planned in self._plan)
         waits = scaling is not None and not (on_device and not self._fresh)
@@ -187,9 +202,16 @@ class Stepper:
                     self._written.append(planned)
         finally:
             self._let_go()
+        self._new = []
         if skip:
             for p in self._fresh:  # their first step is still to come
                 self.owner.state.pop(p, None)
+
+    def abandon(self) -> None:
+        """Forget what was planned and not run: parameters that had no state have none."""
+        if not self._written:
+            self._forget(self._new)
+        self._new = []
 
     def undo(self) -> None:
         """Take the last step back, which was planned with ``undo``: every bit is as before it.
@@ -197,20 +219,27 @@ class Stepper:
         Raises:
             RuntimeError: There is no such step.
         """
-        if self._undo is None:
+        if self._past is None:
             raise RuntimeError("there is no step to take back: it must be planned with undo=UndoBuffers()")
-        for planned in self._written:
+        past, self._past = self._past, None
+        for planned in reversed(past.written):  # weights that share memory were updated one after the other
             slots = planned.bucket.update.slots
-            for p in planned.params:
-                state = self.owner.state[p]
-                self._undo.give_back(p, "p", p)
+            for p in reversed(planned.params):
+                past.undo.give_back(p, "p", p)
+                state = past.states[p]
+                if state is None or self.owner.state.get(p) is not state:
+                    continue  # another was loaded since
                 for slot in slots:
-                    self._undo.give_back(p, slot, state[slot])
+                    past.undo.give_back(p, slot, state[slot])
                 if "step" in planned.bucket.update.program.scalars:
                     state["step"] -= 1
-        for p in self._new:  # they had no state
-            self.owner.state.pop(p, None)
-        self._written, self._undo = [], None
+        self._forget(past.new)
+
+    def _forget(self, new: list[tuple[Tensor, Any]]) -> None:
+        """Drop states that a plan has made: first steps are still to come. What was loaded since is another's."""
+        for p, made in new:
+            if self.owner.state.get(p) is made:
+                self.owner.state.pop(p)
 
     def _let_go(self) -> None:
         """After a step, or a failed one, tensors are their owner's to free or to move."""
@@ -255,7 +284,7 @@ class Stepper:
         work: list[Any] = [(planned.engine, planned.bucket) for planned in self._plan]
         self._written = []
         self.scaling = self._captured.run(work, lambda bucket: self._table(bucket, None), max_norm, loss)
-        self._written = list(self._plan)
+        self._written, self._new = list(self._plan), []
         self._let_go()
 
     def report(self, *, scaled: bool = False) -> list[Decision]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_optim.engines.memory import is_dense
 from lightning_optim.rules.policy import UNDO
 
 
@@ -27,13 +28,19 @@ class UndoBuffers:
         """
         key = (p, name)
         found = self._buffers.get(key)
-        if found is None or found.shape != like.shape or found.dtype != like.dtype or found.stride() != like.stride():
+        if found is None or not _fits(found, like):
             found = self._buffers[key] = like.detach().clone()  # unlike `empty_like` it keeps every order in memory
         return found
 
     def give_back(self, p: Tensor, name: str, tensor: Tensor) -> None:
         """Put the old value of tensor ``name`` of parameter ``p`` back."""
         tensor.copy_(self._buffers[p, name])
+
+
+def _fits(found: Tensor, like: Tensor) -> bool:
+    if (found.shape, found.dtype, found.device) != (like.shape, like.dtype, like.device):
+        return False
+    return found.stride() == like.stride() or not is_dense(like)  # which no copy has the order of
 
 
 def undo_name(name: str) -> str:

@@ -1,0 +1,126 @@
+"""What is refused, with the valid choices, and what reports say."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_optim
+from lightning_optim.offload import Detached, DetachedOptions
+from lightning_optim.offload.link import SimulatedLink
+
+from .common import PAIRS, detached, known_warnings, loss_of, small, weights
+
+pytestmark = known_warnings
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"master_dtype": "bfloat16"}, "master_dtype='bfloat16'; valid: float32, float64"),
+        ({"master_dtype": "float16"}, "master_dtype='float16'; valid: "),
+        ({"clip": "maybe"}, "clip='maybe'; valid: exact, speculative, none"),
+        ({"bucket_mb": 0}, "bucket_mb=0; valid: megabytes, more than 0"),
+        ({"bucket_mb": float("nan")}, "bucket_mb=nan; valid: megabytes"),
+        ({"bucket_mb": "32"}, "bucket_mb='32'; valid: megabytes"),
+        ({"device_fraction": 1.5}, "device_fraction=1.5; valid: from 0 to 1"),
+        ({"device_fraction": True}, "device_fraction=True; valid: from 0 to 1"),
+        ({"delay_one_step": 1}, "delay_one_step=1; valid: True, False"),
+        ({"delay_one_step": True, "clip": "none"}, "delay_one_step=True with clip='none': "),
+        ({"delay_one_step": True, "device_fraction": 0.5}, "delay_one_step=True with device_fraction=0.5: "),
+        ({"engine": "fast"}, "engine='fast' is not an engine; valid: auto, "),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        DetachedOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip": "speculative"}, "clip='speculative' with RMSprop, which runs its own step (cannot adopt "),
+        ({"clip": "none"}, "clip='none' with RMSprop"),
+        ({"device_fraction": 0.5}, "device_fraction=0.5 with RMSprop"),
+    ],
+)
+def test_what_an_optimizers_own_step_cannot_serve(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Detached(torch.optim.RMSprop(weights()), DetachedOptions(**options))
+
+
+def test_steps_that_cannot_be_taken_back() -> None:
+    with pytest.raises(ValueError, match=r"clip='speculative' with Muon.*valid: exact, none"):
+        Detached(lightning_optim.Muon(weights()), DetachedOptions(clip="speculative"))
+    make = partial(lightning_optim.AdamW, state_dtype="float64")
+    with pytest.raises(ValueError, match=r"state_dtype=torch.float64 and master_dtype=torch.float32.*valid: master_d"):
+        Detached(make(weights()), DetachedOptions(clip="speculative"))
+    Detached(make(weights()), DetachedOptions(clip="speculative", master_dtype="float64")).close()
+
+
+def test_optimizers_that_evaluate_the_model_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"LBFGS, whose step evaluates the model"):
+        Detached(torch.optim.LBFGS(weights()))
+
+
+def test_links_out_of_range() -> None:
+    for options in ({"bandwidth": 0}, {"bandwidth": float("nan")}, {"bandwidth": 1, "latency": -1},
+                    {"bandwidth": 1, "jitter": -1}):  # fmt: skip
+        name, value = list(options.items())[-1]
+        with pytest.raises(ValueError, match=f"^{name}={value!r}; valid: "):
+            SimulatedLink(**options)
+
+
+def test_buckets_are_of_the_size_that_was_asked_for() -> None:
+    params = [nn.Parameter(torch.zeros(n, dtype=torch.bfloat16)) for n in (100, 200, 300, 50, 50, 800)]
+    with detached(torch.optim.SGD(params, lr=0.1), small(bucket_mb=800e-6)) as pipeline:
+        sizes = [[p.numel() for p in bucket.params] for bucket in pipeline.buckets]
+    assert sizes == [[800], [50, 50, 300], [200, 100]]  # the last layers' gradients come first
+
+
+def test_the_report() -> None:
+    params = weights()
+    with detached(PAIRS["adamw, amsgrad"][0](params), small(clip="speculative", bucket_mb=16)) as pipeline:
+        (decision,) = pipeline.report()
+        assert decision.bucket == (
+            "tensors of 1 buckets (p float32, g float32, exp_avg float32, exp_avg_sq float32, max_exp_avg_sq float32) "
+            "in host memory, masters in float32, clip='speculative', buckets of 16 MB"
+        )
+        loss_of(params, 0).backward()
+        pipeline.step()
+        (decision,) = pipeline.report()
+        assert "copy bfloat16, undo_p float32" in decision.bucket
+    with detached(torch.optim.RMSprop(weights()), overlap=False) as pipeline:
+        (decision,) = pipeline.report()
+        assert decision.engine == "RMSprop's own step"
+        assert "cannot adopt torch.optim.rmsprop.RMSprop" in decision.reason
+        assert "gradients stay on the device until the step" in decision.bucket
+
+
+def test_the_engine_that_was_asked_for_steps() -> None:
+    for engine in ("eager", "foreach"):
+        params = weights()
+        for optimizer in (torch.optim.AdamW(params), lightning_optim.AdamW(params)):
+            with detached(optimizer, small(engine=engine)) as pipeline:
+                loss_of(params, 0).backward()
+                pipeline.step()
+                pipeline.zero_grad()
+                assert {decision.engine for decision in pipeline.report()} == {engine}
+
+
+def test_a_step_without_gradients_does_nothing() -> None:
+    params = weights()
+    with detached(PAIRS["torch AdamW"][0](params)) as pipeline:
+        before = [p.detach().clone() for p in params]
+        pipeline.step(max_grad_norm=1.0)
+        assert all(map(torch.equal, params, before))
+        assert pipeline.scaling is None
+    empty = torch.optim.SGD([{"params": []}], lr=0.1)
+    with detached(empty) as pipeline:
+        pipeline.step()
+        assert pipeline.masters() == {}
