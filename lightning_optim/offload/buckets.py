@@ -43,11 +43,13 @@ class Early:
         options: The options of the param groups that it was done with.
         factor: What the gradients were multiplied by.
         members: The parameters that it was for.
+        sent: Whether the new weights have left.
     """
 
     options: GroupOptions
     factor: float | None
     members: frozenset[int]
+    sent: bool = field(default=False, compare=False)
 
 
 @dataclass(eq=False)

@@ -103,7 +103,7 @@ class HostSide:
         """As if nothing had been updated early."""
         early = [bucket for bucket in buckets if bucket.early is not None]
         for bucket in early:
-            bucket.early = None
+            self._forget_early(bucket)
         for bucket in early:
             self._undo(bucket)
 
@@ -146,12 +146,14 @@ class HostSide:
         # gradients the next backward pass brings first.
         for bucket in reversed(buckets) if then is not None else buckets:
             if bucket.stepper is not None:
-                early, bucket.early = bucket.early, None
-                if early != Early(options, number, bucket.present):
+                early = self._forget_early(bucket)
+                if early == Early(options, number, bucket.present):
+                    bucket.unsent = set() if early.sent else bucket.unsent | bucket.present
+                else:
                     if early is not None:
                         self._undo(bucket)
                     self._update(bucket, _scaling(number), options)
-                bucket.unsent |= bucket.present
+                    bucket.unsent |= bucket.present
             if then is not None:
                 then(bucket)
 
@@ -189,6 +191,18 @@ class HostSide:
         if early is not None:
             early()
 
+    def send_early(self, buckets: list[OffloadBucket], options: GroupOptions, transport: Transport, fence: Any) -> None:
+        """After the backward pass: have weights leave that need no norm, and were updated in it.
+
+        Not a job: it does not wait for those that are still at work with other buckets.
+        """
+        for bucket in buckets:
+            at_work = not all(job.done() for job in bucket.arrivals)
+            if not at_work and bucket.early == Early(options, None, bucket.present):
+                bucket.unsent |= bucket.present
+                self.send([bucket], transport, fence)
+                bucket.early.sent = True
+
     # -- parts of jobs ------------------------------------------------------------------------------------------
 
     def _plan(self, bucket: OffloadBucket, *, scaled: bool) -> None:
@@ -196,6 +210,14 @@ class HostSide:
         grads = {bucket.masters[i]: bucket.gradient(i) for i in bucket.present}
         undo = bucket.undo if self._keeps_old(bucket) else None
         bucket.stepper.plan(grads, bucket.copies(), scaled=scaled, undo=undo)
+
+    @staticmethod
+    def _forget_early(bucket: OffloadBucket) -> Early | None:
+        """What was updated early. If it has left, it is to be sent again, unless that turns out to have been right."""
+        early, bucket.early = bucket.early, None
+        if early is not None and early.sent:
+            bucket.unsent |= early.members
+        return early
 
     def _keeps_old(self, bucket: OffloadBucket) -> bool:
         return self._options.clip == "speculative" and not bucket.on_device

@@ -15,6 +15,10 @@ from lightning_optim.optimizers.options import parse_dtype
 Clip = Literal["exact", "speculative", "none"]
 CLIPS: tuple[Clip, ...] = get_args(Clip)
 
+#: Where new weights are waited for: see :class:`DetachedOptions`.
+Wait = Literal["step", "forward"]
+WAITS: tuple[Wait, ...] = get_args(Wait)
+
 MASTER_DTYPES = (torch.float32, torch.float64)
 
 
@@ -36,6 +40,11 @@ class DetachedOptions:
             complete, whose weights therefore lack it: an approximation (ZeRO-Offload's "one-step delayed parameter
             update"). Only for optimizers that our engines step.
         engine: Of our optimizers, and of those of torch's that we step.
+        wait: ``"step"``: a step ends when all weights are there, or on their way before whatever comes next on the
+            device. ``"forward"``: it ends at once, and in the next forward pass each module waits, when it is called,
+            for the weights that it owns: later layers are updated beside the first layers' forward pass. What reads
+            weights otherwise must call :meth:`~lightning_optim.offload.Detached.publish` first. The results are the
+            same.
 
     Raises:
         ValueError: A value that is none of these.
@@ -52,6 +61,7 @@ class DetachedOptions:
     device_fraction: float = 0.0
     delay_one_step: bool = False
     engine: str = "auto"
+    wait: Wait = "step"
 
     def __post_init__(self) -> None:
         """Check them."""
@@ -76,6 +86,10 @@ class DetachedOptions:
                 f"delay_one_step=True with device_fraction={self.device_fraction!r}: weights on the device would "
                 "change while they are used; valid: one of them"
             )
+        if self.wait not in WAITS:
+            raise ValueError(f"wait={self.wait!r}; valid: {', '.join(WAITS)}")
+        if self.wait == "forward" and self.delay_one_step:
+            raise ValueError("wait='forward' with delay_one_step=True, which waits for nothing; valid: wait='step'")
         requested_engine(self.engine)
 
     @property
@@ -99,6 +113,7 @@ class DetachedOptions:
         """In words."""
         words = f"masters in {dtype_name(self.dtype)}, clip={self.clip!r}, buckets of {self.bucket_mb:g} MB"
         words += f", {self.device_fraction:.0%} on the device" if self.device_fraction else ""
+        words += ", waited for in the forward pass" if self.wait == "forward" else ""
         return words + (", delayed by one step (approximate)" if self.delay_one_step else "")
 
 

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim.engines.base import Decision
@@ -31,7 +31,9 @@ from lightning_optim.engines.scaling import LossScale, Scaling, needs_squares
 from lightning_optim.offload.buckets import OffloadBucket
 from lightning_optim.offload.host import HostSide
 from lightning_optim.offload.intake import Intake
+from lightning_optim.offload.landing import Landing
 from lightning_optim.offload.masters import GroupOptions, masters_in_place, part_of
+from lightning_optim.offload.norm import scaling_on_host, summed_squares
 from lightning_optim.offload.options import DetachedOptions
 from lightning_optim.offload.outside import Outside
 from lightning_optim.offload.placing import Placement
@@ -39,7 +41,7 @@ from lightning_optim.offload.replicas import Replicas
 from lightning_optim.offload.trace import Trace
 from lightning_optim.offload.transport import Ticket, Transport
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.optimizers.shards import LocalSquares, local, total_squares
+from lightning_optim.optimizers.shards import local
 
 
 class Detached:
@@ -57,6 +59,7 @@ class Detached:
         overlap: Take gradients as soon as they are complete, and free them. Otherwise they stay where they are until
             the step: where hooks want to see them, or where they are reduced over processes first.
         trace: Records what happens when.
+        module: What has the weights; needed for ``wait="forward"``.
 
     Attributes:
         last: Whether the backward pass to come is the window's last, after which a step comes. Where gradients
@@ -89,8 +92,12 @@ class Detached:
         replicas: Replicas | None = None,
         overlap: bool = True,
         trace: Trace | None = None,
+        module: nn.Module | None = None,
     ) -> None:
         self.options = options or DetachedOptions()
+        waits = self.options.wait == "forward"
+        if waits and (module is None or replicas is not None):
+            raise ValueError("wait='forward' needs module=, and one process; valid: wait='step'")
         self.scaling: Scaling | None = None
         self.expects: tuple[float | None, float | None] = (None, None)
         self.replicas = replicas
@@ -102,6 +109,7 @@ class Detached:
         self._intake.update_early(self._early_update)
         self._outside = Outside(optimizer)
         self._unpublished: Future[None] | None = None
+        self._landing = Landing(module, self._receive) if module is not None and waits else None
         self._grow()
 
     # -- for users ----------------------------------------------------------------------------------------------
@@ -125,6 +133,9 @@ class Detached:
         self.publish()
         self._grow()
         self._follow()
+        transport, delayed = self._placement.transport, self.options.delay_one_step
+        if self.options.clip != "exact" and max_norm is None and loss is None:
+            self._host.send_early(self._placement.buckets, GroupOptions(optimizer), transport, transport.fence())
         self._intake.collect()
         self._intake.measures = needs_squares(max_norm, loss)
         work = [bucket for bucket in self._placement.buckets if bucket.mine and bucket.present]
@@ -132,7 +143,7 @@ class Detached:
             self._end_window(None)
             return
         squares = self._total(work) if self._intake.measures else None
-        scaling = _on_host(max_norm, loss, squares)
+        scaling = scaling_on_host(max_norm, loss, squares)
         self._end_window(scaling)
         if scaling is not None and scaling.skip():
             if loss is not None:
@@ -143,24 +154,38 @@ class Detached:
         factor = None if scaling is None else scaling.factor()
         number = None if factor is None else float(factor)
         travelling = [bucket for bucket in work if not bucket.on_device]
-        transport, delayed = self._placement.transport, self.options.delay_one_step
         fence = transport.fence()
-        send = None if delayed else lambda bucket: self._host.send([bucket], transport, fence)
-        done = self._host.submit(self._host.step, optimizer, travelling, number, options, send)
+        landing = self._landing if self._landing is not None and self._landing.is_known else None
+        landed = None if landing is None else landing.begin(travelling)
+
+        def send(bucket: OffloadBucket) -> None:
+            self._host.send([bucket], transport, fence)
+            if landed is not None:
+                landed(bucket)
+
+        done = self._host.submit(self._host.step, optimizer, travelling, number, options, None if delayed else send)
         # By this schedulers see that a step came before theirs.
         optimizer._opt_called = True  # type: ignore[attr-defined] # torch sets it the same way, from outside
         if delayed:
             self._unpublished = done
             return
+        if landing is not None:
+            landing.follow(done)
         try:
             self._host.step_here([bucket for bucket in work if bucket.on_device], scaling, options)
-            done.result()
+            if landing is None:
+                done.result()
         finally:
-            done.exception()
-            self._receive()
+            if landing is None:
+                done.exception()
+                self._receive(self._placement.buckets)
+            else:
+                self._receive([bucket for bucket in work if bucket.on_device])
 
     def publish(self) -> None:
-        """Wait for an update that was delayed, and have the weights be those after it."""
+        """Wait for an update that was delayed, or is on its way, and have the weights be those after it."""
+        if self._landing is not None:
+            self._landing.finish()
         if self._unpublished is None:
             return
         done, self._unpublished = self._unpublished, None
@@ -170,7 +195,12 @@ class Detached:
             bucket.follow(self._outside.changed(bucket))
         transport = self._placement.transport
         self._host.submit(self._host.send, self._placement.buckets, transport, transport.fence()).result()
-        self._receive()
+        self._receive(self._placement.buckets)
+
+    def await_uncalled(self) -> None:
+        """Before a forward pass that does not begin with a call of the module, where ``wait="forward"``."""
+        if self._landing is not None:
+            self._landing.before_all()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, on the device and on the host.
@@ -182,9 +212,10 @@ class Detached:
         """
         self._intake.forget()
         job = self._host.submit(self._host.forget, self._placement.buckets)
-        if self._unpublished is None:
+        landing = self._landing is not None and self._landing.is_pending
+        if self._unpublished is None and not landing:
             job.result()
-        else:  # the delayed update still reads them: whoever brings the next waits
+        else:  # an update still reads them: whoever brings the next waits
             for bucket in self._placement.buckets:
                 bucket.arrivals = [job]
         Optimizer.zero_grad(self.optimizer, set_to_none)
@@ -248,6 +279,8 @@ class Detached:
         """Wait for all that is under way, and let the weights go."""
         self._intake.close()
         self._intake.forget()
+        if self._landing is not None:
+            self._landing.close()
         try:
             self.publish()
             self._settle()
@@ -319,26 +352,19 @@ class Detached:
         measured = self._host.submit(self._host.measure, [bucket for bucket in unknown if not bucket.on_device])
         self._host.measure([bucket for bucket in unknown if bucket.on_device])
         measured.result()
-        sums: LocalSquares = {}
-        for bucket in work:
-            for where, parts in (bucket.squares or {}).items():
-                # What processes add up stays where they talk about it.
-                own = (part.sum().reshape(1) for part in parts)
-                sums.setdefault(where, []).extend(own if where else (part.cpu() for part in own))
-        totals = [total_squares({where: parts}).sum().cpu() for where, parts in sums.items()]
-        total = torch.stack(totals).sum() if totals else torch.zeros((), dtype=torch.float64, device="cpu")
+        total = summed_squares(work)
         if self.replicas is not None and self._placement.whole is None:
             total = self.replicas.sum(total)
         return total.reshape(1)
 
-    def _receive(self) -> None:
-        """Have whatever comes next on the device come after the new weights.
+    def _receive(self, buckets: Sequence[OffloadBucket]) -> None:
+        """Have whatever comes next on the device come after these buckets' new weights.
 
         Raises:
             Exception: A copy failed. The weights are sent again with the next step.
         """
         errors: list[Exception] = []
-        for bucket in self._placement.buckets:
+        for bucket in buckets:
             try:
                 bucket.sent.wait_on_device()
             except Exception as error:  # whatever a transport raises
@@ -346,8 +372,8 @@ class Detached:
                 bucket.sent = Ticket()
                 bucket.unsent |= set(bucket.under_way)
         if self.replicas is not None:
-            self.replicas.spread(self._placement.buckets)
-        params = [p for bucket in self._placement.buckets for p in bucket.params]
+            self.replicas.spread(buckets)
+        params = [p for bucket in buckets for p in bucket.params]
         # Behind torch's back: a later backward through an old weight must fail as after any in-place update.
         torch.autograd.graph.increment_version([local(p) for p in params])
         self._outside.note(params)
@@ -372,13 +398,3 @@ class Detached:
         if not self._overlap:
             notes.append("gradients stay on the device until the step")
         return notes
-
-
-def _on_host(max_norm: float | None, loss: LossScale | None, squares: Tensor | None) -> Scaling | None:
-    """What is known on the device, on the host: it is waited for here, once."""
-    if max_norm is None and loss is None:
-        return None
-    if loss is not None:
-        scale = None if loss.scale is None else loss.scale.cpu()
-        loss = LossScale(scale, loss.found_inf.cpu().clone(), loss.check)
-    return Scaling(max_norm, loss, squares)

@@ -23,7 +23,8 @@ from lightning_optim.control.window import ModuleState, RandomStates, muted
 from lightning_optim.offload import DetachedOptions
 from lightning_optim.offload.options import Clip
 from lightning_optim.optimizers.sam import stepped
-from lightning_optim.strategies.detached import DetachedBase, DetachedDrive
+from lightning_optim.strategies.detached import DetachedBase
+from lightning_optim.strategies.detached_drive import DetachedDrive
 from lightning_optim.strategies.drive import REPLACED, Drive, why_own_step
 from lightning_optim.strategies.driven import OnOneDevice
 from lightning_optim.warnings import warn_once

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,128 +14,16 @@ from lightning_optim.control.undo_policy import UndoPolicy
 from lightning_optim.control.window import needs_closure, needs_replay
 from lightning_optim.offload import Detached, DetachedOptions
 from lightning_optim.offload.checkpoint import gathered_masters, gathered_state, own_entries
-from lightning_optim.offload.options import Clip
+from lightning_optim.offload.options import Clip, Wait
 from lightning_optim.offload.replicas import Replicas
 from lightning_optim.optimizers.sam import stepped
-from lightning_optim.optimizers.stepper import Stepper
-from lightning_optim.strategies.drive import _AMP, REPLACED, Drive, _set_attribute
+from lightning_optim.strategies.detached_drive import DetachedDrive
+from lightning_optim.strategies.drive import Drive
 from lightning_optim.strategies.driven import Driven, OnOneDevice, Sharded
 from lightning_optim.warnings import warn_once
 
 #: The key of a checkpoint under which masters are that have more bits than their weights.
 MASTERS = "detached_masters"
-
-
-class DetachedDrive(Drive):
-    """One optimizer under a detached strategy.
-
-    Args:
-        optimizer: The optimizer.
-        engine: As of :class:`Drive`.
-        expects: What the next step will be given: see :class:`~lightning_optim.offload.Detached`.
-
-    Attributes:
-        detached: What steps it, once :meth:`attach` was called; until then it is stepped where its weights are.
-        rescue: Called with the error when a step finds no memory on the device; it may :meth:`attach`.
-
-    Raises:
-        ValueError: The optimizer's step was replaced.
-    """
-
-    _replaces_all = True
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        engine: str = "auto",
-        expects: Callable[[], tuple[float | None, float | None]] = lambda: (None, None),
-    ) -> None:
-        super().__init__(optimizer, engine)
-        if self.own_step == REPLACED:
-            name = type(optimizer).__name__
-            raise ValueError(f"detached: the step of this {name} was replaced, and would be passed by")
-        self.detached: Detached | None = None
-        self.rescue: Callable[[torch.OutOfMemoryError], None] | None = None
-        self._expects = expects
-        self._zero_grad_before: Any = None
-
-    def attach(self, optimizer: Optimizer, detached: Detached) -> None:
-        """Step by masters in host memory from here on."""
-        if self.own_step is not None:
-            self.own_step = None
-            self._amp_before = optimizer.__dict__.get(_AMP)
-            _set_attribute(optimizer, _AMP, False)
-        self.detached = detached
-        detached.last = self.stepping
-        self._zero_grad_before = optimizer.__dict__.get("zero_grad")
-        optimizer.zero_grad = detached.zero_grad  # type: ignore[method-assign]
-
-    @property
-    def writes_in_backward(self) -> bool:  # type: ignore[override] # of a class that never does
-        """See :attr:`Drive.writes_in_backward`."""
-        options = None if self.detached is None else self.detached.options
-        return options is not None and (options.clip != "exact" or options.delay_one_step)
-
-    def release(self, optimizer: Optimizer) -> None:
-        """See :meth:`Drive.release`: the state stays in host memory."""
-        if self.detached is not None:
-            self.detached.close()
-            _set_attribute(optimizer, "zero_grad", self._zero_grad_before)
-        super().release(optimizer)
-
-    def stepper(self, optimizer: Optimizer) -> Stepper:
-        """See :meth:`Drive.stepper`."""
-        # It has what is asked for: `step`, `report` and `scaling`.
-        return super().stepper(optimizer) if self.detached is None else self.detached  # type: ignore[return-value]
-
-    def extra_tensors(self) -> list[Tensor]:
-        """See :meth:`Drive.extra_tensors`."""
-        masters = {} if self.detached is None else self.detached.masters()
-        return [master for p, master in masters.items() if master is not p]
-
-    def undone(self, optimizer: Optimizer) -> None:
-        """See :meth:`Drive.undone`."""
-        if self.detached is not None:
-            self.detached.zero_grad()
-            self.detached.read_weights()
-
-    @contextmanager
-    def in_place_of_its_own(self, optimizer: Optimizer) -> Iterator[None]:
-        """See :meth:`Drive.in_place_of_its_own`."""
-        if self.detached is not None:
-            self.detached.last, self.detached.expects = True, self._expects()
-        try:
-            with super().in_place_of_its_own(optimizer):
-                yield
-        except BaseException:
-            if self.detached is not None:
-                self.detached.zero_grad()
-            raise
-        finally:
-            if self.detached is not None:
-                self.detached.last = False
-
-    def _update(self, optimizer: Optimizer) -> None:
-        if self.detached is not None:
-            self.detached.step(loss=self.loss, max_grad_norm=self._max_norm)
-            return
-        weights = [p for group in optimizer.param_groups for p in group["params"]]
-        versions = [p._version for p in weights]
-        try:
-            if self.own_step is not None:
-                inspect.unwrap(type(optimizer).step)(optimizer)
-            else:
-                super()._update(optimizer)
-            return
-        except torch.OutOfMemoryError as error:
-            if self.rescue is None or versions != [p._version for p in weights]:
-                raise  # in the middle of the step
-            failed = error.with_traceback(None)  # whose frames would keep memory
-        self.rescue(failed)
-        self._update(optimizer)
-
-    def _steps_sparse(self, optimizer: Optimizer) -> bool:
-        return self.detached is None and super()._steps_sparse(optimizer)  # who takes a sparse gradient refuses it
 
 
 class DetachedBase(Driven):
@@ -206,6 +92,21 @@ class DetachedBase(Driven):
         self._publish()
         return super().lightning_module_state_dict()
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a batch, with the weights after the last step."""
+        if self.options.wait == "forward":
+            for optimizer in self.optimizers:
+                if (detached := self._detached_of(optimizer)) is not None:
+                    detached.await_uncalled()
+        return super().training_step(*args, **kwargs)
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Step; where somebody looks at the weights before the next batch, wait for them."""
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self.options.wait == "forward" and self._weights_are_seen():
+            self._publish()
+        return output
+
     def on_validation_start(self) -> None:
         """Have the weights be those after the last step."""
         self._publish()
@@ -232,7 +133,8 @@ class DetachedBase(Driven):
         return drive
 
     def _detached(self, optimizer: Optimizer) -> Detached:
-        return Detached(optimizer, self.options, replicas=self._replicas(), overlap=self._overlaps())
+        module = self.lightning_module if self.options.wait == "forward" else None
+        return Detached(optimizer, self.options, replicas=self._replicas(), overlap=self._overlaps(), module=module)
 
     def _take_over(self, optimizer: Optimizer, trainer: Any) -> None:
         clip, scaler = self.options.clip, getattr(trainer.precision_plugin, "scaler", None)
@@ -287,6 +189,22 @@ class DetachedBase(Driven):
             and all(self._is_stock(callback, hook, "Callback") for hook in hooks for callback in trainer.callbacks)
         )
 
+    def _weights_are_seen(self) -> bool:
+        """Whether a hook between a step and the next batch may look at the weights, or change them."""
+        hooks = ("on_train_batch_end", "on_train_batch_start", "on_before_batch_transfer", "on_after_batch_transfer")
+        trainer, module = self._trainer, self.lightning_module
+        others = [
+            callback
+            for callback in trainer.callbacks
+            if not type(callback).__module__.startswith((self.root, "lightning_optim"))
+            or "Averag" in type(callback).__name__
+        ]
+        return (
+            not module.automatic_optimization
+            or not all(self._is_stock(module, hook) for hook in hooks)
+            or not all(self._is_stock(callback, hook, "Callback") for hook in hooks[:2] for callback in others)
+        )
+
     def _expectation(self) -> tuple[float | None, float | None]:
         """What the next step will be given, as far as one knows before it: loss scale and limit of the norm."""
         scaler = getattr(self.precision_plugin, "scaler", None)
@@ -324,9 +242,10 @@ class DetachedOnOneDevice(OnOneDevice, DetachedBase):
         device_fraction: float = 0.0,
         delay_one_step: bool = False,
         engine: str = "auto",
+        wait: Wait = "step",
         undo: bool | dict[str, Any] | UndoPolicy = False,
     ) -> None:
-        options = DetachedOptions(master_dtype, clip, bucket_mb, device_fraction, delay_one_step, engine)
+        options = DetachedOptions(master_dtype, clip, bucket_mb, device_fraction, delay_one_step, engine, wait)
         super().__init__(
             device,
             accelerator=accelerator,

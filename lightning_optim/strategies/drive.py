@@ -25,7 +25,7 @@ from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.optimizers.plan import Options
 from lightning_optim.optimizers.stepper import Stepper
 
-_AMP = "_step_supports_amp_scaling"
+AMP = "_step_supports_amp_scaling"
 
 #: Why an optimizer has to run its own step: it is not that of its class.
 REPLACED = "its step was replaced"
@@ -85,8 +85,8 @@ class Drive:
             if capture:
                 optimizer.capture_steps()
         # Where this is set, Lightning neither clips nor calls the scaler's `unscale_`. torch sets it on instances, too.
-        self._amp_before = optimizer.__dict__.get(_AMP)
-        _set_attribute(optimizer, _AMP, False)
+        self._amp_before = optimizer.__dict__.get(AMP)
+        set_attribute(optimizer, AMP, False)
 
     #: Whether optimizers that run their own step do so by :meth:`_update`, too.
     _replaces_all = False
@@ -104,7 +104,7 @@ class Drive:
     def release(self, optimizer: Optimizer) -> None:
         """Leave the optimizer as it was found."""
         if self.own_step is None:
-            _set_attribute(optimizer, _AMP, self._amp_before)
+            set_attribute(optimizer, AMP, self._amp_before)
         if self._adopted is not None:
             give_counters_back(optimizer)
         if isinstance(optimizer, RuleOptimizer) and self._options_before is not None:
@@ -147,7 +147,7 @@ class Drive:
         finally:
             if self.backward is not None:
                 self.backward.last = False
-            _set_attribute(optimizer, "step", before)
+            set_attribute(optimizer, "step", before)
             self.stepping, self._max_norm, self.loss, self._seen = False, None, None, None
 
     def clip(self, optimizer: Optimizer, max_norm: float, stock: Callable[[], None], *, has_its_own_way: bool) -> None:
@@ -228,7 +228,7 @@ def two_limits(optimizer: str, own: float, other: float) -> str:
     )
 
 
-def _set_attribute(owner: object, name: str, value: Any) -> None:
+def set_attribute(owner: object, name: str, value: Any) -> None:
     """Set an attribute of the instance, or remove it where ``value`` is None."""
     if value is None:
         owner.__dict__.pop(name, None)

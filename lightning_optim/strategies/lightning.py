@@ -116,6 +116,9 @@ class DetachedStrategy(DetachedOnOneDevice, SingleDeviceStrategy):
         bucket_mb: Megabytes of gradients that travel together.
         device_fraction: The share of the weights whose masters and state stay on the device.
         delay_one_step: Update beside the next forward and backward pass: an approximation.
+        wait: ``"step"`` or ``"forward"``: see :class:`~lightning_optim.offload.DetachedOptions`. Where hooks of the
+            module, or of other callbacks than Lightning's own, come between a step and the next batch, it is
+            ``"step"``.
         engine: Of our optimizers, and of those of torch's that we step.
         undo: As of :class:`InGraphStrategy`.
 

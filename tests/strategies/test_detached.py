@@ -46,6 +46,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "exact": {},
     "small buckets": {"bucket_mb": 1e-5},
     "speculative": {"bucket_mb": 1e-5, "clip": "speculative"},
+    "waiting in the forward pass": {"bucket_mb": 1e-5, "wait": "forward"},
     "half on the device": {"bucket_mb": 1e-5, "device_fraction": 0.5},
 }
 TORCHS: dict[str, Any] = {
@@ -75,7 +76,7 @@ def test_float32_weights(name: str, case: str, how: str) -> None:
     assert_same_state(run.optimizers[0].state_dict(), stock.optimizers[0].state_dict())
 
 
-@pytest.mark.parametrize("how", ["small buckets", "speculative"])
+@pytest.mark.parametrize("how", ["waiting in the forward pass", "speculative"])
 @pytest.mark.parametrize("case", [{}, CLIP, ACCUMULATE, CLIP | ACCUMULATE])
 @pytest.mark.parametrize("name", TORCHS)
 def test_bfloat16_weights(name: str, case: dict[str, Any], how: str) -> None:
@@ -212,6 +213,34 @@ def test_the_other_lightning(name: str) -> None:
     assert type(run.strategy).__module__ == "lightning_optim.strategies.pytorch_lightning"
     _, expected = fit(model(OPTIMIZERS[name]), "auto", **CLIP, accumulate_grad_batches=2)
     assert_same_steps(found, expected)
+
+
+class Asking(Model):
+    """Says whether weights had still to land when a batch began."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.pending: list[bool] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        (drive,) = self.trainer.strategy._drives.values()
+        self.pending.append(drive.detached._landing.is_pending)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_weights_are_waited_for_in_the_forward_pass_unless_somebody_looks(looks: bool) -> None:
+    import lightning.pytorch as pl
+
+    class Looking(pl.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            """It might read the weights."""
+
+    model = Asking(OPTIMIZERS["ours"])
+    strategy = DetachedStrategy(wait="forward")
+    make_trainer(strategy=strategy, callbacks=[Looking()] if looks else []).fit(model)
+    assert any(model.pending) != looks
+    assert "waited for in the forward pass" in strategy.report()
 
 
 def test_delayed_steps_are_those_of_gradients_one_step_old() -> None:

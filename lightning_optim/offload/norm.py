@@ -1,0 +1,38 @@
+"""The norm of all gradients, and what follows from it, on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_optim.engines.scaling import LossScale, Scaling
+from lightning_optim.offload.buckets import OffloadBucket
+from lightning_optim.optimizers.shards import LocalSquares, total_squares
+
+
+def summed_squares(work: Sequence[OffloadBucket]) -> Tensor:
+    """The sum of squares of all gradients, in the order of the buckets, whatever came first. Collective for shards.
+
+    Args:
+        work: Buckets whose own sums are known.
+    """
+    sums: LocalSquares = {}
+    for bucket in work:
+        for where, parts in (bucket.squares or {}).items():
+            # What processes add up stays where they talk about it.
+            own = (part.sum().reshape(1) for part in parts)
+            sums.setdefault(where, []).extend(own if where else (part.cpu() for part in own))
+    totals = [total_squares({where: parts}).sum().cpu() for where, parts in sums.items()]
+    return torch.stack(totals).sum() if totals else torch.zeros((), dtype=torch.float64, device="cpu")
+
+
+def scaling_on_host(max_norm: float | None, loss: LossScale | None, squares: Tensor | None) -> Scaling | None:
+    """What is known on the device, on the host: it is waited for here, once."""
+    if max_norm is None and loss is None:
+        return None
+    if loss is not None:
+        scale = None if loss.scale is None else loss.scale.cpu()
+        loss = LossScale(scale, loss.found_inf.cpu().clone(), loss.check)
+    return Scaling(max_norm, loss, squares)

@@ -1,0 +1,128 @@
+"""Stepping one optimizer from masters in host memory, in place of its own ``step``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.offload import Detached
+from lightning_optim.optimizers.stepper import Stepper
+from lightning_optim.strategies.drive import AMP, REPLACED, Drive, set_attribute
+
+
+class DetachedDrive(Drive):
+    """One optimizer under a detached strategy.
+
+    Args:
+        optimizer: The optimizer.
+        engine: As of :class:`Drive`.
+        expects: What the next step will be given: see :class:`~lightning_optim.offload.Detached`.
+
+    Attributes:
+        detached: What steps it, once :meth:`attach` was called; until then it is stepped where its weights are.
+        rescue: Called with the error when a step finds no memory on the device; it may :meth:`attach`.
+
+    Raises:
+        ValueError: The optimizer's step was replaced.
+    """
+
+    _replaces_all = True
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        engine: str = "auto",
+        expects: Callable[[], tuple[float | None, float | None]] = lambda: (None, None),
+    ) -> None:
+        super().__init__(optimizer, engine)
+        if self.own_step == REPLACED:
+            name = type(optimizer).__name__
+            raise ValueError(f"detached: the step of this {name} was replaced, and would be passed by")
+        self.detached: Detached | None = None
+        self.rescue: Callable[[torch.OutOfMemoryError], None] | None = None
+        self._expects = expects
+        self._zero_grad_before: Any = None
+
+    def attach(self, optimizer: Optimizer, detached: Detached) -> None:
+        """Step by masters in host memory from here on."""
+        if self.own_step is not None:
+            self.own_step = None
+            self._amp_before = optimizer.__dict__.get(AMP)
+            set_attribute(optimizer, AMP, False)
+        self.detached = detached
+        detached.last = self.stepping
+        self._zero_grad_before = optimizer.__dict__.get("zero_grad")
+        optimizer.zero_grad = detached.zero_grad  # type: ignore[method-assign]
+
+    @property
+    def writes_in_backward(self) -> bool:  # type: ignore[override] # of a class that never does
+        """See :attr:`Drive.writes_in_backward`."""
+        options = None if self.detached is None else self.detached.options
+        return options is not None and (options.clip != "exact" or options.delay_one_step)
+
+    def release(self, optimizer: Optimizer) -> None:
+        """See :meth:`Drive.release`: the state stays in host memory."""
+        if self.detached is not None:
+            self.detached.close()
+            set_attribute(optimizer, "zero_grad", self._zero_grad_before)
+        super().release(optimizer)
+
+    def stepper(self, optimizer: Optimizer) -> Stepper:
+        """See :meth:`Drive.stepper`."""
+        # It has what is asked for: `step`, `report` and `scaling`.
+        return super().stepper(optimizer) if self.detached is None else self.detached  # type: ignore[return-value]
+
+    def extra_tensors(self) -> list[Tensor]:
+        """See :meth:`Drive.extra_tensors`."""
+        masters = {} if self.detached is None else self.detached.masters()
+        return [master for p, master in masters.items() if master is not p]
+
+    def undone(self, optimizer: Optimizer) -> None:
+        """See :meth:`Drive.undone`."""
+        if self.detached is not None:
+            self.detached.zero_grad()
+            self.detached.read_weights()
+
+    @contextmanager
+    def in_place_of_its_own(self, optimizer: Optimizer) -> Iterator[None]:
+        """See :meth:`Drive.in_place_of_its_own`."""
+        if self.detached is not None:
+            self.detached.last, self.detached.expects = True, self._expects()
+        try:
+            with super().in_place_of_its_own(optimizer):
+                yield
+        except BaseException:
+            if self.detached is not None:
+                self.detached.zero_grad()
+            raise
+        finally:
+            if self.detached is not None:
+                self.detached.last = False
+
+    def _update(self, optimizer: Optimizer) -> None:
+        if self.detached is not None:
+            self.detached.step(loss=self.loss, max_grad_norm=self._max_norm)
+            return
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        versions = [p._version for p in weights]
+        try:
+            if self.own_step is not None:
+                inspect.unwrap(type(optimizer).step)(optimizer)
+            else:
+                super()._update(optimizer)
+            return
+        except torch.OutOfMemoryError as error:
+            if self.rescue is None or versions != [p._version for p in weights]:
+                raise  # in the middle of the step
+            failed = error.with_traceback(None)  # whose frames would keep memory
+        self.rescue(failed)
+        self._update(optimizer)
+
+    def _steps_sparse(self, optimizer: Optimizer) -> bool:
+        return self.detached is None and super()._steps_sparse(optimizer)  # who takes a sparse gradient refuses it
