@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import gpt2_shapes
 from gpu_report import machine, markdown
-from host_step import gpt2_shapes
 from torch import nn
 
 import lightning_optim

@@ -15,159 +15,33 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
-import time
-from array import array
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from common import (
+    RESULTS,
+    Contender,
+    Mixed,
+    deepspeed_adam,
+    gpt2_shapes,
+    machine,
+    measure,
+    parameters,
+    put_between,
+    stream,
+)
 
 import lightning_optim
-from lightning_optim.engines.base import Bucket, Layout
-from lightning_optim.engines.host.engine import HostEngine
-from lightning_optim.engines.host.threads import thread_count
-from lightning_optim.engines.host.toolchain import find_toolchain
-from lightning_optim.optimizers.plan import Options
-from lightning_optim.optimizers.stepper import Stepper
-from lightning_optim.rules import Policy, Rule, Update
 
-RESULTS = Path(__file__).parent / "results"
 SIZES = {"1M": 1e6, "10M": 1e7, "124M": None}
 
 _KEPT, _FRESH = "torch fused + casts, buffers kept", "torch fused + casts, grad.float()"
 
-#: How long the timed steps of one turn take, at least one step.
-BURST_SECONDS = 0.01
-
 #: Bytes of memory traffic per weight that each job cannot do without.
 BYTES = {"limit": 28, "adamw": 28, "lion": 20, "adamw mixed": 28}
-
-
-def gpt2_shapes(total: float | None) -> list[tuple[int, ...]]:
-    """The 148 tensors of GPT-2 (124M), every dimension scaled to reach about ``total`` weights."""
-    d = 768
-    block = [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
-    shapes: list[tuple[int, ...]] = [(50257, d), (1024, d), *block * 12, (d,), (d,)]
-    if total is None:
-        return shapes
-    factor = math.sqrt(total / sum(math.prod(s) for s in shapes))
-    return [tuple(max(1, int(n * factor)) for n in s) for s in shapes]
-
-
-@dataclass
-class Contender:
-    """One way of doing a job.
-
-    Attributes:
-        name: For the table.
-        job: ``"adamw"``, ``"lion"`` or ``"adamw mixed"``: what it is compared within.
-        step: Does it once.
-    """
-
-    name: str
-    job: str
-    step: Callable[[], Any]
-
-
-def _parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(s, generator=generator).mul_(0.02).to(dtype)) for s in shapes]
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).mul_(1e-3).to(dtype)
-    return params
-
-
-def stream(shapes: list[tuple[int, ...]]) -> Callable[[], None]:
-    """AdamW's memory traffic without its arithmetic: three arrays are read, added to and written; one is read."""
-
-    def add(p: Any, g: Any, exp_avg: Any, exp_avg_sq: Any, *, lr: Any) -> Any:
-        return lr * g, exp_avg + g, exp_avg_sq + g
-
-    params = _parameters(shapes)
-    update = Update(Rule(add), Policy())
-    names = ("p", "g", "exp_avg", "exp_avg_sq")
-    bucket = Bucket(
-        update=update,
-        layout=Layout(torch.float32, tuple((name, torch.float32) for name in names)),
-        device=torch.device("cpu"),
-        tensors={
-            "p": [p.detach() for p in params],
-            "g": [p.grad for p in params if p.grad is not None],
-            "exp_avg": [torch.zeros_like(p) for p in params],
-            "exp_avg_sq": [torch.zeros_like(p) for p in params],
-        },
-        steps=None,
-        rows=array("i", [0] * len(params)),
-        ids=array("i", range(len(params))),
-        sizes=tuple(p.numel() for p in params),
-    )
-    engine = HostEngine()
-    if (reason := engine.rejects(bucket)) is not None:
-        raise SystemExit(f"the host engine is not available here: {reason}")
-    bucket.locate()
-    return lambda: engine.run(bucket, [{"lr": 1e-6}])
-
-
-class Mixed:
-    """bfloat16 gradient → float32 master and moments → bfloat16 weight."""
-
-    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
-        self.masters = _parameters(shapes)
-        self.grads: dict[Tensor, Tensor] = {}
-        self.weights: dict[Tensor, Tensor] = {}
-        for master in self.masters:
-            assert master.grad is not None
-            self.grads[master] = master.grad.to(torch.bfloat16)
-            self.weights[master] = master.detach().to(torch.bfloat16)
-            master.grad = None
-
-    def ours(self) -> Callable[[], None]:
-        """One pass of the host engine."""
-        optimizer = lightning_optim.AdamW(self.masters, lr=1e-4, engine="host")
-        stepper = Stepper(optimizer, type(optimizer), Options(engine="host"))
-
-        def step(keep: Any = optimizer) -> None:  # the stepper does not own its optimizer
-            with torch.no_grad():
-                stepper.step(self.grads, self.weights)
-
-        return step
-
-    def with_casts(self, optimizer: torch.optim.Optimizer, *, fresh: bool = False) -> Callable[[], None]:
-        """Any float32 optimizer between a cast of the gradients and one of the weights.
-
-        Args:
-            optimizer: Of the masters.
-            fresh: Cast to new gradients, as ``grad.float()`` in a training loop does; otherwise to buffers that are
-                kept, the best that can be made of it.
-        """
-        if fresh:
-
-            def loop() -> None:
-                for master in self.masters:
-                    master.grad = self.grads[master].float()
-                optimizer.step()
-                optimizer.zero_grad()
-                for master in self.masters:
-                    self.weights[master].copy_(master.detach())
-
-            return loop
-        for master in self.masters:
-            master.grad = torch.zeros_like(master)
-        buffers = [master.grad for master in self.masters if master.grad is not None]
-        grads, weights = list(self.grads.values()), list(self.weights.values())
-        masters = [master.detach() for master in self.masters]
-
-        def step() -> None:
-            torch._foreach_copy_(buffers, grads)
-            optimizer.step()
-            torch._foreach_copy_(weights, masters)
-
-        return step
 
 
 def contenders(shapes: list[tuple[int, ...]]) -> list[Contender]:
@@ -176,81 +50,25 @@ def contenders(shapes: list[tuple[int, ...]]) -> list[Contender]:
     found = [
         Contender("in-place stream, 4 reads 3 writes", "limit", stream(shapes)),
         Contender(
-            "lightning-optim host", "adamw", lightning_optim.AdamW(_parameters(shapes), engine="host", **adamw).step
+            "lightning-optim host", "adamw", lightning_optim.AdamW(parameters(shapes), engine="host", **adamw).step
         ),
-        Contender("torch fused", "adamw", torch.optim.AdamW(_parameters(shapes), fused=True, **adamw).step),
-        Contender("torch foreach", "adamw", torch.optim.AdamW(_parameters(shapes), foreach=True, **adamw).step),
-        Contender("lightning-optim host", "lion", lightning_optim.Lion(_parameters(shapes), engine="host").step),
-        Contender("lightning-optim host", "adamw mixed", Mixed(shapes).ours()),
+        Contender("torch fused", "adamw", torch.optim.AdamW(parameters(shapes), fused=True, **adamw).step),
+        Contender("torch foreach", "adamw", torch.optim.AdamW(parameters(shapes), foreach=True, **adamw).step),
+        Contender("lightning-optim host", "lion", lightning_optim.Lion(parameters(shapes), engine="host").step),
+        Contender(
+            "lightning-optim host",
+            "adamw mixed",
+            Mixed(shapes).ours(partial(lightning_optim.AdamW, engine="host", lr=1e-4)),
+        ),
     ]
     for name, fresh in ((_KEPT, False), (_FRESH, True)):
-        mixed = Mixed(shapes)
-        fused = torch.optim.AdamW(mixed.masters, fused=True, **adamw)
-        found.append(Contender(name, "adamw mixed", mixed.with_casts(fused, fresh=fresh)))
-    if (deepspeed := _deepspeed_adam()) is not None:
-        found.append(Contender("DeepSpeedCPUAdam", "adamw", deepspeed(_parameters(shapes), **adamw).step))
-        mixed = Mixed(shapes)
-        found.append(
-            Contender("DeepSpeedCPUAdam + casts", "adamw mixed", mixed.with_casts(deepspeed(mixed.masters, **adamw)))
-        )
+        fused = partial(torch.optim.AdamW, fused=True, **adamw)
+        found.append(Contender(name, "adamw mixed", Mixed(shapes).with_casts(fused, fresh=fresh)))
+    if (deepspeed := deepspeed_adam()) is not None:
+        found.append(Contender("DeepSpeedCPUAdam", "adamw", deepspeed(parameters(shapes), **adamw).step))
+        step = Mixed(shapes).with_casts(partial(deepspeed, **adamw))
+        found.append(Contender("DeepSpeedCPUAdam + casts", "adamw mixed", step))
     return found
-
-
-def _deepspeed_adam() -> Callable[..., torch.optim.Optimizer] | None:
-    try:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-    except ImportError:
-        return None
-    return lambda params, **options: DeepSpeedCPUAdam(params, adamw_mode=True, **options)
-
-
-def measure(runs: list[Contender], rounds: int, seconds: float) -> list[list[float]]:
-    """Seconds of a step of each contender in each round."""
-    for run in runs:
-        for _ in range(3):  # build, create the state, touch the memory
-            run.step()
-    times: list[list[float]] = [[] for _ in runs]
-    bursts = [max(1, min(50, int(BURST_SECONDS / _seconds(run, 1)))) for run in runs]
-    deadline = time.perf_counter() + seconds
-    for number in range(rounds):
-        for k in range(len(runs)):
-            index = (k + number) % len(runs)  # nobody always follows the same neighbour
-            runs[index].step()
-            times[index].append(_seconds(runs[index], bursts[index]))
-        if time.perf_counter() > deadline and number >= 8:
-            break
-    return times
-
-
-def _seconds(run: Contender, steps: int) -> float:
-    start = time.perf_counter()
-    for _ in range(steps):
-        run.step()
-    return (time.perf_counter() - start) / steps
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-        flags = next(line for line in lines if line.startswith("flags")).split()
-        simd = next((s for s in ("avx512f", "avx2", "avx") if s in flags), "none")
-    except (OSError, StopIteration):
-        simd = "unknown"
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "simd": simd,
-        "threads": thread_count(),
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning_optim": lightning_optim.__version__,
-        "compiler": find_toolchain().version,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
 
 
 def build_seconds() -> dict[str, float]:
@@ -358,14 +176,6 @@ def run_case(shapes: list[tuple[int, ...]], rounds: int, seconds: float) -> list
     return summarize(runs, measure(runs, rounds, seconds), sum(math.prod(s) for s in shapes))
 
 
-def update_readme(table: str) -> None:
-    """Put the table between the README's markers."""
-    readme = Path(__file__).parent.parent / "README.md"
-    before, begin, rest = readme.read_text().partition("<!-- host_step: generated by benchmarks/host_step.py -->\n")
-    _, end, after = rest.partition("<!-- /host_step -->")
-    readme.write_text(f"{before}{begin}{table}{end}{after}")
-
-
 def main() -> None:
     """Measure, print, and write ``results/host_step.{json,md}``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -393,7 +203,7 @@ def main() -> None:
     (arguments.output / "host_step.md").write_text(markdown(result))
     print(markdown(result))
     if arguments.readme:
-        update_readme(summary(result))
+        put_between(Path(__file__).parent.parent / "README.md", "host_step", summary(result))
 
 
 if __name__ == "__main__":

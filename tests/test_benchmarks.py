@@ -37,7 +37,7 @@ def _run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def offload(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     folder = tmp_path_factory.mktemp("results")
     tiny = ["--sizes", SIZE, "--seconds", "0", "--rounds", "1", "--steps", "1"]
-    link = ["--link-weights", SIZE, "--backward", "0.01", "--models", "gpt2"]
+    link = ["--link-weights", SIZE, "--backward", "0.01", "--forward", "0.01", "--models", "gpt2"]
     done = _run("offload.py", "--parts", "host", "copied", "gpu", "--rehearse", *tiny, *link, "--output", str(folder))
     assert done.returncode == 0, done.stderr
     assert (folder / "offload.md").read_text() in done.stdout
@@ -53,10 +53,10 @@ def test_the_offload_benchmark_measures_every_way(offload: tuple[dict[str, Any],
     link = result["copied"]
     assert {case["model"] for case in link["cases"]} == {"gpt2"}
     for case in link["cases"]:
-        assert len(case["rows"]) == 10
+        assert len(case["rows"]) == 13
         assert all(row["exposed_ms"] > 0 for row in case["rows"])
         same = link["bit_equal_under_jitter"][case["model"]]
-        assert len(same) == 8
+        assert len(same) == 11
         assert all(same.values())
 
 

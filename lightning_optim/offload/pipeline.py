@@ -134,7 +134,8 @@ class Detached:
         self._grow()
         self._follow()
         transport, delayed = self._placement.transport, self.options.delay_one_step
-        if self.options.clip != "exact" and max_norm is None and loss is None:
+        # Not where the next forward pass waits for them: it wants those first that were updated last.
+        if self.options.clip != "exact" and max_norm is None and loss is None and self._landing is None:
             self._host.send_early(self._placement.buckets, GroupOptions(optimizer), transport, transport.fence())
         self._intake.collect()
         self._intake.measures = needs_squares(max_norm, loss)
