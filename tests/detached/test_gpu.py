@@ -1,4 +1,4 @@
-"""Detached steps of weights on a GPU: ``pytest -m gpu tests/offload``."""
+"""Detached steps of weights on a GPU: ``pytest -m gpu tests/detached``."""
 
 from __future__ import annotations
 
