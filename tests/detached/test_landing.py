@@ -131,6 +131,7 @@ def test_what_goes_wrong_is_said_where_it_is_waited_for() -> None:
     net(torch.ones(1, 4)).sum().backward()
     detached.step()
     detached.zero_grad()
+    detached.publish()
     transport.failures = 1
     net(torch.ones(1, 4)).sum().backward()
     detached.step()
