@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_optim.offload.buckets import OffloadBucket
@@ -88,7 +89,8 @@ class Landing:
 
     def on_call(self, module: nn.Module, own: Sequence[Tensor], *, root: bool) -> None:
         """A module is called."""
-        self._called.add(module)
+        if torch.is_grad_enabled():  # a validation may call what a training step does not
+            self._called.add(module)
         if not self._left:
             return
         if root:

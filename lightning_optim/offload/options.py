@@ -44,7 +44,7 @@ class DetachedOptions:
             device. ``"forward"``: it ends at once, and in the next forward pass each module waits, when it is called,
             for the weights that it owns: later layers are updated beside the first layers' forward pass. What reads
             weights otherwise must call :meth:`~lightning_optim.offload.Detached.publish` first. The results are the
-            same.
+            same. Only for optimizers that our engines step.
 
     Raises:
         ValueError: A value that is none of these.

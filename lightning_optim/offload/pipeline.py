@@ -274,7 +274,8 @@ class Detached:
 
     def report(self, *, scaled: bool = False) -> list[Decision]:
         """Which engine steps which parameters, and why."""
-        return self._placement.report(self.optimizer, scaled=scaled, notes=self._notes())
+        notes = [self.options.described(), *([] if self._overlap else ["gradients stay on the device until the step"])]
+        return self._placement.report(self.optimizer, scaled=scaled, notes=notes)
 
     def close(self) -> None:
         """Wait for all that is under way, and let the weights go."""
@@ -391,11 +392,3 @@ class Detached:
         """Take back what was updated in a backward pass that no step has come after yet."""
         if self.options.clip == "speculative" and not self._host.closed:
             self._host.submit(self._host.take_back, self._placement.buckets).result()
-
-    # -- small things -------------------------------------------------------------------------------------------
-
-    def _notes(self) -> list[str]:
-        notes = [self.options.described()]
-        if not self._overlap:
-            notes.append("gradients stay on the device until the step")
-        return notes

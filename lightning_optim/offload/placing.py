@@ -67,6 +67,7 @@ class Placement:
                 ("clip", options.clip, "exact"),
                 ("device_fraction", options.device_fraction, 0.0),
                 ("delay_one_step", options.delay_one_step, False),  # its param groups have the masters meanwhile
+                ("wait", options.wait, "step"),  # as before
             ):
                 if value != valid:
                     raise ValueError(

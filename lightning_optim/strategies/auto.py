@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -22,6 +21,7 @@ from lightning_optim.control.undo_policy import UndoPolicy
 from lightning_optim.control.window import ModuleState, RandomStates, muted
 from lightning_optim.offload import DetachedOptions
 from lightning_optim.offload.options import Clip
+from lightning_optim.offload.placing import Placement
 from lightning_optim.optimizers.sam import stepped
 from lightning_optim.strategies.detached import DetachedBase
 from lightning_optim.strategies.detached_drive import DetachedDrive
@@ -77,20 +77,14 @@ class Auto(OnOneDevice, DetachedBase):
         )
         self.activation_gb = activation_gb
         self.plan: Plan | None = None
-        self._chooses_clip = clip == "auto"
+        self._given, self._chooses_clip = options, clip == "auto"
 
     # -- what Lightning calls -----------------------------------------------------------------------------------
 
     def setup(self, trainer: Any) -> None:
         """Set up as Lightning's own strategy does, after which memory is measured and the placement chosen."""
-        self.plan = None
+        self.plan, self.options = None, self._given
         super().setup(trainer)
-
-    def on_train_start(self) -> None:
-        """Say what was chosen, and why."""
-        super().on_train_start()
-        if self.plan is not None:
-            import_module(f"{self.root}.utilities.rank_zero").rank_zero_info(f"{self.strategy_name}: {self.plan}")
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate a batch; if there is no memory for it, move masters and state to the host, and try again."""
@@ -115,12 +109,16 @@ class Auto(OnOneDevice, DetachedBase):
             if not self._may_fall_back() or not window:
                 raise
             failed = error.with_traceback(None)
+        if not closure_loss._is_view():
+            closure_loss.detach_()  # who called holds it, and by its graph the activations of the pass that failed
         self._fall_back(failed)
         for one in self.optimizers:
             self._forget_gradients(stepped(one))
         assert optimizer is not None  # noqa: S101 # of automatic optimization
         with muted(self.lightning_module, "log", "log_dict"):
             window.replay(partial(self._backward_again, optimizer=optimizer), nullcontext)
+        closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)  # calls hooks
+        self.post_backward(closure_loss)
         return closure_loss
 
     # -- ours ---------------------------------------------------------------------------------------------------
@@ -128,7 +126,9 @@ class Auto(OnOneDevice, DetachedBase):
     def report(self) -> str:
         """The plan, and which engine steps which optimizer."""
         report = super().report()
-        return report if self.plan is None else f"{self.strategy_name}: {self.plan}\n{report}"
+        # After a training it is what was kept, with the plan in it.
+        told = self.plan is None or self._drives is None
+        return report if told else f"{self.strategy_name}: {self.plan}\n{report}"
 
     def _take_over(self, optimizer: Optimizer, trainer: Any) -> None:
         self.plan = self._choose(optimizer, trainer)
@@ -139,6 +139,9 @@ class Auto(OnOneDevice, DetachedBase):
                 self.options = replace(self.options, clip=clip)
             super()._take_over(optimizer, trainer)
         else:
+            if not self._chooses_clip:  # what could not be served after a fall-back is refused now
+                self._check_clip(trainer)
+                Placement(optimizer, self.options, None, None)
             self._drive(optimizer)
 
     def _choose(self, optimizer: Optimizer, trainer: Any) -> Plan:
@@ -176,10 +179,16 @@ class Auto(OnOneDevice, DetachedBase):
             return None
         module = self.lightning_module
         noise, state = RandomStates({self.root_device}), ModuleState(module, metrics=True)
+        results = self._trainer._results  # what `log` is adding up: metrics, by name
+        logged = {name: ModuleState(metric, metrics=True) for name, metric in results.items()}
 
         def again() -> None:
             noise.put_back()
             state.put_back()
+            for name in [name for name in results if name not in logged]:
+                del results[name]
+            for metric in logged.values():
+                metric.put_back()
 
         return again
 
@@ -196,6 +205,8 @@ class Auto(OnOneDevice, DetachedBase):
             drive = self._drive(optimizer)
             if isinstance(drive, DetachedDrive) and drive.detached is None:
                 drive.attach(optimizer, self._detached(optimizer))
+        if not super()._is_recording():
+            self._window = None  # nothing is going to be done again: its batches are not kept
         _free(self.root_device)
         warn_once(f"{self.strategy_name}: {self.plan.reason}", key=f"{self.strategy_name} falls back")
 

@@ -25,6 +25,12 @@ from lightning_optim.warnings import warn_once
 #: The key of a checkpoint under which masters are that have more bits than their weights.
 MASTERS = "detached_masters"
 
+#: Hooks that come after a step, and before the strategy hears of it.
+END_HOOKS = ("on_train_epoch_start", "on_train_epoch_end", "on_train_end")
+
+#: In the names of those of Lightning's own callbacks that look at weights, or call what their user gives them.
+LOOKERS = ("Averag", "Lambda", "Pruning")
+
 
 class DetachedBase(Driven):
     """Steps optimizers from masters in host memory.
@@ -136,16 +142,20 @@ class DetachedBase(Driven):
         module = self.lightning_module if self.options.wait == "forward" else None
         return Detached(optimizer, self.options, replicas=self._replicas(), overlap=self._overlaps(), module=module)
 
-    def _take_over(self, optimizer: Optimizer, trainer: Any) -> None:
-        clip, scaler = self.options.clip, getattr(trainer.precision_plugin, "scaler", None)
-        if clip == "none" and (trainer.gradient_clip_val or scaler is not None):
+    def _check_clip(self, trainer: Any) -> None:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if self.options.clip == "none" and (trainer.gradient_clip_val or scaler is not None):
             what = (
                 f"gradient_clip_val={trainer.gradient_clip_val}"
                 if trainer.gradient_clip_val
                 else f"precision={trainer.precision!r}"
             )
             raise ValueError(f"clip='none' with {what}; valid: clip='exact' or clip='speculative'")
+
+    def _take_over(self, optimizer: Optimizer, trainer: Any) -> None:
+        self._check_clip(trainer)
         self._drive(optimizer)
+        clip = self.options.clip
         if clip != "exact" and not self._overlaps():
             warn_once(
                 f"{self.strategy_name}: clip={clip!r} is of no use here: something looks at the gradients before the "
@@ -162,8 +172,8 @@ class DetachedBase(Driven):
     def _release(self) -> None:
         drives = {o: drive for o, drive in (self._drives or {}).items() if isinstance(drive, DetachedDrive)}
         ended = {o: drive.detached for o, drive in drives.items() if drive.detached is not None}
-        super()._release()
         self._ended = WeakKeyDictionary(ended) if ended else None
+        super()._release()
 
     def _publish(self) -> None:
         for optimizer in self.optimizers:
@@ -191,18 +201,20 @@ class DetachedBase(Driven):
 
     def _weights_are_seen(self) -> bool:
         """Whether a hook between a step and the next batch may look at the weights, or change them."""
-        hooks = ("on_train_batch_end", "on_train_batch_start", "on_before_batch_transfer", "on_after_batch_transfer")
+        # Those at the ends of epochs and trainings too: where these end may turn out only after the step.
+        hooks = ("on_train_batch_end", "on_train_batch_start", "on_validation_start", *END_HOOKS)
+        transfers = ("on_before_batch_transfer", "on_after_batch_transfer")
         trainer, module = self._trainer, self.lightning_module
         others = [
             callback
             for callback in trainer.callbacks
             if not type(callback).__module__.startswith((self.root, "lightning_optim"))
-            or "Averag" in type(callback).__name__
+            or any(word in type(callback).__name__ for word in LOOKERS)
         ]
         return (
             not module.automatic_optimization
-            or not all(self._is_stock(module, hook) for hook in hooks)
-            or not all(self._is_stock(callback, hook, "Callback") for hook in hooks[:2] for callback in others)
+            or not all(self._is_stock(module, hook) for hook in (*hooks, *transfers))
+            or not all(self._is_stock(callback, hook, "Callback") for hook in hooks for callback in others)
         )
 
     def _expectation(self) -> tuple[float | None, float | None]:
@@ -214,7 +226,13 @@ class DetachedBase(Driven):
 
     def _load_masters(self, optimizer: Optimizer, masters: Mapping[str, Tensor]) -> None:
         detached = self._detached_of(optimizer)
-        if detached is None or not masters:
+        if not masters:
+            return
+        if detached is None:
+            warn_once(
+                f"{self.strategy_name}: the checkpoint's masters, which have more bits than its weights, are not used: "
+                "the step is where the weights are"
+            )
             return
         by_name = dict(self.lightning_module.named_parameters())
         strange = detached.set_masters({by_name[name]: value for name, value in masters.items() if name in by_name})

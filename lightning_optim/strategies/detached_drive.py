@@ -48,6 +48,7 @@ class DetachedDrive(Drive):
         self.rescue: Callable[[torch.OutOfMemoryError], None] | None = None
         self._expects = expects
         self._zero_grad_before: Any = None
+        self._masters_copied = False  # whether they are in the snapshot that steps are undone to
 
     def attach(self, optimizer: Optimizer, detached: Detached) -> None:
         """Step by masters in host memory from here on."""
@@ -68,10 +69,13 @@ class DetachedDrive(Drive):
 
     def release(self, optimizer: Optimizer) -> None:
         """See :meth:`Drive.release`: the state stays in host memory."""
-        if self.detached is not None:
-            self.detached.close()
-            set_attribute(optimizer, "zero_grad", self._zero_grad_before)
-        super().release(optimizer)
+        try:
+            if self.detached is not None:
+                self.detached.close()
+        finally:
+            if self.detached is not None:
+                set_attribute(optimizer, "zero_grad", self._zero_grad_before)
+            super().release(optimizer)
 
     def stepper(self, optimizer: Optimizer) -> Stepper:
         """See :meth:`Drive.stepper`."""
@@ -80,14 +84,20 @@ class DetachedDrive(Drive):
 
     def extra_tensors(self) -> list[Tensor]:
         """See :meth:`Drive.extra_tensors`."""
+        self._masters_copied = self.detached is not None
         masters = {} if self.detached is None else self.detached.masters()
         return [master for p, master in masters.items() if master is not p]
 
     def undone(self, optimizer: Optimizer) -> None:
         """See :meth:`Drive.undone`."""
-        if self.detached is not None:
-            self.detached.zero_grad()
-            self.detached.read_weights()
+        if self.detached is None:
+            return
+        self.detached.zero_grad()
+        self.detached.read_weights()
+        if not self._masters_copied:  # the snapshot is of weights and state on the device
+            with self.detached.masters_in_place():
+                pass  # which brings the state to the host
+            self.detached.set_masters({p: p.detach() for p in self.detached.masters()})
 
     @contextmanager
     def in_place_of_its_own(self, optimizer: Optimizer) -> Iterator[None]:
@@ -97,9 +107,12 @@ class DetachedDrive(Drive):
         try:
             with super().in_place_of_its_own(optimizer):
                 yield
-        except BaseException:
+        except BaseException as error:
             if self.detached is not None:
-                self.detached.zero_grad()
+                try:
+                    self.detached.zero_grad()
+                except RuntimeError as too_late:  # with clip="none" it tells of updates that were made
+                    error.add_note(str(too_late))
             raise
         finally:
             if self.detached is not None:
@@ -110,7 +123,8 @@ class DetachedDrive(Drive):
             self.detached.step(loss=self.loss, max_grad_norm=self._max_norm)
             return
         weights = [p for group in optimizer.param_groups for p in group["params"]]
-        versions = [p._version for p in weights]
+        states = dict(optimizer.state)
+        before = _versions(weights, states)
         try:
             if self.own_step is not None:
                 inspect.unwrap(type(optimizer).step)(optimizer)
@@ -118,11 +132,19 @@ class DetachedDrive(Drive):
                 super()._update(optimizer)
             return
         except torch.OutOfMemoryError as error:
-            if self.rescue is None or versions != [p._version for p in weights]:
+            if self.rescue is None or before != _versions(weights, states):
                 raise  # in the middle of the step
+            for p in optimizer.state.keys() - states.keys():
+                del optimizer.state[p]  # which the step has made, and perhaps begun with
             failed = error.with_traceback(None)  # whose frames would keep memory
         self.rescue(failed)
         self._update(optimizer)
 
     def _steps_sparse(self, optimizer: Optimizer) -> bool:
         return self.detached is None and super()._steps_sparse(optimizer)  # who takes a sparse gradient refuses it
+
+
+def _versions(weights: list[Tensor], states: dict[Any, Any]) -> list[int]:
+    """Differs once a weight or a state has changed: what is no tensor is another object then."""
+    values = [value for state in states.values() if isinstance(state, dict) for value in state.values()]
+    return [value._version if isinstance(value, Tensor) else id(value) for value in (*weights, *values)]

@@ -6,6 +6,7 @@ A strategy is a subclass of these before one of Lightning's own: see :mod:`light
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib import import_module
 from typing import Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
@@ -95,8 +96,10 @@ class Driven(Undoes, Replays, _Strategy):
 
     def teardown(self) -> None:
         """Leave the optimizers and the precision plugin as they were found."""
-        self._release()
-        super().teardown()
+        try:
+            self._release()
+        finally:
+            super().teardown()
 
     # -- ours ---------------------------------------------------------------------------------------------------
 
@@ -155,10 +158,11 @@ class Driven(Undoes, Replays, _Strategy):
             del plugin.clip_gradients
         if isinstance(scaler := getattr(plugin, "scaler", None), InStepScaler):
             plugin.scaler = scaler.scaler
-        for optimizer, drive in (self._drives or {}).items():
-            drive.release(optimizer)
-        self._drives = None
-        self._schedules.release()
+        drives, self._drives = self._drives, None
+        with ExitStack() as all_of_them:  # even if one of them ends with an error, as a step may on its way
+            all_of_them.callback(self._schedules.release)
+            for optimizer, drive in (drives or {}).items():
+                all_of_them.callback(drive.release, optimizer)
 
     def _is_lightnings(self, plugin: Any, *methods: str) -> bool:
         roots = (self.root, "lightning.fabric", "lightning_fabric")

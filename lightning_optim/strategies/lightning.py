@@ -117,8 +117,8 @@ class DetachedStrategy(DetachedOnOneDevice, SingleDeviceStrategy):
         device_fraction: The share of the weights whose masters and state stay on the device.
         delay_one_step: Update beside the next forward and backward pass: an approximation.
         wait: ``"step"`` or ``"forward"``: see :class:`~lightning_optim.offload.DetachedOptions`. Where hooks of the
-            module, or of other callbacks than Lightning's own, come between a step and the next batch, it is
-            ``"step"``.
+            module, or of other callbacks than Lightning's own, come between a step and the next batch (or the end of
+            the epoch, or a validation), it is ``"step"``.
         engine: Of our optimizers, and of those of torch's that we step.
         undo: As of :class:`InGraphStrategy`.
 
@@ -182,7 +182,8 @@ class OptimAutoStrategy(Auto, SingleDeviceStrategy):
     and masters counted: see :func:`~lightning_optim.control.placement.choose`, and ``lightning-optim plan``, which says
     the same beforehand. The reason is logged, and part of :meth:`report`. If the device runs out of memory in a run
     that began in_graph, masters and state move to the host, what was being done is done again with the same noise, and
-    the run goes on, its results as if nothing had happened. (Batches of a window are kept until the step for that; not
+    the run goes on, its results as if nothing had happened; with bfloat16 or float16 weights it goes on with float32
+    masters, which it had not. (Batches of a window are kept until the step for that; not
     recovered is the middle of a step whose weights have begun to change, and manual optimization.)
 
     Args:

@@ -216,6 +216,11 @@ class Undoes(_Strategy):
             )
         if getattr(getattr(self, "options", None), "delay_one_step", False):
             raise ValueError("undo with delay_one_step=True, where a loss is of older weights; valid: one of them")
+        if getattr(getattr(self, "options", None), "clip", None) == "none":
+            raise ValueError(
+                "undo with clip='none', whose updates in the backward pass cannot be taken back; valid: clip='exact', "
+                "clip='speculative', or undo=False"
+            )
         if getattr(self, "capture", False):
             raise ValueError("undo with capture=True has not been tried on a GPU; valid: one of them")
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]

@@ -87,6 +87,21 @@ def test_a_step_ends_before_the_weights_have_landed() -> None:
     detached.close()
 
 
+def test_a_module_that_only_a_validation_calls_does_not_wait_for_itself() -> None:
+    net = Borrowing()
+    optimizer = lightning_optim.SGD(net.parameters(), lr=0.01)
+    detached = Detached(optimizer, waiting(), transport=SimulatedLink(SLOW, 1e-2, poison=True), module=net)
+    with torch.no_grad():
+        net.lent(torch.ones(1, 8))
+    for _ in range(3):
+        output = net(torch.zeros(1, 2, dtype=torch.int64))
+        assert not output.isnan().any()
+        output.sum().backward()
+        detached.step()
+        detached.zero_grad()
+    detached.close()
+
+
 def test_layers_do_not_wait_for_later_ones() -> None:
     """While the first layer computes, weights of the last are still on their way."""
     net = nn.Sequential(*[nn.Linear(16, 16) for _ in range(6)])

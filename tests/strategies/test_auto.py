@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +19,7 @@ from lightning_optim.control.placement import PlacementError
 from lightning_optim.optimizers.stepper import Stepper
 from lightning_optim.strategies import OptimAutoStrategy
 
-from .common import EXACT, OPTIMIZERS, Model, assert_same_steps, fit, known_warnings, model_class, scaled
+from .common import EXACT, OPTIMIZERS, Model, assert_same_steps, fit, known_warnings, make_trainer, model_class, scaled
 
 pytestmark = [*known_warnings, pytest.mark.filterwarnings("ignore:optim_auto. in_graph ran out of device memory")]
 
@@ -170,6 +174,134 @@ def test_a_foreign_step_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_steps(found, expected)
 
 
+class StatesFirst(torch.optim.Optimizer):
+    """Changes all its states before the first weight."""
+
+    def __init__(self, params: Any, fails_at: int) -> None:
+        super().__init__(params, {"lr": 0.01})
+        self.fails_at = fails_at
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p in weights:
+            state = self.state[p] or {"momentum": torch.zeros_like(p), "count": 0}
+            state["momentum"].mul_(0.9).add_(p.grad)
+            state["count"] += 1
+            self.state[p] = state
+        if state["count"] == self.fails_at:
+            self.fails_at = 0
+            raise torch.OutOfMemoryError("no more memory (this is a test)")
+        for p in weights:
+            p.sub_(self.state[p]["momentum"] * self.param_groups[0]["lr"])
+        return loss
+
+
+def test_a_first_step_that_had_begun_with_its_states() -> None:
+    """They are made anew."""
+    run, found = fit(Model(partial(StatesFirst, fails_at=1)), "optim_auto")
+    assert run.strategy.plan.placement == "detached"
+    _, expected = fit(Model(partial(StatesFirst, fails_at=0)), "auto")
+    assert_same_steps(found, expected)
+
+
+def test_a_later_step_that_had_begun_with_its_states() -> None:
+    """What they were is gone: done again, it would count twice."""
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(Model(partial(StatesFirst, fails_at=2)), "optim_auto")
+
+
+def test_hooks_after_a_backward_pass_that_is_done_again() -> None:
+    class Hooked(Dropping):
+        def on_after_backward(self) -> None:
+            self.after.append(self.batch_idx)
+
+    model = Hooked(OPTIMIZERS["ours"])
+    model.after, model.fails = [], once("backward", 3)
+    run, _ = fit(model, "optim_auto")
+    assert run.strategy.plan.placement == "detached"
+    assert model.after == list(range(8))
+
+
+def test_what_failed_is_freed_before_it_is_done_again() -> None:
+    """The graph of the loss, which keeps activations; and afterwards the batches of the window."""
+
+    class Watching(Dropping):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            self.alive.append((batch_idx, any(ref() is not None for ref in self.graphs)))
+            loss = super().training_step(batch, batch_idx)
+            part_of_graph = threading.Event()  # any object that can be referred to weakly
+            self.graphs.append(weakref.ref(part_of_graph))
+            loss.grad_fn.metadata["part"] = part_of_graph
+            return loss
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.windows.append(self.trainer.strategy._window)
+
+    model = Watching(OPTIMIZERS["ours"])
+    model.alive, model.graphs, model.windows, model.fails = [], [], [], once("backward", 3)
+    fit(model, "optim_auto")
+    assert [alive for batch_idx, alive in model.alive if batch_idx == 3][1:] == [False]
+    assert model.windows[2] is not None
+    assert model.windows[3:] == [None] * 5
+
+
+def test_the_plan_is_said_once() -> None:
+    run, _ = fit(Model(OPTIMIZERS["ours"]), "optim_auto")
+    assert run.strategy.report().count("optim_auto: in_graph: the step needs") == 1
+
+
+def test_the_next_fit_begins_with_the_options_that_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, strategy = Model(OPTIMIZERS["ours"]), OptimAutoStrategy()
+    trainer = make_trainer(strategy=strategy, accelerator="auto")
+    given = strategy.options
+    strategy.options = replace(given, clip="speculative")  # as a fit may leave them
+    trainer.fit(model)
+    assert strategy.options == given
+
+
+@pytest.mark.parametrize(
+    ("clip", "name", "options", "message"),
+    [
+        ("none", "ours", CLIP, "clip='none' with gradient_clip_val=0.5"),
+        ("speculative", "foreign", {}, "clip='speculative' with RMSprop"),
+    ],
+)
+def test_what_a_fall_back_could_not_serve(clip: Any, name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(Model(OPTIMIZERS[name]), OptimAutoStrategy(clip=clip), **options)
+
+
+def test_masters_of_a_checkpoint_after_a_fall_back(tmp_path: Path) -> None:
+    """They are saved; and a run that steps where the weights are says that it does not use them."""
+
+    class InBfloat16(Dropping):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            return super().training_step([batch[0].to(self.net[0].weight.dtype), batch[1]], batch_idx)
+
+    model = InBfloat16(OPTIMIZERS["torch AdamW"])
+    model.fails = once("backward", 3)
+    options = {"precision": "bf16-true"}
+    run, _ = fit(model, "optim_auto", **options)
+    run.save_checkpoint(tmp_path / "auto.ckpt")
+    saved = torch.load(tmp_path / "auto.ckpt", weights_only=True)
+    (masters,) = saved["detached_masters"]
+    for key, master in masters.items():
+        assert master.dtype == torch.float32
+        assert torch.equal(master.bfloat16(), saved["state_dict"][key])
+    assert saved["optimizer_states"][0]["state"][0]["exp_avg"].dtype == torch.float32
+    with pytest.warns(UserWarning, match="masters, which have more bits than its weights, are not used"):
+        fit(
+            InBfloat16(OPTIMIZERS["torch AdamW"]),
+            "optim_auto",
+            ckpt_path=tmp_path / "auto.ckpt",
+            **options,
+            max_epochs=2,
+        )
+
+
 def test_twice_is_too_much() -> None:
     model = Dropping(OPTIMIZERS["ours"])
     model.fails = lambda place, batch_idx: place == "forward"
@@ -193,6 +325,21 @@ def test_logged_values_are_there_after_a_fall_back() -> None:
     run, _ = fit(model, "optim_auto")
     plain, _ = fit(Dropping(OPTIMIZERS["ours"]), "auto")
     torch.testing.assert_close(run.callback_metrics["loss"], plain.callback_metrics["loss"])
+
+
+@pytest.mark.parametrize("batch_idx", [0, 6])
+def test_means_of_what_is_logged_have_every_batch_once(batch_idx: int) -> None:
+    class Logging(Dropping):
+        def _maybe(self, place: str) -> None:
+            if place == "forward":
+                self.log("mean", float(self.batch_idx), on_step=False, on_epoch=True, batch_size=2)
+            super()._maybe(place)
+
+    model = Logging(OPTIMIZERS["ours"])
+    model.fails = once("forward", batch_idx)
+    run, _ = fit(model, "optim_auto")
+    assert run.strategy.plan.placement == "detached"
+    assert run.callback_metrics["mean"] == 3.5
 
 
 def test_the_other_lightning() -> None:

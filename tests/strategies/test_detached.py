@@ -58,7 +58,7 @@ TORCHS: dict[str, Any] = {
 
 def detached(case: str, name: str) -> Any:
     options = STRATEGIES[case]
-    if name == "foreign" and ("clip" in options or "device_fraction" in options):
+    if name == "foreign" and {"clip", "device_fraction", "wait"} & options.keys():
         pytest.skip("an optimizer that runs its own step does so for all masters at once")
     return DetachedStrategy(**options)
 
@@ -228,18 +228,23 @@ class Asking(Model):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("looks", [False, True])
-def test_weights_are_waited_for_in_the_forward_pass_unless_somebody_looks(looks: bool) -> None:
+def nobody(*_: Any) -> None:
+    """It might read the weights."""
+
+
+@pytest.mark.parametrize(
+    "hook", [None, "on_train_batch_end", "on_train_epoch_end", "on_train_end", "on_validation_start", "Lightning's own"]
+)
+def test_weights_are_waited_for_in_the_forward_pass_unless_somebody_looks(hook: str | None) -> None:
     import lightning.pytorch as pl
 
-    class Looking(pl.Callback):
-        def on_train_batch_end(self, *args: Any) -> None:
-            """It might read the weights."""
-
+    callbacks = [] if hook is None else [type("Looking", (pl.Callback,), {hook: nobody})()]
+    if hook == "Lightning's own":
+        callbacks = [pl.callbacks.LambdaCallback(on_train_batch_end=nobody)]
     model = Asking(OPTIMIZERS["ours"])
     strategy = DetachedStrategy(wait="forward")
-    make_trainer(strategy=strategy, callbacks=[Looking()] if looks else []).fit(model)
-    assert any(model.pending) != looks
+    make_trainer(strategy=strategy, callbacks=callbacks).fit(model)
+    assert any(model.pending) != (hook is not None)
     assert "waited for in the forward pass" in strategy.report()
 
 
@@ -281,6 +286,29 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 def test_no_clipping_means_none(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="clip='none' with"):
         fit(Model(OPTIMIZERS["ours"]), DetachedStrategy(clip="none"), **options)
+
+
+def test_what_is_waited_for_later_cannot_be_stepped_whole() -> None:
+    """Its param groups would have masters in them, and the next learning rate, while it steps."""
+    with pytest.raises(ValueError, match=r"wait='forward' with RMSprop.*valid: wait='step'"):
+        fit(Model(OPTIMIZERS["foreign"]), DetachedStrategy(wait="forward"))
+
+
+def test_an_error_of_a_backward_pass_is_not_lost_where_updates_cannot_be_taken_back() -> None:
+    class Failing(Model):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            if batch_idx == 4:
+                self.net[0].weight.register_hook(self.fail)
+            return super().training_step(batch, batch_idx)
+
+        def fail(self, grad: Tensor) -> None:
+            raise OSError("the user's own")
+
+    strategy = DetachedStrategy(clip="none", bucket_mb=1e-5)
+    with pytest.raises(OSError, match="the user's own") as found:
+        fit(Failing(OPTIMIZERS["ours"]), strategy)
+    assert "was updated in the backward pass" in found.value.__notes__[0]
+    assert strategy._drives is None
 
 
 def test_no_clipping_steps_in_the_backward_pass() -> None:

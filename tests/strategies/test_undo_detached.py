@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_optim.strategies import DetachedStrategy
+from lightning_optim.strategies import DetachedStrategy, OptimAutoStrategy
 
 from .common import OPTIMIZERS, fit, known_warnings
 from .undoing import POLICY, Poisoned, Reference, assert_same_from
@@ -46,6 +46,45 @@ def test_a_spike(name: str, clip: Any, options: dict[str, Any], dtype: str) -> N
     (record,) = run.strategy.undo_records
     assert (record["action"], record["undone"]) == ("undo", 1)
     assert_same_from(found, expected, 5)
+
+
+@pytest.mark.parametrize("name", ["ours", "torch AdamW", "foreign"])
+def test_a_spike_after_a_fall_back(name: str) -> None:
+    """What is put back was copied when there were no masters, and the state was of the weights' type."""
+
+    class Failing(in_bfloat16(Poisoned)):  # type: ignore[misc]
+        has_failed = False
+
+        def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> Any:
+            output = super().training_step(batch, batch_idx)
+            output["loss"].register_hook(self.maybe)
+            return output
+
+        def maybe(self, grad: torch.Tensor) -> None:
+            if self.number == 4 and not self.has_failed:
+                self.has_failed = True
+                raise torch.OutOfMemoryError("no more memory (this is a test)")
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            if self.number == 5:
+                (drive,) = self.trainer.strategy._drives.values()
+                masters = drive.detached.masters()
+                assert all(torch.equal(master, p) for p, master in masters.items())
+                states = self.trainer.optimizers[0].state
+                dtypes = {value.dtype for state in states.values() for value in state.values()}
+                assert dtypes == {torch.float32}
+                self.was_asked = True
+
+    model = Failing(OPTIMIZERS[name], {5: 1e4})
+    with pytest.warns(UserWarning, match="ran out of device memory"):
+        run, _ = fit(model, OptimAutoStrategy(undo=POLICY))
+    assert [record["action"] for record in run.strategy.undo_records] == ["undo"]
+    assert model.was_asked
+
+
+def test_updates_that_cannot_be_taken_back_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"undo with clip='none'.*valid: clip='exact'"):
+        fit(Poisoned(OPTIMIZERS["ours"]), DetachedStrategy(clip="none", undo=POLICY))
 
 
 def test_losses_of_older_weights_are_refused() -> None:
