@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 RANKS = 2
@@ -29,6 +32,17 @@ def launch(target: Callable[[int, Path], None], folder: Path, ranks: int = RANKS
         for process in processes:
             process.kill()
     return folder
+
+
+def enter(rank: int, folder: Path) -> None:
+    """Begin a process of a Lightning training in several: quietly, with one thread, in one group with the others."""
+    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(RANKS))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", CUDA_VISIBLE_DEVICES="", GLOO_SOCKET_IFNAME="lo")
+    os.environ.pop("LIGHTNING_OPTIM_ENGINE", None)
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
 
 
 def leave() -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RANKS, launch, leave
+from ranks import RANKS, enter, launch, leave
 from torch.utils.data import DataLoader, DistributedSampler
 
 import lightning_optim.strategies  # noqa: F401 # makes the names known, in every process
@@ -73,13 +70,7 @@ class Divided(Shared):
 
 
 def _rank(rank: int, folder: Path) -> None:
-    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(RANKS))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", CUDA_VISIBLE_DEVICES="", GLOO_SOCKET_IFNAME="lo")
-    os.environ.pop("LIGHTNING_OPTIM_ENGINE", None)
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    enter(rank, folder)
 
     def training(case: str, **more: Any) -> tuple[Any, tuple[Any, ...]]:
         strategy, make, options = CASES[case]
