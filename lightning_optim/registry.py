@@ -35,7 +35,7 @@ class OptimizerInfo:
     """
 
     name: str
-    cls: type[RuleOptimizer]
+    cls: type[Any]
     paper: str
     torch_equivalent: type[torch.optim.Optimizer] | None = None
 
@@ -46,7 +46,14 @@ class OptimizerInfo:
 
     @cached_property
     def kind(self) -> str:
-        """``"elementwise"``; ``"reduce"`` if an update depends on a norm of its tensor; ``"matrix"``, on a product."""
+        """What its step is.
+
+        ``"elementwise"``; ``"reduce"`` if an update depends on a norm of its tensor; ``"matrix"``, on a product;
+        ``"closure"`` if it evaluates the model again; ``"wrapper"`` if it is made around another one, which its option
+        ``base`` builds.
+        """
+        if not issubclass(self.cls, RuleOptimizer):
+            return "closure" if getattr(self.cls, "needs_closure", False) else "wrapper"
         if issubclass(self.cls, Muon):
             return "matrix"
         weight = nn.Parameter(torch.zeros(2, 2))
@@ -64,44 +71,6 @@ class OptimizerInfo:
     def options(self) -> tuple[str, ...]:
         """Names of the constructor's arguments after ``params``."""
         return tuple(inspect.signature(self.cls).parameters)[1:]
-
-
-@dataclass(frozen=True)
-class ClosureOptimizerInfo(OptimizerInfo):
-    """What the registry knows about an optimizer that evaluates the model again: ``needs_closure`` is True.
-
-    Attributes:
-        name: See :class:`OptimizerInfo`.
-        cls: The class; no :class:`~lightning_optim.optimizers.base.RuleOptimizer`.
-        paper: Where it is defined.
-        torch_equivalent: None.
-    """
-
-    cls: type[Any]
-
-    @cached_property
-    def kind(self) -> str:
-        """``"closure"``."""
-        return "closure"
-
-
-@dataclass(frozen=True)
-class WrapperInfo(OptimizerInfo):
-    """What the registry knows about an optimizer that is made around another one, which its option ``base`` builds.
-
-    Attributes:
-        name: See :class:`OptimizerInfo`.
-        cls: The class; no :class:`~lightning_optim.optimizers.base.RuleOptimizer`.
-        paper: Where it is defined.
-        torch_equivalent: None.
-    """
-
-    cls: type[Any]
-
-    @cached_property
-    def kind(self) -> str:
-        """``"wrapper"``."""
-        return "wrapper"
 
 
 @dataclass(frozen=True)
@@ -136,12 +105,12 @@ OPTIMIZERS: dict[str, OptimizerInfo] = {
 
 #: Those whose step calls its closure several times. Listed and made by name like the others; apart, because what holds
 #: for rules (engines, rounding, state per parameter) does not hold for them.
-CLOSURE_OPTIMIZERS: dict[str, ClosureOptimizerInfo] = {
-    info.name: info for info in (ClosureOptimizerInfo("lbfgs", LBFGS, "Byrd, Nocedal and Schnabel, 1994"),)
+CLOSURE_OPTIMIZERS: dict[str, OptimizerInfo] = {
+    info.name: info for info in (OptimizerInfo("lbfgs", LBFGS, "Byrd, Nocedal and Schnabel, 1994"),)
 }
 
 #: Those around another optimizer. Apart for the same reason.
-WRAPPERS: dict[str, WrapperInfo] = {info.name: info for info in (WrapperInfo("sam", SAM, "arXiv:2010.01412"),)}
+WRAPPERS: dict[str, OptimizerInfo] = {info.name: info for info in (OptimizerInfo("sam", SAM, "arXiv:2010.01412"),)}
 
 SCHEDULERS: dict[str, SchedulerInfo] = {
     info.name: info

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -12,3 +14,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.cache is not None:
         os.environ.setdefault("LIGHTNING_OPTIM_CACHE", str(config.cache.mkdir("kernels")))
         os.environ.setdefault("TRITON_CACHE_DIR", str(config.cache.mkdir("triton")))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Where tensors are too small for more: threads that wait for each other would only slow the tests down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -8,6 +8,7 @@ import pytest
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_optim import optimizer_info
+from lightning_optim.optimizers import RuleOptimizer
 from lightning_optim.registry import OPTIMIZERS
 
 from .common import Flagged, changed, each, known_warnings
@@ -29,7 +30,7 @@ def _public_name(name: str) -> str:
 @pytest.mark.parametrize("how", ["path", "class name"])
 def test_lightning_cli(name: str, how: str, tmp_path: Path) -> None:
     """Plain LightningCLI: ``--optimizer lightning_optim.Lion``, and ``--optimizer Lion`` once it is imported."""
-    cls = optimizer_info(name).cls
+    cls: type[RuleOptimizer] = optimizer_info(name).cls
     spelled = f"lightning_optim.{_public_name(name)}" if how == "path" else cls.__name__
     flags = ("--optimizer", spelled, "--optimizer.lr=0.02", "--optimizer.max_grad_norm=1.0", "--optimizer.engine=eager")
     cli = LightningCLI(Flagged, args=_flags(tmp_path, *flags), save_config_callback=None)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks import RANKS, launch, leave
+from ranks import RANKS, enter, launch, leave
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -50,16 +47,6 @@ SHARDED_CASES = [
 ]
 
 
-def _join(rank: int, folder: Path) -> None:
-    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(RANKS))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", CUDA_VISIBLE_DEVICES="", GLOO_SOCKET_IFNAME="lo")
-    os.environ.pop("LIGHTNING_OPTIM_ENGINE", None)
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-
-
 class Shared(Model):
     """Each rank sees every other sample, in order (Lightning's own sampler shuffles)."""
 
@@ -70,7 +57,7 @@ class Shared(Model):
 
 def ddp_rank(rank: int, folder: Path) -> None:
     """Trainer with DDP: each rank sees half of every batch."""
-    _join(rank, folder)
+    enter(rank, folder)
     found = {}
     for name in sorted(OPTIMIZERS):
         model = Shared(maker(name), torch.float64, batch=2)
@@ -85,7 +72,7 @@ def fsdp2_rank(rank: int, folder: Path) -> None:
     """``fully_shard``: parameters, gradients and state are DTensors; the last layer's bias is on one rank only."""
     from torch.distributed.fsdp import fully_shard
 
-    _join(rank, folder)
+    enter(rank, folder)
     mesh = dist.init_device_mesh("cpu", (RANKS,))
     found: dict[tuple[str, str], Any] = {}
     for name, case in SHARDED_CASES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -26,12 +26,8 @@ NAN = torch.tensor([0x7FC00001, -1, 0x7F800001], dtype=torch.int32).view(torch.f
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These tensors are too small for more; threads that wait for each other would only slow the tests down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread: None) -> None:
+    """For all tests here."""
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -24,15 +23,6 @@ BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "torch SGD": partial(torch.optim.SGD, lr=0.01, momentum=0.9),
     "foreign": partial(torch.optim.RMSprop, lr=0.01),
 }
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """These tensors are too small for two; threads that wait for each other would only slow the tests down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def noisy_network() -> nn.Sequential:

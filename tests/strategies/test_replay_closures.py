@@ -14,7 +14,7 @@ import lightning_optim
 from lightning_optim.strategies import InGraphStrategy
 
 from .common import ROOTS, fit, known_warnings, scaled
-from .replayed import ByHand, assert_weights, noisy_class, one_thread  # noqa: F401 # a fixture
+from .replayed import ByHand, assert_weights, noisy_class
 
 pytestmark = [*known_warnings, pytest.mark.usefixtures("one_thread")]
 

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_optim.strategies import InGraphStrategy
 
 from .common import ROOTS, fit, known_warnings, scaled
-from .replayed import BASES, ByHand, assert_weights, noisy_class, one_thread, sam  # noqa: F401 # a fixture
+from .replayed import BASES, ByHand, assert_weights, noisy_class, sam
 
 pytestmark = [*known_warnings, pytest.mark.usefixtures("one_thread")]
 

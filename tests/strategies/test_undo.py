@@ -41,12 +41,8 @@ CASES: dict[str, tuple[dict[str, Any], set[int], set[int], int]] = {
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    """These tensors are too small for more; threads that wait for each other would only slow the tests down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread: None) -> None:
+    """For all tests here."""
 
 
 def in_graph(**policy: Any) -> InGraphStrategy:
