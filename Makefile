@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+FUZZ_CASES ?= 5000
+FUZZ_SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint types pytest bench clean
+.PHONY: help setup train test lint types pytest fuzz bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -33,6 +35,9 @@ types: setup
 
 pytest: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fuzz: setup  ## Thousands of random cases of each fuzzer; FUZZ_CASES=, FUZZ_SEED= for others
+	FUZZ_CASES=$(FUZZ_CASES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/fuzz
 
 bench: setup  ## Host step against torch; writes benchmarks/results/
 	$(BIN)/python benchmarks/host_step.py

@@ -1,0 +1,1 @@
+"""Fuzzers: random cases from seeds, a sample of each in every run of the tests, thousands by ``make fuzz``."""
