@@ -177,8 +177,11 @@ class StepInBackward:
         self._fired[p] += 1
         # What the first window has not seen waits for `finish`.
         if self._expected is not None and self._fired[p] == self._expected[p]:
-            self._step(p)
-            self._stepped.add(p)
+            try:
+                self._step(p)
+            finally:
+                if p.grad is None:  # also where an interrupt came after its step
+                    self._stepped.add(p)
 
     def _step_all(self, params: list[Tensor]) -> None:
         """The first window's step, which has all gradients and so is exact, but for ``"per_tensor"``."""
@@ -187,23 +190,33 @@ class StepInBackward:
                 self._step(p)
             return
         stepper = self.optimizer._stepper
-        stepper.step(max_grad_norm=self.max_norm)
+        try:
+            stepper.step(max_grad_norm=self.max_norm)
+        finally:
+            self._free(stepper, params)
         if stepper.scaling is not None and stepper.scaling.squares is not None:
             self._squares.append(stepper.scaling.squares.sum())
-        for p in params:
-            p.grad = None
 
     def _step(self, p: Tensor) -> None:
         stepper = self._steppers[p]
-        if self.max_norm is None or self.clip == "per_tensor":
-            stepper.step(max_grad_norm=self.max_norm)
-        else:
-            stepper.plan(scaled=True)
-            squares = stepper.squares()
-            self._squares.append(squares.sum())
-            known = squares if self._previous is None else self._previous
-            stepper.run(Scaling(self.max_norm, None, known.to(squares.device, non_blocking=True)))
-        p.grad = None
+        try:
+            if self.max_norm is None or self.clip == "per_tensor":
+                stepper.step(max_grad_norm=self.max_norm)
+            else:
+                stepper.plan(scaled=True)
+                squares = stepper.squares()
+                self._squares.append(squares.sum())
+                known = squares if self._previous is None else self._previous
+                stepper.run(Scaling(self.max_norm, None, known.to(squares.device, non_blocking=True)))
+        finally:
+            self._free(stepper, [p])
+
+    @staticmethod
+    def _free(stepper: Stepper, params: list[Tensor]) -> None:
+        """Free gradients that a step has used; with those of a step that failed, it may be tried again."""
+        if stepper.has_written:
+            for p in params:
+                p.grad = None
 
 
 def _on_gradient(owner: weakref.ref[StepInBackward], p: Tensor) -> None:

@@ -7,12 +7,14 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_optim.engines.memory import Reading, is_lazy, is_plain, read_forms
+from lightning_optim.engines.memory import Reading, is_lazy, is_plain, read
+from lightning_optim.engines.progress import Progress, Write
 from lightning_optim.engines.scaling import Scaling
 from lightning_optim.rules.policy import Update
 from lightning_optim.warnings import warn_once
@@ -61,11 +63,14 @@ class Bucket:
         plain: Whether all tensors but the weights are torch's own (engines look at the weights themselves).
         dense: Whether each parameter's tensors fill the same memory order without gaps, so that they can be
             treated as flat arrays.
-        aliased: Whether two weights of the bucket share memory.
+        aliased: Whether two tensors that are written share memory, or one with a gradient: then the tensors of one
+            parameter after those of the other are read and written.
         label: The bucket in words, for reports.
         addresses: For engines that use them, the address of each tensor, field after field in the order of the
             calling convention; read anew at every step.
         step_addresses: Likewise, of each counter.
+        progress: How far a step has come that must be finished once it has begun to write: :meth:`Engine.run` goes on
+            from there. None: every run is a step.
     """
 
     update: Update
@@ -82,6 +87,7 @@ class Bucket:
     label: str = ""
     addresses: array[int] | None = None
     step_addresses: array[int] | None = None
+    progress: Progress | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -146,16 +152,22 @@ class Engine(ABC):
         return None
 
     def read(self, tensors: list[Tensor]) -> Reading:
-        """What is compared from step to step to see that tensors still are as planned.
+        """What is compared from step to step to see that tensors, which were torch's own, still are as planned.
 
         Raises:
-            RuntimeError, TypeError, AttributeError: One of them is no tensor, or none that has strides.
+            RuntimeError, TypeError, AttributeError: One of them is no tensor of torch's own, or none that has strides,
+                or its storage has become too small for it.
         """
-        return read_forms(tensors)
+        from lightning_optim.engines.host.reader import native_reader  # it knows what engines are
+
+        return (native_reader() or read)(tensors)
 
     @abstractmethod
     def run(self, bucket: Bucket, table: Sequence[Scalars], scaling: Scaling | None = None) -> None:
         """Advance the counters and update the weights and the state of ``bucket`` in place.
+
+        What fails before it has written anything leaves all as it was. Called again after it has, with the same
+        ``bucket.progress``, it goes on from there.
 
         Args:
             bucket: What to update. Gradients are only read.
@@ -174,10 +186,9 @@ class Engine(ABC):
         return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)).square()
 
 
-def advance(bucket: Bucket) -> None:
-    """Count one more step of every parameter of the bucket."""
-    if bucket.steps:
-        torch._foreach_add_(bucket.steps, 1)
+def advance(bucket: Bucket) -> list[Write]:
+    """What counts one more step of every parameter of the bucket."""
+    return [partial(torch._foreach_add_, bucket.steps, 1)] if bucket.steps else []
 
 
 def flat_memory(bucket: Bucket, dtypes: Container[torch.dtype]) -> str | None:
@@ -193,12 +204,19 @@ def flat_memory(bucket: Bucket, dtypes: Container[torch.dtype]) -> str | None:
     for tensor in bucket.tensors["p"]:
         if not is_plain(tensor):
             return f"{type(tensor).__name__} weights need torch's own operators"
-    if not bucket.plain or any(map(is_lazy, bucket.tensors["p"])):
-        return "gradients or slots of other types than Tensor, or lazily negated ones, need torch's own operators"
+    if not bucket.plain:
+        return "gradients or slots of other types than Tensor need torch's own operators"
     if not bucket.dense:
         return "the weights have gaps or overlaps in memory"
+    return in_place(bucket)
+
+
+def in_place(bucket: Bucket) -> str | None:
+    """Why the tensors of a bucket cannot be written all at a time, or None if they can."""
+    if any(map(is_lazy, bucket.tensors["p"])):
+        return "lazily negated weights need torch's own operators"
     if bucket.aliased:
-        return "two weights share memory, so their updates must follow one another"
+        return "two weights share memory, or slots or gradients do, so that updates must follow one another"
     return None
 
 

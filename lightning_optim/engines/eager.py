@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from lightning_optim.engines.base import Bucket, Engine, Scalars, advance
+from lightning_optim.engines.progress import Progress, Write
 from lightning_optim.engines.scaling import Scaling
 
 
@@ -18,14 +21,22 @@ class EagerEngine(Engine):
     @torch.no_grad()
     def run(self, bucket: Bucket, table: Sequence[Scalars], scaling: Scaling | None = None) -> None:
         """See :meth:`Engine.run`."""
-        math = bucket.layout.math
-        for index in range(len(bucket)):
+        progress = bucket.progress or Progress()
+        progress.finish()
+        last = len(bucket) - 1
+        while (index := progress.parts) <= last:
             stored = {name: tensors[index] for name, tensors in bucket.tensors.items()}
-            loaded = {name: tensor.to(math) for name, tensor in stored.items() if name not in bucket.update.outputs}
-            new = bucket.update.run(**loaded, **bucket.scalars(index, table))
-            own = set(map(id, loaded.values()))
-            # What is stored as it was loaded (slots that swap, say) is read before anything is written.
-            new = {name: value.clone() if id(value) in own else value for name, value in new.items()}
-            for name, value in new.items():
-                stored[name].copy_(value)  # the one conversion to the storage type: round to nearest
-        advance(bucket)
+            new = self._computed(bucket, bucket.scalars(index, table), stored)
+            # The one conversion to the storage type: round to nearest.
+            writes: list[Write] = [partial(stored[name].copy_, value) for name, value in new.items()]
+            progress.write([*writes, *(advance(bucket) if index == last else [])])
+
+    @staticmethod
+    def _computed(bucket: Bucket, scalars: Scalars, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The new value of each tensor of one parameter that is written."""
+        math, update = bucket.layout.math, bucket.update
+        loaded = {name: tensor.to(math) for name, tensor in stored.items() if name not in update.outputs}
+        new = update.run(**loaded, **scalars)
+        own = set(map(id, loaded.values()))
+        # What is stored as it was loaded (slots that swap, say) is read before anything is written.
+        return {name: value.clone() if id(value) in own else value for name, value in new.items()}

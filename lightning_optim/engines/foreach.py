@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_optim.engines.base import Bucket, Engine, Scalars, advance
+from lightning_optim.engines.base import Bucket, Engine, Scalars, advance, in_place
+from lightning_optim.engines.progress import Progress, Write
 from lightning_optim.engines.scaling import Scaling
 from lightning_optim.rules.ops import OPS, Operand
 
@@ -111,28 +113,33 @@ class ForeachEngine(Engine):
         for tensor in bucket.tensors["p"]:
             if type(tensor) not in plain:
                 return f"{type(tensor).__name__} weights need torch's own operators"
-        if bucket.aliased:
-            return "two weights share memory, so their updates must follow one another"
-        return None
+        return in_place(bucket)
 
     @torch.no_grad()
     def run(self, bucket: Bucket, table: Sequence[Scalars], scaling: Scaling | None = None) -> None:
         """See :meth:`Engine.run`."""
-        for indices in _parts(bucket):
-            scalars = bucket.scalars(indices[0], table)
+        progress = bucket.progress or Progress()
+        progress.finish()
+        parts = _parts(bucket)
+        while (number := progress.parts) < len(parts):
+            indices = parts[number]
             stored = {name: [tensors[i] for i in indices] for name, tensors in bucket.tensors.items()}
-            loaded = {
-                name: TensorList([t.to(bucket.layout.math) for t in tensors])
-                for name, tensors in stored.items()
-                if name not in bucket.update.outputs
-            }
-            new = bucket.update.run(**loaded, **scalars)
-            own = {id(tensor) for column in loaded.values() for tensor in column.tensors}
-            # What is stored as it was loaded (slots that swap, say) is read before anything is written.
-            columns = {n: [t.clone() if id(t) in own else t for t in v.tensors] for n, v in new.items()}
-            for name, column in columns.items():
-                torch._foreach_copy_(stored[name], column)
-        advance(bucket)
+            columns = self._computed(bucket, bucket.scalars(indices[0], table), stored)
+            writes: list[Write] = [partial(torch._foreach_copy_, stored[name], new) for name, new in columns.items()]
+            progress.write([*writes, *(advance(bucket) if number == len(parts) - 1 else [])])
+
+    @staticmethod
+    def _computed(bucket: Bucket, scalars: Scalars, stored: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        """The new values of those lists of tensors that are written."""
+        loaded = {
+            name: TensorList([t.to(bucket.layout.math) for t in tensors])
+            for name, tensors in stored.items()
+            if name not in bucket.update.outputs
+        }
+        new = bucket.update.run(**loaded, **scalars)
+        own = {id(tensor) for column in loaded.values() for tensor in column.tensors}
+        # What is stored as it was loaded (slots that swap, say) is read before anything is written.
+        return {n: [t.clone() if id(t) in own else t for t in v.tensors] for n, v in new.items()}
 
 
 def _parts(bucket: Bucket) -> list[list[int]]:
@@ -154,4 +161,5 @@ def _parts(bucket: Bucket) -> list[list[int]]:
             part.append(index)
             elements += size
         parts.append(part)
-    return parts
+    # The largest first: where there is no memory for what a step computes, nothing has been written yet.
+    return sorted(parts, key=lambda part: -sum(bucket.tensors["p"][i].numel() for i in part))

@@ -10,6 +10,7 @@ from lightning_optim.engines.base import requested_engine
 from lightning_optim.optimizers.adam import AdamOptim
 from lightning_optim.optimizers.adamw import AdamWOptim
 from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.optimizers.checks import problem_of_weight
 from lightning_optim.optimizers.options import check_option
 from lightning_optim.optimizers.plan import Options, Owner
 from lightning_optim.optimizers.sgd import SGDOptim
@@ -61,7 +62,7 @@ def adopt(optimizer: torch.optim.Optimizer, *, engine: str = "auto", max_grad_no
 
     Raises:
         TypeError: Another optimizer, or a subclass, whose ``step`` may differ.
-        ValueError: ``differentiable=True``, or an unknown engine.
+        ValueError: ``differentiable=True``, an unknown engine, or a weight that cannot be written by element.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     >>> optimizer = torch.optim.SGD([weight], lr=0.1)
@@ -118,6 +119,12 @@ def give_counters_back(optimizer: torch.optim.Optimizer) -> None:
 def _options(optimizer: torch.optim.Optimizer, engine: str, max_grad_norm: float | None) -> Options:
     if (reason := why_not_adopted(optimizer)) is not None:
         raise (TypeError if type(optimizer) not in ADOPTABLE else ValueError)(reason)
+    for group in optimizer.param_groups:
+        for index, p in enumerate(group["params"]):
+            if (problem := problem_of_weight(p)) is not None:
+                raise ValueError(
+                    f"cannot adopt an optimizer whose parameter {index} of a group cannot be stepped: {problem}"
+                )
     if max_grad_norm is not None:
         check_option("adopt", "max_grad_norm", max_grad_norm, 1.0)
     return Options(engine=requested_engine(engine), max_grad_norm=max_grad_norm)

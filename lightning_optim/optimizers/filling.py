@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-import weakref
 from array import array
 from collections.abc import Mapping
 from itertools import chain
@@ -12,8 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.engines.memory import Reading, aliased, form, in_order_of, is_lazy, is_plain, same_order
+from lightning_optim.engines.host.reader import native_meet
+from lightning_optim.engines.memory import (
+    Ranges,
+    Reading,
+    extent,
+    form,
+    has_address,
+    in_order_of,
+    is_lazy,
+    is_plain,
+    overlaps_itself,
+    problem_of_storage,
+    ranges,
+    read_any,
+    same_order,
+)
+from lightning_optim.optimizers.checks import usable_counter
 from lightning_optim.optimizers.plan import Planned, counter_device
+from lightning_optim.optimizers.shards import local, same_parts, shards_of
+from lightning_optim.optimizers.sight import as_seen
 from lightning_optim.optimizers.undo import UndoBuffers, undo_name
 
 #: Errors that are no statement about the tensors that were given.
@@ -36,35 +52,39 @@ def fill(
         copies: For each parameter, where the new weight is written too.
         undo: Where old values are kept.
     """
-    bucket = planned.bucket
+    bucket, params = planned.bucket, planned.params
     update = bucket.update
-    states = [state[p] for p in planned.params]
+    counts = "step" in update.program.scalars
+    states = [state.get(p) for p in params] if counts or update.slots else []
     try:
-        kept = {slot: [s[slot] for s in states] for slot in update.slots}
-        steps = [s["step"] for s in states] if "step" in update.program.scalars else []
-    except KeyError:
+        kept = {slot: [s[slot] for s in states] for slot in update.slots}  # type: ignore[index] # None is an error
+        steps = [s["step"] for s in states] if counts else []  # type: ignore[index]
+    except (KeyError, TypeError):
         return False
-    if undo is not None:
-        old = {name: kept.get(name, planned.params) for name in ("p", *update.slots)}
-    if copies is not None:
-        kept["copy"] = [copies[p] for p in planned.params]
-    if undo is not None:
-        for name, tensors_of in old.items():
-            kept[undo_name(name)] = list(map(undo.buffer, planned.params, [name] * len(bucket), tensors_of))
-    tensors = {"p": planned.params, "g": [gradients[i] for i in planned.sources], **kept}
     try:
+        if undo is not None:
+            old = {name: kept.get(name, params) for name in ("p", *update.slots)}
+        if copies is not None:
+            kept["copy"] = [copies[p] for p in params]
+        if undo is not None:
+            for name, tensors_of in old.items():
+                kept[undo_name(name)] = list(map(undo.buffer, params, [name] * len(bucket), tensors_of))
+        tensors = {"p": params, "g": [gradients[i] for i in planned.sources], **kept}
         if planned.view is not None:
-            tensors = {name: list(map(planned.view, column)) for name, column in tensors.items()}
+            if planned.view is local and not _divided_as_planned(planned, tensors):
+                return False
+            tensors = {name: as_seen(planned.view, name, column) for name, column in tensors.items()}
         if planned.reorder:
             tensors["g"] = list(map(in_order_of, tensors["g"], tensors["p"]))
-        reading = planned.engine.read([*chain.from_iterable(tensors.values()), *steps])
+        every = [*chain.from_iterable(tensors.values()), *steps]
+        reading = planned.engine.read(every) if planned.strict else read_any(every)
     except _OF_THE_DEVICE:
         raise
     except (RuntimeError, TypeError, AttributeError):  # no tensor at all, or one of quite another kind
         return False
-    if not _as_planned(planned, tensors, steps, [*chain.from_iterable(kept.values()), *steps], reading):
+    if not _as_planned(planned, tensors, steps, reading):
         return False
-    bucket.tensors, bucket.steps = tensors, steps if "step" in update.program.scalars else None
+    bucket.tensors, bucket.steps = tensors, steps if counts else None
     if planned.engine.uses_addresses:
         end = len(bucket) * len(tensors)
         bucket.addresses = reading.addresses[:end]
@@ -72,35 +92,73 @@ def fill(
     return True
 
 
-def _as_planned(
-    planned: Planned, tensors: Mapping[str, list[Tensor]], steps: list[Tensor], kept: list[Tensor], reading: Reading
-) -> bool:
-    """Whether all tensors have the types and the order in memory that were planned.
+def _divided_as_planned(planned: Planned, tensors: Mapping[str, list[Tensor]]) -> bool:
+    """Whether all these are divided over processes, as each other and as they were."""
+    return all(shards_of(p) == planned.shards for p in planned.params if hasattr(p, "placements")) and all(
+        same_parts(t, p) for column in tensors.values() for t, p in zip(column, planned.params, strict=True)
+    )
 
-    The very tensors of the last step, where and as they were, need no second look; gradients are others at every step.
+
+def _as_planned(planned: Planned, tensors: Mapping[str, list[Tensor]], steps: list[Tensor], reading: Reading) -> bool:
+    """Whether all tensors are what they must be for the plan, where they must be.
+
+    What is read of them at every step leaves nothing to ask about tensors that are where they were. Gradients may be
+    elsewhere at every step, and must not be where something is written.
     """
-    bucket, seen = planned.bucket, planned.reading
-    count = len(bucket)
-    here = reading.addresses or array("q", map(Tensor.data_ptr, tensors["p"]))
-    if seen is not None and reading.forms == seen.forms and len(kept) == len(planned.kept):
-        same_place = here[:count] == seen.addresses[:count] and here[2 * count :] == seen.addresses[2 * count :]
-        if same_place and all(map(operator.is_, map(operator.call, planned.kept), kept)):
+    seen, here, count = planned.reading, reading.addresses, len(planned.params)
+    if seen is not None and reading.forms == seen.forms:
+        there = seen.addresses
+        if here == there:
             return True
-    if list(map(form, tensors["p"])) != planned.forms or aliased(tensors["p"]) != bucket.aliased:
+        kept_their_places = here[:count] == there[:count] and here[2 * count :] == there[2 * count :]
+        if kept_their_places and planned.writes is not None:
+            return not _meet(planned.writes, here[count : 2 * count], planned.lengths)
+    if not (_are_of_the_form(planned, tensors) and _can_count(planned, steps)):
+        return False
+    return _keep_apart(planned, tensors, steps, reading)
+
+
+def _are_of_the_form(planned: Planned, tensors: Mapping[str, list[Tensor]]) -> bool:
+    bucket = planned.bucket
+    if list(map(form, tensors["p"])) != planned.forms:
         return False
     for name, dtype in bucket.layout.dtypes:
         for tensor, p in zip(tensors[name], tensors["p"], strict=True):
             if tensor.dtype != dtype or tensor.shape != p.shape or tensor.device != p.device:
                 return False
-            if bucket.plain and name != "p" and not is_plain(tensor):
+            if bucket.plain and not (name == "p" or is_plain(tensor)):
                 return False
-            if bucket.dense and (not same_order(tensor, p) or (name != "p" and is_lazy(tensor))):
+            if has_address(tensor) and problem_of_storage(tensor) is not None:
                 return False
-    for step in steps:
-        if step.dtype != torch.float32 or step.numel() != 1 or not is_plain(step):
-            return False
-        if planned.engine.uses_addresses and step.device != counter_device(planned.engine, bucket.device):
-            return False
-    planned.kept = list(map(weakref.ref, kept))
-    planned.reading = Reading(here, reading.forms)
+            if bucket.dense:
+                if not same_order(tensor, p) or (name != "p" and is_lazy(tensor)):
+                    return False
+            elif name != "g" and is_plain(tensor) and overlaps_itself(tensor):
+                return False
     return True
+
+
+def _can_count(planned: Planned, steps: list[Tensor]) -> bool:
+    there = counter_device(planned.engine, planned.bucket.device) if planned.engine.uses_addresses else None
+    return all(usable_counter(step) and there in (None, step.device) for step in steps)
+
+
+def _keep_apart(planned: Planned, tensors: Mapping[str, list[Tensor]], steps: list[Tensor], reading: Reading) -> bool:
+    """Whether tensors share memory only if the plan is for such; keeps what the next step's are compared with."""
+    here, count = reading.addresses, len(planned.params)
+    every = [*chain.from_iterable(tensors.values()), *steps]
+    lengths = array("q", [extent(t) if has_address(t) else 0 for t in every])
+    gradients = slice(count, 2 * count)
+    writes = ranges(here[:count] + here[2 * count :], lengths[:count] + lengths[2 * count :])
+    if writes is not None and _meet(writes, here[gradients], lengths[gradients]):
+        writes = None
+    # A new plan may be for memory that is shared where it is not, as counters are moved apart after it is made.
+    if (writes is None) != planned.bucket.aliased and (writes is None or planned.reading is not None):
+        return False
+    planned.reading, planned.writes, planned.lengths = reading, writes, lengths[gradients]
+    return True
+
+
+def _meet(writes: Ranges, begins: array[int], lengths: array[int]) -> bool:
+    native = native_meet()
+    return writes.meet(begins, lengths) if native is None else native(writes.bounds, begins, lengths)

@@ -135,7 +135,7 @@ class MatrixStepper(Stepper):
         super().__init__(owner, _Rest(method), options, selects=lambda group: not group["use_muon"])
         self._direct = Stepper(owner, method, options, part="direction", selects=lambda group: group["use_muon"])
         self._move = Stepper(owner, _Move(method), options, part="move", selects=lambda group: group["use_muon"])
-        self._has_rest = self._has_matrices = False
+        self._has_rest = self._has_matrices = self._is_moving = False
         self._batches: list[Batch] = []
         self._updates: dict[Tensor, Tensor] = {}
         self._copies: Mapping[Tensor, Tensor] | None = None
@@ -166,21 +166,61 @@ class MatrixStepper(Stepper):
             sums.setdefault(where, []).extend(parts)
         return sums
 
-    def run(self, scaling: Scaling | None) -> None:
-        """See :meth:`Stepper.run`."""
-        self.scaling = scaling
-        try:
-            if self._has_rest:
-                super().run(scaling)
-            if self._has_matrices:
-                self._run_matrices(scaling)
-        finally:  # memory is held during a step only
-            self._batches, self._updates, self._copies = [], {}, None
-
     def abandon(self) -> None:
         """See :meth:`Stepper.abandon`."""
         super().abandon()
         self._direct.abandon()
+        self._move.abandon()
+
+    @property
+    def _has_begun(self) -> bool:
+        return super()._has_begun or self._direct._has_begun
+
+    def _start(self, scaling: Scaling | None) -> None:
+        self.scaling, self._is_moving = scaling, False
+        if self._has_rest:
+            super()._start(scaling)
+        if self._has_matrices:
+            self._lend_counters()
+            self._direct._start(scaling)
+
+    def _go_on(self) -> None:
+        if self._has_rest:
+            super()._go_on()
+        if not self._has_matrices:
+            return
+        self._direct._go_on()
+        if self._direct._skip:
+            return
+        for batch in self._batches:
+            if batch.directions is not None:
+                self._orthogonalize(batch)
+        if not self._is_moving:
+            self._move.plan(self._updates, self._copies)
+            self._move._start(self._decided())
+            self._is_moving = True
+        self._move._go_on()
+
+    def _decided(self) -> Scaling | None:
+        """What tells moves that are decided on the device whether the step is left out, as the kernels before said."""
+        if self.scaling is None or self.scaling.loss is None:
+            return None
+        if not all(planned.engine.controls_on_device for planned in self._direct._plan):
+            return None
+        return Scaling(None, LossScale(None, self.scaling.loss.found_inf, check=False))
+
+    def _end(self) -> None:
+        written = super()._has_begun and not self._skip
+        for stepper in (self._direct, self._move):
+            stepper._end()
+        super()._end()
+        self.has_written = written or self._direct.has_written
+        self._batches, self._updates, self._copies = [], {}, None  # memory is held during a step only
+
+    def _let_go(self) -> None:
+        super()._let_go()
+        self._direct._let_go()
+        self._move._let_go()
 
     def planner_of(self, group: Group) -> Planner:
         """See :meth:`Stepper.planner_of`."""
@@ -202,21 +242,6 @@ class MatrixStepper(Stepper):
             key="capture: matrices",
         )
         return False
-
-    def _run_matrices(self, scaling: Scaling | None) -> None:
-        on_device = all(planned.engine.controls_on_device for planned in self._direct._plan)
-        self._lend_counters()
-        self._direct.run(scaling)
-        decided: Scaling | None = None
-        if scaling is not None and scaling.loss is not None:
-            if on_device:  # the kernels before have said in `found_inf` whether the step is left out
-                decided = Scaling(None, LossScale(None, scaling.loss.found_inf, check=False))
-            elif scaling.skip():
-                return
-        for batch in self._batches:
-            self._orthogonalize(batch)
-        self._move.plan(self._updates, self._copies)
-        self._move.run(decided)
 
     def _lend_counters(self) -> None:
         """Where both Programs of a parameter count the step, let the first count copies."""

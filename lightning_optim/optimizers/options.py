@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim.optimizers.checks import problem_of_weight
+
 #: Keys that a param group may have beside its optimizer's options: names, and what schedulers keep there. Anything
 #: else in a new group is taken for a typing error.
 LABELS = frozenset(
@@ -137,7 +139,8 @@ def check_parameters(optimizer: str, group: Mapping[str, Any], rounding: str, st
 
     Raises:
         TypeError: A parameter of a type that has no gradient.
-        ValueError: A parameter twice in the group, or of a type that the rounding or the state's type do not go with.
+        ValueError: A parameter twice in the group, one that cannot be written element by element, or of a type that
+            the rounding or the state's type do not go with.
     """
     seen: set[int] = set()
     for index, p in enumerate(group["params"]):
@@ -156,6 +159,8 @@ def check_parameters(optimizer: str, group: Mapping[str, Any], rounding: str, st
             raise TypeError(
                 f"{optimizer}: parameter {index} of the group has dtype {p.dtype}; valid: floating-point or complex"
             )
+        if (problem := problem_of_weight(p)) is not None:
+            raise ValueError(f"{optimizer}: parameter {index} of the group cannot be stepped: {problem}")
         if id(p) in seen:
             raise ValueError(
                 f"{optimizer}: parameter {index} of the group appears twice in it; pass each parameter once "

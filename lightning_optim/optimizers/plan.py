@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import weakref
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +13,21 @@ import torch
 from torch import Tensor
 
 from lightning_optim.engines.base import Bucket, Decision, Engine, Layout, choose, dtype_name
-from lightning_optim.engines.memory import Reading, aliased, form, in_order_of, is_dense, is_plain
-from lightning_optim.optimizers.shards import Shards, local, same_parts, shards_of
+from lightning_optim.engines.memory import (
+    Ranges,
+    Reading,
+    form,
+    has_address,
+    in_order_of,
+    is_dense,
+    is_lazy,
+    is_plain,
+    overlaps_itself,
+)
+from lightning_optim.optimizers.checks import check_gradient, check_slot, check_weight, counted, usable_counter
+from lightning_optim.optimizers.new_state import NewState
+from lightning_optim.optimizers.shards import Shards, local, shards_of
+from lightning_optim.optimizers.sight import as_seen, share_memory, view_of
 from lightning_optim.optimizers.undo import undo_name
 from lightning_optim.rules.policy import KAHAN_SLOT, Decay, Policy, Rounding, Update
 from lightning_optim.rules.rule import Rule
@@ -113,9 +125,10 @@ class Planned:
         view: How the engine must look at the tensors (complex numbers as pairs, a DTensor's shard), or None.
         shards: Over what the bucket's tensors are divided, if the engine is given their local parts.
         reorder: Whether gradients lie in memory otherwise than their parameters, and must be copied in order.
-        kept: The slots, copies and counters that were last found to be as planned. Weak references: a plan must not
-            keep state alive that its owner has moved or dropped; and no ``id``, which a new tensor may have inherited.
-        reading: Of all tensors then.
+        strict: Whether all tensors are torch's own and have addresses.
+        reading: Of all tensors when they were last found to be as planned.
+        writes: The memory that was written then; None if parts of it were written more than once.
+        lengths: Bytes of each gradient.
     """
 
     bucket: Bucket
@@ -127,8 +140,10 @@ class Planned:
     view: Callable[[Tensor], Tensor] | None
     shards: Shards
     reorder: bool
-    kept: list[weakref.ref[Tensor]] = field(default_factory=list)
+    strict: bool
     reading: Reading | None = None
+    writes: Ranges | None = None
+    lengths: array[int] = field(default_factory=lambda: array("q"))
 
 
 class Planner:
@@ -171,7 +186,8 @@ class Planner:
         """The parameters that have a gradient, from the gradient or None of every parameter.
 
         Raises:
-            RuntimeError: A gradient that is sparse, or of another shape, device or kind of number than its parameter.
+            RuntimeError: A gradient that is sparse, or of another shape, device or kind of number than its parameter; a
+                weight that cannot be written.
         """
         members: list[Member] = []
         places = [
@@ -183,7 +199,8 @@ class Planner:
             if g is not None:
                 p = group["params"][index]
                 label = f"parameter {number} ({_named(group, index)}shape {tuple(p.shape)}, {p.device})"
-                _check_gradient(label, p, g)
+                check_weight(label, p)
+                check_gradient(label, p, g)
                 id = number if self.numbers is None else self.numbers[number]
                 members.append(Member(len(members), p, row, id, self._fresh(group, p), label))
         return members
@@ -237,38 +254,45 @@ class Planner:
             slots = [local(slot) for slot in slots]
         return all(map(is_plain, [g, *slots, *([copies[p]] if copies is not None else [])]))
 
-    def prepare(self, members: list[Member]) -> list[Tensor]:
+    def prepare(self, members: list[Member], new: NewState) -> None:
         """Create the state that is missing, and bring loaded state into the form that engines expect.
 
-        Returns:
-            The parameters that had no state.
+        Args:
+            members: The parameters.
+            new: Is told of what is created.
+
+        Raises:
+            RuntimeError: State that does not fit its parameter.
         """
-        new = []
         for member in members:
-            p, state = member.param, self.owner.state[member.param]
-            if not state:
-                new.append(p)
+            p, label = member.param, member.label
+            slots = self.slots(self.owner.param_groups[member.row], p)
+            if not slots and not self.counts_steps():
+                continue  # no state, also no empty one: as torch has it
+            values = self.owner.state[p] if p in self.owner.state else {}
+            if not isinstance(values, dict):
+                raise RuntimeError(f"{label}: its state is {values!r}; valid: a dict")
             if self.counts_steps():
-                step = state.get("step", 0.0)
-                usable = (
-                    isinstance(step, Tensor) and is_plain(step) and step.dtype == torch.float32 and step.numel() == 1
-                )
-                if not usable:
-                    state["step"] = torch.tensor(float(step), dtype=torch.float32)
-            for slot in self.slots(self.owner.param_groups[member.row], p):
-                value = state.get(slot)
+                step = values.get("step")
+                if step is None:
+                    new.put(p, values, "step", torch.zeros((), dtype=torch.float32, device="cpu"))
+                elif not usable_counter(step):
+                    values["step"] = torch.tensor(counted(label, step), dtype=torch.float32, device="cpu")
+            for slot in slots:
+                value = values.get(slot)
                 if value is None:
-                    state[slot] = torch.zeros_like(
-                        p, dtype=self.slot_dtype(p, slot), memory_format=torch.preserve_format
-                    )
-                elif not isinstance(value, Tensor) or value.shape != p.shape or value.device != p.device:
-                    shown = (
-                        f"shape {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
-                    )
-                    raise RuntimeError(f"{member.label}: its state does not fit: {slot} has {shown}")
-                elif is_dense(p):
-                    state[slot] = in_order_of(value, p)
-        return new
+                    zeros = torch.zeros_like(p, dtype=self.slot_dtype(p, slot), memory_format=torch.preserve_format)
+                    new.put(p, values, slot, zeros)
+                    continue
+                check_slot(label, p, slot, value)
+                if is_dense(p):
+                    value = in_order_of(value, p)
+                elif is_lazy(value) or (is_plain(value) and overlaps_itself(value)):
+                    value = torch.empty_like(value, memory_format=torch.contiguous_format).copy_(value)
+                if value.is_inference() and not torch.is_inference_mode_enabled():
+                    value = value.clone()  # which can be written here
+                values[slot] = value
+            self.owner.state[p] = values  # last: there is never an empty one
 
     def build(
         self,
@@ -277,6 +301,7 @@ class Planner:
         copies: Mapping[Tensor, Tensor] | None,
         scaled: bool,
         undo: bool = False,
+        new: NewState | None = None,
     ) -> list[Planned]:
         """The buckets for these members and their gradients.
 
@@ -286,6 +311,7 @@ class Planner:
             copies: For each parameter, a tensor to which the new weight is written too, if it is wanted.
             scaled: Whether gradients are to be multiplied by ``grad_scale``.
             undo: Whether the old values are kept.
+            new: What :meth:`prepare` has created.
         """
         same: dict[tuple[Any, ...], list[Member]] = {}
         for member, g in zip(members, gradients, strict=True):
@@ -297,7 +323,7 @@ class Planner:
                 dtypes["copy"] = copies[p].dtype
             if undo:
                 dtypes.update({undo_name(name): dtypes[name] for name in ("p", *update.slots)})
-            view = _view(p, g, update)
+            view = view_of(p, g, update)
             shards = shards_of(p) if view is local else ()
             layout = Layout(
                 math=torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32,
@@ -309,7 +335,10 @@ class Planner:
             same.setdefault(key, []).append(member)
         plan = []
         for (update, layout, device, dense, plain, view, shards), bucket_members in same.items():
-            weights = [view(m.param) if view else m.param for m in bucket_members]
+            params = [m.param for m in bucket_members]
+            sources = [m.index for m in bucket_members]
+            weights = as_seen(view, "p", params)
+            given = as_seen(view, "g", [gradients[i] for i in sources])
             bucket = Bucket(
                 update=update,
                 layout=layout,
@@ -321,45 +350,37 @@ class Planner:
                 sizes=tuple(p.numel() for p in weights),
                 plain=plain,
                 dense=dense,
-                aliased=aliased(weights),
+                aliased=self._aliased(params, update, [gradients[i] for i in sources], copies),
                 label=f"{self.method.public_name()}, {_described(layout, device, len(bucket_members))}",
             )
             engine, decision = choose(bucket, self.options.engine)
             if "step" in update.program.scalars:
-                self._place_counters(bucket_members, counter_device(engine, device))
-            sources = [m.index for m in bucket_members]
-            seen_by_engine = [view(gradients[i]) if view else gradients[i] for i in sources]
-            reorder = dense and not all(map(operator.is_, map(in_order_of, seen_by_engine, weights), seen_by_engine))
-            params = [m.param for m in bucket_members]
+                self._place_counters(params, counter_device(engine, device), new or NewState())
+            reorder = dense and not all(map(operator.is_, map(in_order_of, given, weights), given))
             forms = list(map(form, weights))
-            plan.append(Planned(bucket, engine, decision, params, forms, sources, view, shards, reorder))
+            strict = plain and all(map(has_address, weights))
+            plan.append(Planned(bucket, engine, decision, params, forms, sources, view, shards, reorder, strict))
         return plan
 
-    def _place_counters(self, members: list[Member], device: torch.device) -> None:
+    def _aliased(
+        self, params: list[Tensor], update: Update, gradients: list[Tensor], copies: Mapping[Tensor, Tensor] | None
+    ) -> bool:
+        states = [self.owner.state.get(p) or {} for p in params]  # none yet, if this is but a report
+        slots = [value for s in states for name in (*update.slots, "step") if isinstance(value := s.get(name), Tensor)]
+        return share_memory(params, gradients, slots, [copies[p] for p in params] if copies is not None else [])
+
+    def _place_counters(self, params: list[Tensor], device: torch.device, new: NewState) -> None:
         """Move step counters to where the engine keeps them."""
-        for member in members:
-            state = self.owner.state.get(member.param) or {}  # none yet, if this is but a report
+        for p in params:
+            state = self.owner.state.get(p) or {}  # none yet, if this is but a report
             if isinstance(step := state.get("step"), Tensor) and step.device != device:
                 # To a device without waiting; from one, the host must have waited before it reads.
-                state["step"] = step.to(device, non_blocking=device.type != "cpu")
+                new.replace(p, state, "step", step.to(device, non_blocking=device.type != "cpu"))
 
 
 def counter_device(engine: Engine, device: torch.device) -> torch.device:
     """Where an engine keeps the step counters of weights on ``device``."""
     return device if engine.controls_on_device else torch.device("cpu")
-
-
-def _as_real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor.resolve_conj())
-
-
-def _view(p: Tensor, g: Tensor, update: Update) -> Callable[[Tensor], Tensor] | None:
-    """How an engine must look at a parameter's tensors."""
-    if p.is_complex():
-        return _as_real  # real and imaginary parts are updated as two numbers, as in torch.optim
-    if not update.program.reduces and same_parts(p, g):
-        return local  # element-wise: each rank updates its shard; a reduction needs the DTensor's own operators
-    return None
 
 
 def _described(layout: Layout, device: torch.device, count: int) -> str:
@@ -369,19 +390,3 @@ def _described(layout: Layout, device: torch.device, count: int) -> str:
 
 def _named(group: Group, index: int) -> str:
     return f"{group['param_names'][index]!r}, " if "param_names" in group else ""
-
-
-def _kind(p: Tensor) -> str:
-    return "complex" if p.is_complex() else "floating-point"
-
-
-def _check_gradient(label: str, p: Tensor, g: Tensor) -> None:
-    if g.layout != torch.strided:
-        raise RuntimeError(
-            f"{label} has a gradient of layout {g.layout}; valid: dense gradients (use sparse=False in nn.Embedding), "
-            "or torch.optim.SparseAdam for this parameter"
-        )
-    if g.shape != p.shape or g.device != p.device:
-        raise RuntimeError(f"{label} has a gradient of shape {tuple(g.shape)} on {g.device}")
-    if g.is_complex() != p.is_complex() or not (g.is_floating_point() or g.is_complex()):
-        raise RuntimeError(f"{label} has a gradient of type {g.dtype}; valid: any {_kind(p)} type")

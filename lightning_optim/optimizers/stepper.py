@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 
 from lightning_optim.engines.base import Bucket, Decision, Scalars
+from lightning_optim.engines.progress import Progress, carry_through
 from lightning_optim.engines.scaling import LossScale, Scaling, needs_squares
 from lightning_optim.optimizers.filling import fill
+from lightning_optim.optimizers.new_state import NewState
 from lightning_optim.optimizers.plan import Group, Method, Options, Owner, Part, Planned, Planner
 from lightning_optim.optimizers.shards import LocalSquares, local, total_squares
+from lightning_optim.optimizers.structure import Structure, describe
 from lightning_optim.optimizers.undo import UndoBuffers
 from lightning_optim.warnings import warn_once
 
-# Called for every parameter at every step: `map` over these is half the time of a comprehension.
-_grad, _is_neg = attrgetter("grad"), Tensor.is_neg
-
+# Called for every parameter at every step: `map` over this is half the time of a comprehension.
+_grad = attrgetter("grad")
 
 #: Plans that are kept: models with experts, or adversaries, alternate between a few sets of gradients, and planning
 #: costs milliseconds where a step costs a third of one (200 tensors).
@@ -36,28 +38,12 @@ NOISE_SEED = 0.0
 
 
 @dataclass(frozen=True)
-class _Structure:
-    """What a plan depends on and a step may change, apart from what filling reads of each tensor."""
-
-    params: list[int]
-    sizes: list[int]
-    absent: list[bool]
-    grad_types: set[type]
-    grad_lazy: bool
-    grad_placements: list[Any]
-    static: list[tuple[Any, ...]]
-    copies: bool
-    scaled: bool
-    undo: bool
-
-
-@dataclass(frozen=True)
 class _Past:
     """A step that can be taken back: what it has written, with which states, and those that it has made."""
 
     written: list[Planned]
     states: dict[Tensor, Any]
-    new: list[tuple[Tensor, Any]]
+    new: NewState
     undo: UndoBuffers
 
 
@@ -90,10 +76,12 @@ class Stepper:
         self._selects = selects
         self.scaling: Scaling | None = None
         self._plan: list[Planned] = []
-        self._plans: list[tuple[_Structure, list[Planned]]] = []  # the last ones, latest first
-        self._fresh: list[Tensor] = []
-        self._new: list[tuple[Tensor, Any]] = []  # with the state that a plan has made for them
-        self._written: list[Planned] = []  # at the last step
+        self._plans: list[tuple[Structure, list[Planned]]] = []  # the last ones, latest first
+        self._fresh = False  # whether a first step is planned
+        self._new = NewState()
+        #: Whether what was last planned has been run, and has changed weights or state.
+        self.has_written = False
+        self._skip, self._tables = False, list[list[Scalars]]()  # of the step that runs
         self._undo: UndoBuffers | None = None
         #: What can be taken back; not the plan's, as a norm may be planned between a step and its undoing.
         self._past: _Past | None = None
@@ -154,64 +142,103 @@ class Stepper:
             Whether any parameter has a gradient.
         """
         self.abandon()
-        self._fresh, self._written, self._undo = [], [], undo
+        self._fresh, self._undo, self.has_written = False, undo, False
         params = [p for group in self.owner.param_groups for p in group["params"]]
         found = self._selected(list(map(_grad, params)) if grads is None else [grads.get(p) for p in params])
         gradients = [g for g in found if g is not None]
         if not gradients:
             return False
-        structure = self._describe(params, found, gradients, copies is not None, scaled)
+        structure = describe(
+            self.planner, params, found, copies=copies is not None, scaled=scaled, undo=undo is not None
+        )
         if self._knows(structure, gradients, copies):
             return True
         # Plans for other parameters would keep these alive.
         self._plans = [pair for pair in self._plans if pair[0].params == structure.params][: PLANS - 1]
-        members = self.planner.members(found)
-        self._new = [(p, self.owner.state[p]) for p in self.planner.prepare(members)]
-        self._plan = self.planner.build(members, gradients, copies, scaled, undo is not None)
-        if not self._fill(gradients, copies):
-            raise ValueError(
-                "a copy must have its parameter's shape and device, and its elements in the same order in memory"
-            )
+        try:
+            self._make_plan(found, gradients, copies, scaled)
+        except BaseException:
+            self.abandon()
+            raise
         # A first step may be special (SGD's dampening): with fresh members, the next step plans again.
-        self._fresh = [member.param for member in members if member.fresh]
         if not self._fresh:
             self._plans.insert(0, (structure, self._plan))
         return True
 
+    def _make_plan(
+        self,
+        found: Sequence[Tensor | None],
+        gradients: list[Tensor],
+        copies: Mapping[Tensor, Tensor] | None,
+        scaled: bool,
+    ) -> None:
+        members = self.planner.members(found)
+        self._fresh = any(member.fresh for member in members)
+        self.planner.prepare(members, self._new)
+        self._plan = self.planner.build(members, gradients, copies, scaled, self._undo is not None, self._new)
+        if not self._fill(gradients, copies):
+            raise ValueError(
+                "a copy must have its parameter's shape and device, and its elements in the same order in memory"
+            )
+
     def run(self, scaling: Scaling | None) -> None:
-        """Let every bucket's engine run what is planned; the second half of :meth:`step`."""
-        self.scaling = scaling
-        self._written = []
-        self._past = None
-        if self._undo is not None:
-            states = {p: self.owner.state.get(p) for planned in self._plan for p in planned.params}
-            self._past = _Past(self._written, states, self._new, self._undo)
+        """Let every bucket's engine run what is planned; the second half of :meth:`step`.
+
+        What is raised here comes before anything is written, or after all of it is: :attr:`has_written` tells.
+
+        Raises:
+            RuntimeError: Among others, that only a part could be written.
+        """
+        try:
+            self._start(scaling)
+            carry_through(self._go_on, lambda: self._has_begun)
+        finally:
+            self._end()
+
+    @property
+    def _has_begun(self) -> bool:
+        return any(planned.bucket.progress is not None and planned.bucket.progress.begun for planned in self._plan)
+
+    def _start(self, scaling: Scaling | None) -> None:
+        """Find all that a run needs, so that little is left to fail once it has begun to write."""
+        self.scaling, self._past = scaling, None
+        for planned in self._plan:
+            planned.bucket.progress = Progress()
         # A host that must know waits for the device once; the engines that decide on the device come to the same.
         on_device = all(planned.engine.controls_on_device for planned in self._plan)
         waits = scaling is not None and not (on_device and not self._fresh)
-        skip = waits and scaling is not None and scaling.skip()
-        factor = scaling.factor() if waits and scaling is not None and not skip else None
-        try:
-            for planned in self._plan:
-                bucket = planned.bucket
-                if planned.engine.controls_on_device:
-                    planned.engine.run(bucket, self._table(bucket, None), scaling)
-                elif not skip:
-                    planned.engine.run(bucket, self._table(bucket, factor))
-                if not skip:
-                    self._written.append(planned)
-        finally:
-            self._let_go()
-        self._new = []
-        if skip:
-            for p in self._fresh:  # their first step is still to come
-                self.owner.state.pop(p, None)
+        self._skip = waits and scaling is not None and scaling.skip()
+        factor = scaling.factor() if waits and scaling is not None and not self._skip else None
+        self._tables = [
+            self._table(planned.bucket, None if planned.engine.controls_on_device else factor) for planned in self._plan
+        ]
+        if not self._skip:
+            self._count_versions()
+
+    def _go_on(self) -> None:
+        """Run all buckets, each from where it is."""
+        for planned, table in zip(self._plan, self._tables, strict=True):
+            if planned.engine.controls_on_device:
+                planned.engine.run(planned.bucket, table, self.scaling)
+            elif not self._skip:
+                planned.engine.run(planned.bucket, table)
+
+    def _end(self) -> None:
+        """After a run, or a failed one: keep what undoing needs, and the state that is in use now."""
+        self.has_written = self._has_begun and not self._skip
+        if self.has_written:
+            if self._undo is not None:
+                written = [planned for planned in self._plan if planned.bucket.progress.begun]  # type: ignore[union-attr]
+                states = {p: self.owner.state.get(p) for planned in written for p in planned.params}
+                self._past = _Past(written, states, self._new, self._undo)
+            self._new = NewState()
+        self.abandon()  # of a step that was left out: the first one is still to come
+        self._let_go()
 
     def abandon(self) -> None:
         """Forget what was planned and not run: parameters that had no state have none."""
-        if not self._written:
-            self._forget(self._new)
-        self._new = []
+        new, self._new = self._new, NewState()
+        new.forget(self.owner.state)
 
     def undo(self) -> None:
         """Take the last step back, which was planned with ``undo``: every bit is as before it.
@@ -233,23 +260,23 @@ class Stepper:
                     past.undo.give_back(p, slot, state[slot])
                 if "step" in planned.bucket.update.program.scalars:
                     state["step"] -= 1
-        self._forget(past.new)
-
-    def _forget(self, new: list[tuple[Tensor, Any]]) -> None:
-        """Drop states that a plan has made: first steps are still to come. What was loaded since is another's."""
-        for p, made in new:
-            if self.owner.state.get(p) is made:
-                self.owner.state.pop(p)
+        past.new.forget(self.owner.state)
 
     def _let_go(self) -> None:
         """After a step, or a failed one, tensors are their owner's to free or to move."""
-        for planned in self._written:
-            bucket = planned.bucket
-            if planned.engine.uses_addresses and bucket.tensors:
-                # Behind torch's back: a later backward through an old weight must fail as after any in-place update.
-                torch.autograd.graph.increment_version([*bucket.tensors["p"], *bucket.tensors.get("copy", ())])
         for planned in self._plan:
             planned.bucket.tensors, planned.bucket.steps = {}, None
+            planned.bucket.progress = None
+
+    def _count_versions(self) -> None:
+        """Tell autograd of what is going to be written behind torch's back.
+
+        A later backward through an old weight must fail as after any in-place update.
+        """
+        for planned in self._plan:
+            if planned.engine.uses_addresses:
+                tensors = planned.bucket.tensors
+                torch.autograd.graph.increment_version([*tensors["p"], *tensors.get("copy", ())])
 
     def _can_capture(self, grads: Mapping[Tensor, Tensor] | None) -> bool:
         """Whether the planned step can be recorded as a CUDA graph; warns if not.
@@ -282,9 +309,10 @@ class Stepper:
 
     def _run_captured(self, max_norm: float | None, loss: LossScale | None) -> None:
         work: list[Any] = [(planned.engine, planned.bucket) for planned in self._plan]
-        self._written = []
+        self._count_versions()
+        self._new = NewState()  # zeros, with no step counted, are what no state is: no first step is special here
         self.scaling = self._captured.run(work, lambda bucket: self._table(bucket, None), max_norm, loss)
-        self._written, self._new = list(self._plan), []
+        self.has_written = True
         self._let_go()
 
     def report(self, *, scaled: bool = False) -> list[Decision]:
@@ -319,39 +347,14 @@ class Stepper:
         chosen = [self._selects(group) for group in self.owner.param_groups for _ in group["params"]]
         return [value if mine else None for value, mine in zip(found, chosen, strict=True)]
 
-    def _describe(
-        self,
-        params: list[Tensor],
-        found: Sequence[Tensor | None],
-        gradients: list[Tensor],
-        copies: bool,
-        scaled: bool,
-    ) -> _Structure:
-        groups = self.owner.param_groups
-        types = set(map(type, gradients))
-        return _Structure(
-            params=list(map(id, params)),
-            sizes=[len(group["params"]) for group in groups],
-            absent=[g is None for g in found],
-            grad_types=types,
-            grad_lazy=any(map(_is_neg, gradients)),
-            grad_placements=[getattr(g, "placements", None) for g in gradients] if types != {Tensor} else [],
-            static=list(map(self.planner.static, groups)),
-            copies=copies,
-            scaled=scaled,
-            undo=self._undo is not None,
-        )
-
-    def _knows(self, structure: _Structure, gradients: list[Tensor], copies: Mapping[Tensor, Tensor] | None) -> bool:
+    def _knows(self, structure: Structure, gradients: list[Tensor], copies: Mapping[Tensor, Tensor] | None) -> bool:
         """Whether there is a plan for this structure and these tensors, which is filled then."""
         for index, (known, plan) in enumerate(self._plans):
             if known == structure:
                 self._plan = plan
-                del self._plans[index]
                 if self._fill(gradients, copies):
-                    self._plans.insert(0, (known, plan))
+                    self._plans.insert(0, self._plans.pop(index))
                     return True
-                break
         return False
 
     def _fill(self, gradients: list[Tensor], copies: Mapping[Tensor, Tensor] | None) -> bool:

@@ -6,7 +6,7 @@ import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from lightning_optim.engines.host.build import load
 from lightning_optim.engines.host.printer import C_TYPES, CPrinter
 from lightning_optim.engines.host.threads import thread_count
 from lightning_optim.engines.host.toolchain import ToolchainError, find_toolchain
+from lightning_optim.engines.progress import Progress, Write
 from lightning_optim.engines.scaling import Scaling
 from lightning_optim.rules.trace import Program
 from lightning_optim.warnings import warn_once
@@ -113,12 +114,19 @@ class HostEngine(CompiledEngine[Kernel]):
 
     def run(self, bucket: Bucket, table: Sequence[Scalars], scaling: Scaling | None = None) -> None:
         """See :meth:`Engine.run`."""
+        progress = bucket.progress or Progress()
+        if progress.begun:
+            progress.finish()
+            return
         kernel = self._built(bucket.update.program, bucket.layout)
         columns = kernel.table_scalars
         rows = array("d", [float(row[name]) for row in table for name in columns])
         if bucket.addresses is None or (bucket.step_addresses is None) != (bucket.steps is None):
             raise ValueError("the host engine needs the addresses of the bucket's tensors: see Bucket.locate()")
-        self._call(kernel, bucket.addresses, bucket.sizes, bucket.step_addresses, bucket.rows, bucket.ids, rows)
+        calls, _ = self._prepared(
+            kernel, bucket.addresses, bucket.sizes, bucket.step_addresses, bucket.rows, bucket.ids, rows
+        )
+        progress.write(calls)
 
     def sum_of_squares(self, bucket: Bucket) -> Tensor:
         """See :meth:`Engine.sum_of_squares`."""
@@ -132,10 +140,11 @@ class HostEngine(CompiledEngine[Kernel]):
         count, field = len(bucket), bucket.update.program.tensors.index("g")
         zeros = array("i", bytes(4 * count))
         data = bucket.addresses[field * count : (field + 1) * count]
-        norms = self._call(kernel, data, bucket.sizes, None, zeros, zeros, array("d", [0.0]))
+        calls, norms = self._prepared(kernel, data, bucket.sizes, None, zeros, zeros, array("d", [0.0]))
+        Progress().write(calls)
         return torch.tensor([sum(x * x for x in norms)], dtype=torch.float64)
 
-    def _call(
+    def _prepared(
         self,
         kernel: Kernel,
         data: array[int],
@@ -144,14 +153,15 @@ class HostEngine(CompiledEngine[Kernel]):
         rows: array[int],
         ids: array[int],
         table: array[float],
-    ) -> array[float]:
-        """Call the kernel on the tensors and counters at these addresses; returns its results."""
+    ) -> tuple[list[Write], array[float]]:
+        """The call of the kernel on the tensors and counters at these addresses, and its results to come."""
         count = len(rows)
         chunks = _divide(sizes, thread_count())
         work = array("d", bytes(8 * kernel.work * count))
         partials = array("d", bytes(8 * kernel.reductions * len(chunks.tensor)))
         results = array("d", bytes(8 * kernel.results * count))
-        kernel.function(
+        call = partial(
+            kernel.function,
             count,
             data.buffer_info()[0],
             chunks.numel.buffer_info()[0],
@@ -169,7 +179,8 @@ class HostEngine(CompiledEngine[Kernel]):
             partials.buffer_info()[0],
             results.buffer_info()[0],
         )
-        return results
+        # The second call does nothing, but keep what the first one has the addresses of until both are done.
+        return [call, partial(len, (data, chunks, steps, rows, ids, table, work, partials))], results
 
 
 def _build(program: Program, layout: Layout) -> Kernel:

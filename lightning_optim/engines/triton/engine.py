@@ -7,6 +7,7 @@ import weakref
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lightning_optim.engines.base import Bucket, Layout, Scalars, flat_memory
 from lightning_optim.engines.compiled import CompiledEngine
+from lightning_optim.engines.progress import Progress, Write
 from lightning_optim.engines.scaling import Scaling
 from lightning_optim.engines.triton.build import Kernels, broken, build, interpreted, missing
 from lightning_optim.engines.triton.printer import TRITON_TYPES
@@ -146,9 +148,13 @@ class TritonEngine(CompiledEngine[Kernels]):
 
     def run(self, bucket: Bucket, table: Sequence[Scalars], scaling: Scaling | None = None) -> None:
         """See :meth:`Engine.run`."""
-        scaling = scaling or Scaling()
-        self.send(bucket, table, scaling.max_norm)
-        self.launch(bucket, scaling)
+        scaling, progress = scaling or Scaling(), bucket.progress or Progress()
+        with _on(bucket.device):
+            if progress.begun:
+                progress.finish()
+            else:
+                self.send(bucket, table, scaling.max_norm)
+                progress.write(self._launches(bucket, scaling))
 
     def send(self, bucket: Bucket, table: Sequence[Scalars], max_norm: float | None) -> None:
         """Bring to the device what this step has of its own: addresses, the table, the norm to clip to.
@@ -195,33 +201,48 @@ class TritonEngine(CompiledEngine[Kernels]):
 
     def launch(self, bucket: Bucket, scaling: Scaling) -> None:
         """The launches of :meth:`run`, when all that it needs is on the device."""
+        with _on(bucket.device):
+            for launch in self._launches(bucket, scaling):
+                launch()
+
+    def _launches(self, bucket: Bucket, scaling: Scaling) -> list[Write]:
         kernels, tables = self._built(bucket.update.program, bucket.layout), self._prepared(bucket)
         addresses, rows = tables.addresses.tensor, tables.numbers.tensor
         loss, device = scaling.loss, bucket.device
         squares = _here(scaling.squares, device)
         scale, found = (_here(loss.scale, device), _here(loss.found_inf, device)) if loss else (None, None)
-        with _on(bucket.device):
-            kernels.scalars[0][(1,)](
+        launches: list[Write] = [
+            partial(
+                kernels.scalars[0][(1,)],
                 addresses, tables.numel, tables.rows, tables.ids, rows,
                 *(rows if it is None else it for it in (squares, scale, found)), rows[-1:], tables.work, tables.skip,
                 len(bucket), tables.stride, 0 if squares is None else squares.numel(),
                 CLIP=scaling.max_norm is not None, UNSCALE=scale is not None,
                 CHECK=loss is not None and loss.check and squares is not None, SKIP=loss is not None,
                 LANES=LANES, PARTS=PARTS, enable_fp_fusion=True,
-            )  # fmt: skip
-            if loss is not None and found is not None and found is not loss.found_inf:
-                loss.found_inf.copy_(found, non_blocking=True)  # its owner looks for it on another device
-            for stage, sweep in enumerate(kernels.sweeps):
-                if stage:
-                    kernels.scalars[stage][(len(bucket),)](
+            )
+        ]  # fmt: skip
+        if loss is not None and found is not None and found is not loss.found_inf:
+            # Its owner looks for it on another device.
+            launches.append(partial(loss.found_inf.copy_, found, non_blocking=True))
+        for stage, sweep in enumerate(kernels.sweeps):
+            if stage:
+                launches.append(
+                    partial(
+                        kernels.scalars[stage][(len(bucket),)],
                         addresses, tables.numel, tables.rows, tables.ids, rows, tables.first_chunk,
                         tables.partials, tables.work, tables.skip, tables.stride, LANES=LANES, enable_fp_fusion=True,
-                    )  # fmt: skip
-                if tables.chunks:
-                    sweep[(tables.chunks,)](
+                    )
+                )  # fmt: skip
+            if tables.chunks:
+                launches.append(
+                    partial(
+                        sweep[(tables.chunks,)],
                         addresses, tables.numel, tables.chunk_tensor, tables.chunk_begin, tables.work,
                         tables.partials, tables.skip, tables.stride, CHUNK=CHUNK, BLOCK=BLOCK, **OPTIONS,
-                    )  # fmt: skip
+                    )
+                )  # fmt: skip
+        return launches
 
     def places(self, bucket: Bucket) -> tuple[int, ...]:
         """What a recorded launch of this bucket depends on: it may be replayed as long as this is the same."""
