@@ -27,6 +27,8 @@ from lightning_optim.warnings import warn_once
 CHUNK = 1 << 14
 #: Under this many elements a parallel region costs more than it saves.
 SERIAL_ELEMENTS = 1 << 15
+#: Words of scratch that a thread's place in the list of chunks takes: a cache line, so that threads do not meet there.
+PART_WORDS = 8
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class HostEngine(CompiledEngine[Kernel]):
         """Call the kernel on the tensors and counters at these addresses; returns its results."""
         count = len(rows)
         chunks = _divide(sizes, thread_count())
-        work = array("d", bytes(8 * kernel.work * count))
+        work = array("d", bytes(8 * (kernel.work * count + PART_WORDS * chunks.parts)))
         partials = array("d", bytes(8 * kernel.reductions * len(chunks.tensor)))
         results = array("d", bytes(8 * kernel.results * count))
         kernel.function(
@@ -182,7 +184,7 @@ def _build(program: Program, layout: Layout) -> Kernel:
     return Kernel(
         function,
         tuple(printer.table_scalars),
-        len(printer.work_slots),
+        printer.width,
         printer.reductions,
         len(program.results),
     )
