@@ -1,13 +1,15 @@
-"""The reference: the rule, tensor by tensor, with torch's own operators."""
+"""The reference: the Program, tensor by tensor, with torch's own operators."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from lightning_optim.engines.base import Bucket, Engine, Scalars, advance
 from lightning_optim.engines.scaling import Scaling
+from lightning_optim.rules.interpret import interpret
 
 
 class EagerEngine(Engine):
@@ -18,14 +20,17 @@ class EagerEngine(Engine):
     @torch.no_grad()
     def run(self, bucket: Bucket, table: Sequence[Scalars], scaling: Scaling | None = None) -> None:
         """See :meth:`Engine.run`."""
-        math = bucket.layout.math
+        math, program = bucket.layout.math, bucket.update.program
         for index in range(len(bucket)):
             stored = {name: tensors[index] for name, tensors in bucket.tensors.items()}
-            loaded = {name: tensor.to(math) for name, tensor in stored.items() if name not in bucket.update.outputs}
-            new = bucket.update.run(**loaded, **bucket.scalars(index, table))
+            loaded = {name: stored[name].to(math) for name in program.loads}
+            new = interpret(program, loaded, bucket.scalars(index, table), math)
             own = set(map(id, loaded.values()))
             # What is stored as it was loaded (slots that swap, say) is read before anything is written.
             new = {name: value.clone() if id(value) in own else value for name, value in new.items()}
             for name, value in new.items():
-                stored[name].copy_(value)  # the one conversion to the storage type: round to nearest
+                if isinstance(value, Tensor):
+                    stored[name].copy_(value)  # the one conversion to the storage type: round to nearest
+                else:
+                    stored[name].fill_(value)
         advance(bucket)

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from lightning_optim.engines.printer import Kind, Printer
-from lightning_optim.rules.trace import Node, Pass, Rate
+from lightning_optim.engines.printer import Printer
+from lightning_optim.rules.trace import Kind, Node, Pass, Rate
 
 #: C types of the storage formats; bfloat16 is handled as its bits.
 C_TYPES = {
