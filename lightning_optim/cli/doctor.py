@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import re
-import stat
+import shlex
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +23,7 @@ from lightning_optim.engines.base import ENGINE_VARIABLE
 from lightning_optim.engines.cache import CACHE_VARIABLE, cache_folder
 from lightning_optim.engines.host.threads import THREADS_VARIABLE, thread_count
 from lightning_optim.engines.host.toolchain import ToolchainError, find_toolchain
+from lightning_optim.engines.private import not_private
 
 PACKAGES = ("torch", "lightning", "pytorch-lightning", "jsonargparse", "accelerate", "triton", "deepspeed")
 
@@ -92,7 +93,9 @@ def processor() -> dict[str, Any]:
     """The processor and the vector instructions that torch uses on it."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (match := re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE)):
+    if cpuinfo.exists() and (
+        match := re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+    ):
         model = match[1]
     return {"model": model, "vector level": torch.backends.cpu.get_cpu_capability()}
 
@@ -117,7 +120,7 @@ def compiler() -> dict[str, Any]:
     except ToolchainError as error:
         return {"found": None, "reason": str(error)}
     return {
-        "path": toolchain.compiler,
+        "path": shlex.join([toolchain.compiler, *toolchain.arguments]),
         "version": toolchain.version,
         "flags": " ".join(toolchain.flags),
         "OpenMP": " ".join(toolchain.libraries) or "by the system's name",
@@ -151,27 +154,35 @@ def automatic_choices() -> dict[str, Any]:
 
 def _engine_report(device: str, dtype: torch.dtype) -> str:
     weight = torch.nn.Parameter(torch.zeros(64, device=device, dtype=dtype))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the report says what the warning would
-        return lightning_optim.AdamW([weight]).engine_report()
+    threads = os.environ.pop(THREADS_VARIABLE, None)  # a bad value, told elsewhere, has no part in the choice
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the report says what the warning would
+            return lightning_optim.AdamW([weight]).engine_report()
+    finally:
+        if threads is not None:
+            os.environ[THREADS_VARIABLE] = threads
 
 
 def kernel_cache() -> dict[str, Any]:
     """Where compiled kernels are kept, and in what state that folder is."""
-    folder = cache_folder()
+    try:
+        folder = cache_folder()
+    except OSError as error:
+        return {"folder": None, "state": f"{error}; kernels are built anew by each process"}
     source = f"${CACHE_VARIABLE}" if os.environ.get(CACHE_VARIABLE) else "default"
     return {"folder": str(folder), "chosen by": source, "state": _folder_state(folder)}
 
 
 def _folder_state(folder: Path) -> str:
     try:
-        info = folder.stat()
+        folder.stat()
     except FileNotFoundError:
         return "not there yet; the first step makes it"
     except OSError as error:
         return f"cannot be read ({error}); kernels are built anew by each process"
-    if info.st_uid != os.getuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return "others can write to it, so it is not used; kernels are built anew by each process"
+    if (reason := not_private(folder)) is not None:
+        return f"others can write to it ({reason}), so it is not used; kernels are built anew by each process"
     if not os.access(folder, os.W_OK):
         return "not writable; kernels are built anew by each process"
     kernels = list(folder.glob("*.so"))
@@ -191,5 +202,5 @@ def _openmp_libraries() -> list[str]:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []
-    found = re.findall(r"\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so\S*", maps.read_text())
+    found = re.findall(r"\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so\S*", maps.read_text(errors="replace"))
     return sorted(set(found))

@@ -224,10 +224,13 @@ def requested_engine(argument: str) -> str:
     """The engine asked for: the environment variable if set, else the argument.
 
     Raises:
-        ValueError: Not the name of an engine, nor ``"auto"``.
+        ValueError: Not the name of an engine, nor ``"auto"``; or the environment variable of the number of threads is
+            no such number, which is better said now than in a step.
     """
     from lightning_optim.engines import ENGINES
+    from lightning_optim.engines.host.threads import requested_threads
 
+    requested_threads()
     override = os.environ.get(ENGINE_VARIABLE)
     names = {"engine": argument} | ({f"the environment variable {ENGINE_VARIABLE}": override} if override else {})
     for source, name in names.items():

@@ -1,7 +1,8 @@
 """Where generated code is kept: a private folder, in which files are checked before they are loaded.
 
 A file's name is ``<key>-<digest><suffix>``: the key is a hash of all that its making depends on, the digest one of
-its own bytes, so that a truncated or altered file is never loaded, and one atomic rename publishes both.
+its own bytes, so that a truncated or altered file is never loaded, and one atomic rename publishes both. Whoever can
+write to the folder can name a file so: it must be nobody but this user (:mod:`lightning_optim.engines.private`).
 """
 
 from __future__ import annotations
@@ -12,102 +13,221 @@ import fcntl
 import hashlib
 import os
 import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 from lightning_optim.engines.base import EngineError
+from lightning_optim.engines.private import has_room, made_private, not_private, opened, read_own
 
 CACHE_VARIABLE = "LIGHTNING_OPTIM_CACHE"
 #: How long to wait for another process that makes the same file before making it too.
 LOCK_SECONDS = 30.0
+
+Loaded = TypeVar("Loaded")
 
 
 class BuildError(EngineError):
     """A kernel could not be built or loaded; the message holds the compiler's."""
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A file of the cache that has been checked.
+
+    Attributes:
+        path: Where it is.
+        opened_path: The same by way of the open folder, for whoever must open it once more: no link on the way to the
+            folder matters any more. Its name says what is in it, so that no two files are ever called the same.
+        content: What is in it.
+    """
+
+    path: Path
+    opened_path: Path
+    content: bytes
+
+
 def cache_folder() -> Path:
-    """Where kernels are kept: ``$LIGHTNING_OPTIM_CACHE``, else ``lightning_optim`` in the user's cache folder."""
-    if os.environ.get(CACHE_VARIABLE):
-        return Path(os.environ[CACHE_VARIABLE])
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "lightning_optim"
+    """Where kernels are kept: ``$LIGHTNING_OPTIM_CACHE``, else ``lightning_optim`` in the user's cache folder.
+
+    A relative path is meant from where the process was when it first needed a kernel.
+
+    Raises:
+        OSError: The user has no home folder, or the current folder is gone.
+    """
+    if own := os.environ.get(CACHE_VARIABLE):
+        return _absolute(own)
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The standard says that relative paths are to be ignored there.
+    return (Path(base) if os.path.isabs(base) else _absolute("~/.cache")) / "lightning_optim"
+
+
+@lru_cache(maxsize=16)
+def _remembered(folder: Path) -> Path:
+    return folder.absolute()
+
+
+def _absolute(text: str) -> Path:
+    if not text.startswith("~"):
+        return _remembered(Path(text))
+    expanded = Path(os.path.expanduser(text))
+    if not expanded.is_absolute():
+        raise FileNotFoundError(f"{text}: this user has no home folder")
+    return expanded
 
 
 @lru_cache(maxsize=8)
-def private_folder(folder: Path) -> Path:
-    """``folder`` if this user alone can write to it, else a temporary one for this process."""
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        info = folder.stat()
-        private = info.st_uid == os.getuid() and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if private and os.access(folder, os.W_OK):
+def private_folder(folder: Path | None) -> Path:
+    """``folder`` if this user alone can write to it, else a temporary one for this process.
+
+    Raises:
+        OSError: There is no place for that one either.
+    """
+    return _temporary() if folder is None or made_private(folder) is not None else folder
+
+
+def _temporary() -> Path:
+    """A new folder that goes with this process, below one in which nobody else can exchange it.
+
+    Raises:
+        OSError: There is none.
+    """
+    bases = [Path(base) for base in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp"))]  # noqa: S108
+    for base in bases:
+        with contextlib.suppress(OSError):
+            folder = Path(tempfile.mkdtemp(prefix="lightning_optim-", dir=base))
+            if os.getuid() == os.geteuid() and not_private(folder) is not None:
+                folder.rmdir()
+                continue
+            atexit.register(_remove, folder, os.getpid())
             return folder
-    # Others could put code there that this process would load, or nothing can be kept there at all.
-    temporary = tempfile.mkdtemp(prefix="lightning_optim-")
-    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-    return Path(temporary)
+    raise OSError(f"others can write to {', '.join(map(str, bases))}, or this user cannot")
 
 
-def cached(key: str, suffix: str, make: Callable[[Path], Path]) -> Path:
-    """The file that belongs to ``key``: from the cache if it is there and intact, else made now.
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child's end is not the end of its parent
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wanted() -> Path | None:
+    with contextlib.suppress(OSError):
+        return cache_folder()
+    return None
+
+
+def _usable(wanted: Path | None) -> Path:
+    """The folder to use now: one that was deleted, by a cleaner say, is made again."""
+    folder = private_folder(wanted)
+    if made_private(folder) is not None:  # it was once
+        private_folder.cache_clear()
+        folder = private_folder(wanted)
+    return folder
+
+
+def cached(key: str, suffix: str, make: Callable[[Path], Path], load: Callable[[Kept], Loaded]) -> Loaded:
+    """What ``load`` makes of the file that belongs to ``key``: from the cache if it is there and intact, else made now.
 
     Args:
         key: Of letters and digits: a hash of all that the file depends on.
         suffix: Of its name.
         make: Given an empty folder of its own, makes the file there and returns its path.
+        load: Given the file, which it must not trust to be what ``make`` makes. If it raises :class:`BuildError` for
+            one that was there, the file is made anew.
 
     Raises:
-        BuildError: There is no folder to keep it in, or ``make`` failed.
+        BuildError: There is no folder to keep it in, or ``make`` or ``load`` failed.
     """
     try:
-        folder = private_folder(cache_folder())
+        folder = _usable(_wanted())
     except OSError as error:
         raise BuildError(f"there is no folder to keep kernels in: {error}") from error
-    path = _intact(folder, key, suffix)
-    if path is not None:
-        return path
-    with _lock(folder / f"{key}.lock"):
-        return _intact(folder, key, suffix) or _publish(folder, key, suffix, make)
-
-
-def _intact(folder: Path, key: str, suffix: str) -> Path | None:
-    for path in folder.glob(f"{key}-*{suffix}"):
-        try:
-            if hashlib.sha256(path.read_bytes()).hexdigest() == path.stem.partition("-")[2]:
-                return path
-            path.unlink()
-        except OSError:
-            continue
-    return None
-
-
-def _publish(folder: Path, key: str, suffix: str, make: Callable[[Path], Path]) -> Path:
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
+        return _cached_in(folder, key, suffix, make, load)
+    except (BuildError, OSError) as error:
+        if not has_room(folder):
+            with contextlib.suppress(OSError):
+                return _cached_in(_usable(None), key, suffix, make, load)
+        raise error if isinstance(error, BuildError) else BuildError(f"building a kernel failed: {error}") from error
+
+
+def _cached_in(
+    folder: Path, key: str, suffix: str, make: Callable[[Path], Path], load: Callable[[Kept], Loaded]
+) -> Loaded:
+    with opened(folder) as descriptor:
+        there = _Files(folder, descriptor)
+        for loaded in there.load_intact(key, suffix, load):
+            return loaded
+        with there.lock(f"{key}.lock"):
+            for loaded in there.load_intact(key, suffix, load):
+                return loaded
+            kept = there.publish(key, suffix, make)
+            try:
+                return load(kept)
+            except BuildError:
+                there.remove(kept.path.name)  # whole as it is, it is of no use: the next process must make it again
+                raise
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of an open folder."""
+
+    folder: Path
+    descriptor: int
+
+    def load_intact(self, key: str, suffix: str, load: Callable[[Kept], Loaded]) -> Iterator[Loaded]:
+        """What is loaded of the files of a key; those that are damaged, or are not what they should be, are removed."""
+        for name in sorted(os.listdir(self.descriptor)):
+            if not (name.startswith(f"{key}-") and name.endswith(suffix)):
+                continue
+            try:
+                content = read_own(name, self.descriptor)
+                if content is not None and name == _name(key, content, suffix):
+                    yield load(self._kept(name, content))
+                    continue
+            except (OSError, BuildError):
+                pass
+            self.remove(name)
+
+    def publish(self, key: str, suffix: str, make: Callable[[Path], Path]) -> Kept:
+        """Make the file of a key, and give it its name."""
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix="build-") as scratch:
             made = make(Path(scratch))
-            path = folder / f"{key}-{hashlib.sha256(made.read_bytes()).hexdigest()}{suffix}"
-            os.replace(made, path)
-            return path
-    except OSError as error:
-        raise BuildError(f"building a kernel failed: {error}") from error
+            made.chmod(0o600)  # whatever this user's umask lets a group do
+            content = made.read_bytes()
+            name = _name(key, content, suffix)
+            os.replace(made, name, dst_dir_fd=self.descriptor)
+        return self._kept(name, content)
 
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Let one process build while the others wait; on file systems without locks all build, which is as correct."""
-    with contextlib.ExitStack() as stack:
+    def remove(self, name: str) -> None:
         with contextlib.suppress(OSError):
-            file = stack.enter_context(path.open("w"))
-            deadline = time.monotonic() + LOCK_SECONDS
-            while time.monotonic() < deadline:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    time.sleep(0.02)
-        yield
+            os.unlink(name, dir_fd=self.descriptor)
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Let one process build while the others wait; on file systems without locks all build, which is as correct."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                file = os.open(name, flags, 0o600, dir_fd=self.descriptor)
+                stack.callback(os.close, file)
+                deadline = time.monotonic() + LOCK_SECONDS
+                while time.monotonic() < deadline:
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    except BlockingIOError:
+                        time.sleep(0.02)
+            yield
+
+    def _kept(self, name: str, content: bytes) -> Kept:
+        by_descriptor = Path(f"/proc/self/fd/{self.descriptor}") / name
+        return Kept(self.folder / name, by_descriptor if by_descriptor.exists() else self.folder / name, content)
+
+
+def _name(key: str, content: bytes, suffix: str) -> str:
+    return f"{key}-{hashlib.sha256(content).hexdigest()}{suffix}"

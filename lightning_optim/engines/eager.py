@@ -1,4 +1,4 @@
-"""The reference: the rule, tensor by tensor, with torch's own operators."""
+"""The reference: the Program, tensor by tensor, with torch's own operators."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_optim.engines.base import Bucket, Engine, Scalars, advance
 from lightning_optim.engines.progress import Progress, Write
 from lightning_optim.engines.scaling import Scaling
+from lightning_optim.rules.interpret import interpret
 
 
 class EagerEngine(Engine):
@@ -27,16 +28,20 @@ class EagerEngine(Engine):
         while (index := progress.parts) <= last:
             stored = {name: tensors[index] for name, tensors in bucket.tensors.items()}
             new = self._computed(bucket, bucket.scalars(index, table), stored)
-            # The one conversion to the storage type: round to nearest.
-            writes: list[Write] = [partial(stored[name].copy_, value) for name, value in new.items()]
+            writes = [_write(stored[name], value) for name, value in new.items()]
             progress.write([*writes, *(advance(bucket) if index == last else [])])
 
     @staticmethod
-    def _computed(bucket: Bucket, scalars: Scalars, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _computed(bucket: Bucket, scalars: Scalars, stored: dict[str, Tensor]) -> dict[str, Tensor | float]:
         """The new value of each tensor of one parameter that is written."""
-        math, update = bucket.layout.math, bucket.update
-        loaded = {name: tensor.to(math) for name, tensor in stored.items() if name not in update.outputs}
-        new = update.run(**loaded, **scalars)
+        math, program = bucket.layout.math, bucket.update.program
+        loaded = {name: stored[name].to(math) for name in program.loads}
+        new = interpret(program, loaded, scalars, math)
         own = set(map(id, loaded.values()))
         # What is stored as it was loaded (slots that swap, say) is read before anything is written.
         return {name: value.clone() if id(value) in own else value for name, value in new.items()}
+
+
+def _write(stored: Tensor, value: Tensor | float) -> Write:
+    """Storing a new value: the one conversion to the storage type, which rounds to nearest."""
+    return partial(stored.copy_, value) if isinstance(value, Tensor) else partial(stored.fill_, value)

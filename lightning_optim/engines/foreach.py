@@ -1,9 +1,9 @@
-"""The rule on lists of tensors, whose operators are ``torch._foreach_*``: few kernel launches on any device."""
+"""The Program on lists of tensors, whose operators are ``torch._foreach_*``: few kernel launches on any device."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_optim.engines.base import Bucket, Engine, Scalars, advance, in_place
 from lightning_optim.engines.progress import Progress, Write
 from lightning_optim.engines.scaling import Scaling
-from lightning_optim.rules.ops import OPS, Operand
+from lightning_optim.rules.interpret import interpret
+from lightning_optim.rules.ops import OPS, Operand, widest
 
 # A rule makes a temporary list for each intermediate value; working on parts of a long list bounds their memory.
 # 64 Mi elements are 256 MiB per intermediate in float32, and hundreds of microseconds of memory time: launches
@@ -26,13 +27,13 @@ class TensorList(Operand):
 
     __slots__ = ("tensors",)
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.tensors = list(tensors)
 
     def __rule_op__(self, name: str, args: Sequence[Any], attrs: Mapping[str, Any]) -> TensorList:
         function = _FOREACH.get(name)
-        if function is not None and not attrs:
-            result = function(*(arg.tensors if isinstance(arg, TensorList) else arg for arg in args))
+        if function is not None and (not attrs or name == "norm"):
+            result = function(*(arg.tensors if isinstance(arg, TensorList) else arg for arg in args), **attrs)
             if result is not None:
                 return TensorList(result)
         columns = [arg.tensors if isinstance(arg, TensorList) else [arg] * len(self.tensors) for arg in args]
@@ -57,9 +58,9 @@ def _div(a: Any, b: Any) -> Any:
 
 
 def _pow(a: Any, b: Any) -> Any:
-    if isinstance(a, list) and not isinstance(b, Tensor):
+    if isinstance(a, list) and not isinstance(b, Tensor) and (isinstance(b, list) or abs(b) != 0.5):
         return torch._foreach_pow(a, b)
-    return None
+    return None  # for square roots, see the operation
 
 
 def _lerp(a: Any, b: Any, weight: Any) -> Any:
@@ -68,8 +69,10 @@ def _lerp(a: Any, b: Any, weight: Any) -> Any:
     return None
 
 
-def _norm(a: Any) -> Any:
-    return None if a[0].device.type == "cpu" else torch._foreach_norm(a)  # see the operation's own comment
+def _norm(a: Any, wide: bool = False) -> Any:
+    if a[0].device.type == "cpu":
+        return None  # see the operation's own comment
+    return torch._foreach_norm(a, dtype=widest(a[0].device) if wide else None)
 
 
 def _same_kind(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
@@ -125,21 +128,38 @@ class ForeachEngine(Engine):
             indices = parts[number]
             stored = {name: [tensors[i] for i in indices] for name, tensors in bucket.tensors.items()}
             columns = self._computed(bucket, bucket.scalars(indices[0], table), stored)
-            writes: list[Write] = [partial(torch._foreach_copy_, stored[name], new) for name, new in columns.items()]
+            writes: list[Write] = [partial(_store, stored[name], new) for name, new in columns.items()]
             progress.write([*writes, *(advance(bucket) if number == len(parts) - 1 else [])])
 
     @staticmethod
-    def _computed(bucket: Bucket, scalars: Scalars, stored: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    def _computed(bucket: Bucket, scalars: Scalars, stored: dict[str, list[Tensor]]) -> dict[str, list[Tensor] | float]:
         """The new values of those lists of tensors that are written."""
-        loaded = {
-            name: TensorList([t.to(bucket.layout.math) for t in tensors])
-            for name, tensors in stored.items()
-            if name not in bucket.update.outputs
-        }
-        new = bucket.update.run(**loaded, **scalars)
+        math, program = bucket.layout.math, bucket.update.program
+        loaded = {name: TensorList([t.to(math) for t in stored[name]]) for name in program.loads}
+        new = interpret(program, loaded, scalars, math, each)
         own = {id(tensor) for column in loaded.values() for tensor in column.tensors}
         # What is stored as it was loaded (slots that swap, say) is read before anything is written.
-        return {n: [t.clone() if id(t) in own else t for t in v.tensors] for n, v in new.items()}
+        return {n: v if isinstance(v, float) else _clones(v.tensors, own) for n, v in new.items()}
+
+
+def each(function: Callable[[Tensor], Tensor], operand: Any) -> Any:
+    """What a function makes of a tensor, or of each tensor of a list."""
+    return TensorList(map(function, operand.tensors)) if isinstance(operand, TensorList) else function(operand)
+
+
+def _clones(tensors: list[Tensor], own: set[int]) -> list[Tensor]:
+    return [t.clone() if id(t) in own else t for t in tensors]
+
+
+def _store(stored: list[Tensor], column: list[Tensor] | float) -> None:
+    if isinstance(column, float):
+        torch._foreach_zero_(stored)
+        torch._foreach_add_(stored, column)
+    elif all(t.shape == new.shape for t, new in zip(stored, column, strict=True)):
+        torch._foreach_copy_(stored, column)
+    else:  # a scalar, for all elements
+        for t, new in zip(stored, column, strict=True):
+            t.copy_(new)
 
 
 def _parts(bucket: Bucket) -> list[list[int]]:

@@ -10,16 +10,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
 from lightning_optim.engines.base import TENSOR_SCALARS, Layout
 from lightning_optim.rules.ops import OPS
-from lightning_optim.rules.trace import Node, Pass, Program, Rate
-
-#: What a value is, and so its type in a generated language: see :meth:`Printer.kind`.
-Kind = Literal["number", "bool", "key"]
+from lightning_optim.rules.trace import Kind, Node, Pass, Program, Rate
 
 
 class Printer(ABC):
@@ -88,19 +85,11 @@ class Printer(ABC):
         """``value``, an element (a number or a bool), in the type in which reductions accumulate; an operand."""
 
     def kind(self, node: Node) -> Kind:
-        """What the value of ``node`` is.
-
-        - ``"number"``: float64 as a scalar, the math type as an element;
-        - ``"bool"``: a comparison, which rules also use as a number, 0 or 1;
-        - ``"key"``: an unsigned 32-bit integer.
+        """What the value of ``node`` is: see :meth:`Program.kind`.
 
         Scalars of every kind travel as float64 (in ``work``, say); it is the loop over elements that converts them.
         """
-        if node.op == "where":
-            first, second = (self.kind(self.program.nodes[arg]) for arg in node.args[1:])
-            return first if first == second else "number"
-        result = OPS[node.op].result if node.op in OPS else "number"
-        return "number" if result == "reduction" else result
+        return self.program.kind(node)
 
     def name(self, index: int) -> str:
         """How the generated code calls node ``index``: its number, with a letter for its rate."""

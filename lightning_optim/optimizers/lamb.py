@@ -43,7 +43,9 @@ def lamb(
     weight_norm, direction_norm = norm(p), norm(direction)
     ratio = minimum(weight_norm, max_weight_norm) / direction_norm
     ratio = where(weight_norm > 0, where(direction_norm > 0, ratio, 1.0), 1.0)
-    return lr * minimum(ratio, max_trust_ratio) * direction, exp_avg, exp_avg_sq
+    # In two factors: the ratio to a tiny direction alone may be more than float32 holds, that to a huge one less.
+    root = sqrt(minimum(ratio, max_trust_ratio))
+    return (lr * root) * (root * direction), exp_avg, exp_avg_sq
 
 
 class LAMB(RuleOptimizer):

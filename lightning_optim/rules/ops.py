@@ -66,6 +66,13 @@ def _tensor_binary(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[An
     return call
 
 
+def _tensor_pow(a: Any, b: Any) -> Tensor:
+    if isinstance(b, Tensor) or abs(b) != 0.5:
+        return a**b
+    # torch takes square roots there, which of -inf and -0 are others than powers.
+    return torch.where(a == -math.inf, math.inf**b, (a + 0.0) ** b)
+
+
 def _scalar_sign(x: float) -> float:
     return float(x > 0) - float(x < 0)
 
@@ -100,7 +107,7 @@ def _ieee(scalar: Callable[..., float], tensor: Callable[..., Tensor]) -> Callab
         try:
             return scalar(*args)
         except (ArithmeticError, ValueError):
-            return tensor(*(torch.tensor(arg, dtype=torch.float64) for arg in args)).item()
+            return tensor(*(torch.tensor(arg, dtype=torch.float64, device="cpu") for arg in args)).item()
 
     return call
 
@@ -125,16 +132,34 @@ def _not_for_scalars(name: str) -> Callable[..., float]:
     return call
 
 
-def _tensor_norm(x: Tensor) -> Tensor:
+def widest(device: torch.device) -> torch.dtype:
+    """The type of scalars: float64, where a device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor in the type of scalars."""
+    return tensor.to(widest(tensor.device))
+
+
+# Reductions of a tensor are of its own type, or, where engines ask for it, as wide as scalars are.
+
+
+def _tensor_sum(x: Tensor, wide: bool = False) -> Tensor:
+    return x.sum(dtype=widest(x.device) if wide else x.dtype)
+
+
+def _tensor_norm(x: Tensor, wide: bool = False) -> Tensor:
+    dtype = widest(x.device) if wide else x.dtype
     if x.device.type == "cpu":
         # torch's CPU kernel adds float32 squares one after the other: 7e-4 off at 16 M elements (with `dtype=float64`
         # it is right, but not vectorized: 11 ns an element).
-        return torch.linalg.vector_norm(x.double()).to(x.dtype)
-    return torch.linalg.vector_norm(x)
+        return torch.linalg.vector_norm(x.double()).to(dtype)
+    return torch.linalg.vector_norm(x, dtype=dtype)
 
 
-def _tensor_mean(x: Tensor) -> Tensor:
-    return x.sum() / max(x.numel(), 1)  # an empty tensor has mean 0, not NaN
+def _tensor_mean(x: Tensor, wide: bool = False) -> Tensor:
+    return _tensor_sum(x, wide) / max(x.numel(), 1)  # an empty tensor has mean 0, not NaN
 
 
 OPS: dict[str, Op] = {
@@ -145,7 +170,7 @@ OPS: dict[str, Op] = {
         Op("mul", 2, lambda a, b: a * b, lambda a, b: a * b),
         Op("div", 2, _ieee(lambda a, b: a / b, torch.div), lambda a, b: a / b),
         Op("neg", 1, lambda a: -a, lambda a: -a),
-        Op("pow", 2, _ieee(math.pow, torch.pow), lambda a, b: a**b),
+        Op("pow", 2, _ieee(math.pow, torch.pow), _tensor_pow),
         Op("sqrt", 1, _ieee(math.sqrt, torch.sqrt), torch.sqrt),
         Op("abs", 1, abs, torch.abs),
         Op("exp", 1, _ieee(math.exp, torch.exp), torch.exp),
@@ -162,7 +187,7 @@ OPS: dict[str, Op] = {
         Op("round_to", 1, _not_for_scalars("round_to"), rounding.round_to),
         Op("noise_key", 4, rounding.noise_key, rounding.noise_key, "key"),
         Op("stochastic_round", 2, _not_for_scalars("stochastic_round"), rounding.stochastic_round),
-        Op("sum", 1, _not_for_scalars("sum"), torch.sum, "reduction"),
+        Op("sum", 1, _not_for_scalars("sum"), _tensor_sum, "reduction"),
         Op("norm", 1, _not_for_scalars("norm"), _tensor_norm, "reduction"),
         Op("mean", 1, _not_for_scalars("mean"), _tensor_mean, "reduction"),
     )

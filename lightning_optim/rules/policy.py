@@ -134,8 +134,9 @@ class Update:
         old = {UNDO + name: values[name] for name in ("p", *self.slots)} if policy.undo else {}
         update, stores = self.rule(base, g, slots, values, dict(self.flags))
         if policy.cautious:
-            # A product, not a selection: a NaN must not become a harmless zero.
-            kept = maximum(sign(update * g), 0.0)
+            # A product, not a selection: a NaN must not become a harmless zero. And one of signs, since that of the
+            # numbers may be too small for float32.
+            kept = maximum(sign(update) * sign(g), 0.0)
             update = update * kept / maximum(mean(kept), _CAUTION_FLOOR)
         if policy.direction:
             new = update

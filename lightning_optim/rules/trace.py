@@ -20,9 +20,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from lightning_optim.rules.ops import OPS, Operand
+
+#: What a value is: see :meth:`Program.kind`.
+Kind = Literal["number", "bool", "key"]
 
 
 class Rate(IntEnum):
@@ -103,6 +106,19 @@ class Program:
     def fingerprint(self) -> str:
         """Hash of all that the Program says: equal for equal rules, whatever process traced them."""
         return hashlib.sha256(str(self).encode()).hexdigest()
+
+    def kind(self, node: Node) -> Kind:
+        """What the value of one of the nodes is.
+
+        - ``"number"``: float64 as a scalar, the math type as an element;
+        - ``"bool"``: a comparison, which rules also use as a number, 0 or 1;
+        - ``"key"``: an unsigned 32-bit integer.
+        """
+        if node.op == "where":
+            first, second = (self.kind(self.nodes[arg]) for arg in node.args[1:])
+            return first if first == second else "number"
+        result = OPS[node.op].result if node.op in OPS else "number"
+        return "number" if result == "reduction" else result
 
     @property
     def reduces(self) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
-from lightning_optim.engines.cache import BuildError, cached
+from lightning_optim.engines.cache import BuildError, Kept, cached
+from lightning_optim.engines.host.compiler import CompilerError, call
 from lightning_optim.engines.host.toolchain import Toolchain
 
 #: A kernel compiles in well under a second; a compiler that takes this long hangs.
@@ -27,31 +27,35 @@ def load(source: str, toolchain: Toolchain, kind: type[ctypes.CDLL] = ctypes.CDL
         BuildError: The compiler failed, or its library does not load.
     """
     key = hashlib.sha256("\0".join([source, str(toolchain)]).encode()).hexdigest()[:32]
-    path = cached(key, ".so", lambda scratch: _compile(source, toolchain, scratch))
-    try:
-        return kind(str(path))
-    except OSError as error:
-        path.unlink(missing_ok=True)  # whole as it is, it is of no use: the next process must compile again
-        raise BuildError(f"the compiled kernel does not load: {error}") from error
+    # The library says whose it is, and not its file's name alone.
+    signed = f'{source}\nconst char lo_key[] = "{key}";\n'
+    return cached(key, ".so", lambda scratch: _compile(signed, toolchain, scratch), _opener(key, kind))
+
+
+def _opener(key: str, kind: type[ctypes.CDLL]) -> Callable[[Kept], ctypes.CDLL]:
+    def open_library(kept: Kept) -> ctypes.CDLL:
+        try:
+            library = kind(str(kept.opened_path))
+            found = (ctypes.c_char * (len(key) + 1)).in_dll(library, "lo_key").value
+        except (OSError, ValueError) as error:
+            raise BuildError(f"the compiled kernel does not load: {error}") from error
+        if found != key.encode():
+            raise BuildError(f"the compiled kernel {kept.path} is not the one that its name says")
+        return library
+
+    return open_library
 
 
 def _compile(source: str, toolchain: Toolchain, scratch: Path) -> Path:
     code, library = scratch / "kernel.c", scratch / "kernel.so"
-    code.write_text(source)
-    command = [toolchain.compiler, *toolchain.flags, str(code), "-o", str(library), *toolchain.libraries, "-lm"]
+    code.write_text(source, encoding="utf-8")
+    command = [toolchain.compiler, *toolchain.arguments, *toolchain.flags, str(code), "-o", str(library)]
     try:
-        # The compiler's own temporary files go to the private folder too.
-        result = subprocess.run(  # noqa: S603 - the compiler that the user's own PATH or $CC names
-            command,
-            capture_output=True,
-            text=True,
-            timeout=BUILD_SECONDS,
-            cwd=scratch,  # relative names keep its messages free of a path that is another one every time
-            env={**os.environ, "TMPDIR": str(scratch)},
-            check=False,
-        )
-    except subprocess.SubprocessError as error:
+        # The compiler's own temporary files go to the private folder too; relative names keep its messages free of a
+        # path that is another one every time.
+        status, said = call([*command, *toolchain.libraries, "-lm"], BUILD_SECONDS, scratch, TMPDIR=str(scratch))
+    except CompilerError as error:
         raise BuildError(f"building a kernel failed: {error}") from error
-    if result.returncode != 0:
-        raise BuildError(f"{toolchain.compiler} failed: {result.stderr.strip()[-500:]}")
+    if status != 0:
+        raise BuildError(f"{toolchain.compiler} failed: {said.strip()[-500:]}")
     return library

@@ -28,6 +28,8 @@ from lightning_optim.warnings import warn_once
 CHUNK = 1 << 14
 #: Under this many elements a parallel region costs more than it saves.
 SERIAL_ELEMENTS = 1 << 15
+#: Words of scratch that a thread's place in the list of chunks takes: a cache line, so that threads do not meet there.
+PART_WORDS = 8
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class HostEngine(CompiledEngine[Kernel]):
         """The call of the kernel on the tensors and counters at these addresses, and its results to come."""
         count = len(rows)
         chunks = _divide(sizes, thread_count())
-        work = array("d", bytes(8 * kernel.work * count))
+        work = array("d", bytes(8 * (kernel.work * count + PART_WORDS * chunks.parts)))
         partials = array("d", bytes(8 * kernel.reductions * len(chunks.tensor)))
         results = array("d", bytes(8 * kernel.results * count))
         call = partial(
@@ -193,7 +195,7 @@ def _build(program: Program, layout: Layout) -> Kernel:
     return Kernel(
         function,
         tuple(printer.table_scalars),
-        len(printer.work_slots),
+        printer.width,
         printer.reductions,
         len(program.results),
     )

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from lightning_optim.engines.printer import Kind, Printer
-from lightning_optim.rules.trace import Node, Pass, Rate
+from lightning_optim.engines.printer import Printer
+from lightning_optim.rules.trace import Kind, Node, Pass, Rate
 
 #: C types of the storage formats; bfloat16 is handled as its bits.
 C_TYPES = {
@@ -104,7 +104,8 @@ class CPrinter(Printer):
     - ``chunk_tensor[c]``, ``chunk_begin[c]``, ``chunk`` (elements of a full one), ``bounds[parts + 1]``: each of
       ``parts`` threads does its own run of chunks, so that memory stays with the thread that touched it, and then
       helps the others; what a chunk yields does not depend on who did it, nor when;
-    - scratch: ``work`` (the scalars of each tensor), ``partials`` (the reductions of each chunk);
+    - scratch: ``work`` (:attr:`width` scalars of each tensor, and after them eight words for each part), ``partials``
+      (the reductions of each chunk);
     - ``results``: the Program's results, for each tensor.
     """
 
@@ -164,6 +165,11 @@ class CPrinter(Printer):
     def widen(self, value: str) -> str:
         """See :meth:`Printer.widen`."""
         return f"(double){value}"
+
+    @property
+    def width(self) -> int:
+        """Scalars that ``work`` keeps of each tensor."""
+        return max(len(self.work_slots), 1)
 
     def source(self) -> str:
         """See :meth:`Printer.source`."""
@@ -227,9 +233,10 @@ class CPrinter(Printer):
 
     def _run(self) -> str:
         """The exported function."""
-        width = max(len(self.work_slots), 1)
+        width = self.width
         columns = max(len(self.table_scalars), 1)
-        lines = ["  int64_t next[8 * parts];  /* of each part, its next chunk; a cache line apart */"]
+        # Not on the stack, which a number of threads must not size.
+        lines = [f"  int64_t *const next = (int64_t *)(work + {width} * n);  /* of each part; a cache line apart */"]
         for stage, sweep in enumerate(self.program.passes):
             previous = self.reduced_before(stage)
             lines += [
@@ -276,7 +283,7 @@ class CPrinter(Printer):
             "            const int32_t *rows, const int32_t *ids, const double *table, int64_t chunks,\n"
             "            const int64_t *chunk_tensor, const int64_t *chunk_begin, int64_t chunk,\n"
             "            const int64_t *bounds, int parts, double *work, double *partials, double *results) {\n"
-            "  (void)chunks; (void)partials; (void)results;\n" + "\n".join(lines) + "\n}\n"
+            "  (void)chunks; (void)partials; (void)results; (void)bounds; (void)parts;\n" + "\n".join(lines) + "\n}\n"
         )
 
 

@@ -2,14 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import re
+import threading
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
+from lightning_optim.engines.host.toolchain import torch_openmp
+
 THREADS_VARIABLE = "LIGHTNING_OPTIM_THREADS"
+#: More than this no machine has use for, and what a step keeps for each thread would itself take memory.
+MOST_THREADS = 1024
 
 # Set by torchrun, and so by `accelerate launch`, for each process that it starts.
 _LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE")
+
+
+class _Forks:
+    """OpenMP's threads at a fork.
+
+    A fork copies the calling thread alone. If OpenMP had given it helpers, it would still count on them in the child,
+    and wait for them for ever. So they are sent home before, where the runtime can do that (it gets new ones when it
+    needs them, in parent and child), and else done without.
+
+    Attributes:
+        child: Whether this process is a fork of another Python process.
+        bereft: The thread that may not ask for helpers.
+    """
+
+    child = False
+    bereft: int | None = None
+    _released = False
+
+    def before(self) -> None:
+        """In the parent."""
+        pause = _pause()
+        self._released = pause is not None and pause(_PAUSE_SOFT) == 0  # not within a parallel region
+
+    def after_in_child(self) -> None:
+        """In the child."""
+        self.child = True
+        self.bereft = None if self._released else threading.get_ident()
+
+
+#: ``omp_pause_soft`` of OpenMP 5.0: threads end, settings stay.
+_PAUSE_SOFT = 1
+
+
+@lru_cache(maxsize=1)
+def _pause() -> Callable[[int], int] | None:
+    """``omp_pause_resource_all`` of the runtime that torch has loaded, which kernels use too; None: it has none."""
+    for name in (*torch_openmp(), "libgomp.so.1"):
+        with contextlib.suppress(OSError, AttributeError):
+            function: Callable[[int], int] = ctypes.CDLL(name, os.RTLD_NOLOAD).omp_pause_resource_all
+            return function
+    return None
+
+
+_forks = _Forks()
+os.register_at_fork(before=_forks.before, after_in_child=_forks.after_in_child)
 
 
 def thread_count() -> int:
@@ -19,16 +74,38 @@ def thread_count() -> int:
     ``OMP_NUM_THREADS=1`` for every process (torchrun does, as a precaution): one thread would starve the step, so
     the processors are divided by the number of processes on this machine instead.
 
+    After a fork, one, whatever variables say, if torch has one thread there (as a DataLoader's workers have), or if
+    more cannot be had: see :class:`_Forks`.
+
     Raises:
-        ValueError: The variable is not a positive integer.
+        ValueError: A variable is not a positive integer.
     """
-    wanted = os.environ.get(THREADS_VARIABLE)
-    if wanted:
-        if not wanted.isdecimal() or int(wanted) < 1:
-            raise ValueError(f"{THREADS_VARIABLE}={wanted!r}; valid: a positive integer")
-        return int(wanted)
+    wanted = requested_threads()
+    if _forks.child and (threading.get_ident() == _forks.bereft or torch.get_num_threads() == 1):
+        return 1
+    if wanted is not None:
+        return wanted
     launched = any(name in os.environ for name in _LAUNCHER_VARIABLES)
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and torch.get_num_threads() == 1:
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        return min(MOST_THREADS, max(1, available // (_positive("LOCAL_WORLD_SIZE", 1 << 20) or 1)))
     return torch.get_num_threads()
+
+
+def requested_threads() -> int | None:
+    """What ``$LIGHTNING_OPTIM_THREADS`` says; None if it is not set, or empty.
+
+    Raises:
+        ValueError: It is not a positive integer, or too large.
+    """
+    return _positive(THREADS_VARIABLE, MOST_THREADS)
+
+
+def _positive(variable: str, most: int) -> int | None:
+    text = os.environ.get(variable)
+    if not text:
+        return None
+    # Not `isdecimal`, which takes the digits of all scripts.
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= most:
+        raise ValueError(f"{variable}={text!r}; valid: a positive integer up to {most}")
+    return int(text)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
-import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+
+from lightning_optim.engines.host.compiler import CompilerError, call
 
 #: No contraction to FMA: the compiler contracts otherwise in a loop's body than after it, and in a kernel that also
 #: keeps old values than in one that does not, so that steps that may be taken back would not be, to the bit, those
@@ -28,12 +31,13 @@ class Toolchain:
     """What kernels are built with.
 
     Attributes:
-        compiler: Path of the C compiler.
+        compiler: Path of the C compiler, or of what runs it (``ccache``).
         version: First line of ``compiler --version``.
         flags: All flags, the processor's included.
         libraries: What to link: torch's own OpenMP runtime, where its name differs from the system's.
         processor: What the code is tuned for; part of the cache key, since a home folder may be shared by
             machines with different processors.
+        arguments: What comes before the flags: all of ``$CC`` but its first word.
     """
 
     compiler: str
@@ -41,6 +45,11 @@ class Toolchain:
     flags: tuple[str, ...]
     libraries: tuple[str, ...]
     processor: str
+    arguments: tuple[str, ...] = ()
+
+
+#: A compiler tells its version in milliseconds; behind a network file system, in seconds.
+ANSWER_SECONDS = 20.0
 
 
 class ToolchainError(RuntimeError):
@@ -51,28 +60,48 @@ class ToolchainError(RuntimeError):
 def find_toolchain() -> Toolchain:
     """Look for a C compiler: ``$CC``, else ``cc``, ``gcc`` or ``clang`` in the PATH.
 
+    As for make and CMake, ``$CC`` may have arguments (``ccache gcc``, ``gcc -m64``), in the quotes of a shell.
+
     Raises:
         ToolchainError: There is none, or it does not answer.
     """
-    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
-    found = next((path for name in names if (path := shutil.which(name))), None)
+    candidates = _wanted(os.environ.get("CC", ""))
+    found = next(((path, *rest) for name, *rest in candidates if (path := shutil.which(name))), None)
     if found is None:
-        raise ToolchainError(f"no C compiler: {', '.join(names)} not found in PATH")
+        raise ToolchainError(f"no C compiler: {', '.join(words[0] for words in candidates)} not found in PATH")
+    compiler, *arguments = found
     try:
-        shown = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ToolchainError(f"the C compiler {found} does not run: {error}") from error
+        status, said = call([*found, "--version"], ANSWER_SECONDS)
+    except CompilerError as error:
+        raise ToolchainError(f"the C compiler {compiler} does not run: {error}") from error
+    if status != 0:
+        shown = f": {said.strip()[-300:]}" if said.strip() else ""
+        raise ToolchainError(f"the C compiler {compiler} does not run: it ended with status {status}{shown}")
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     return Toolchain(
-        compiler=found,
-        version=shown.stdout.partition("\n")[0],
+        compiler=compiler,
+        version=said.partition("\n")[0],
         flags=(*FLAGS, native),
-        libraries=_torch_openmp(),
+        libraries=torch_openmp(),
         processor=_processor(),
+        arguments=tuple(arguments),
     )
 
 
-def _torch_openmp() -> tuple[str, ...]:
+def _wanted(variable: str) -> Sequence[Sequence[str]]:
+    """Commands to try, from the value of ``$CC``."""
+    if not variable.strip():
+        return [["cc"], ["gcc"], ["clang"]]
+    if shutil.which(variable):  # a path with blanks, not quoted
+        return [[variable]]
+    try:
+        return [shlex.split(variable)]
+    except ValueError as error:
+        raise ToolchainError(f"no C compiler: CC={variable!r} is no command: {error}") from error
+
+
+@lru_cache(maxsize=1)
+def torch_openmp() -> tuple[str, ...]:
     """The OpenMP runtime that torch has loaded, if the linker would not find it by its usual name.
 
     Two OpenMP runtimes in one process are two pools of spinning threads on the same cores. A library that was
@@ -86,7 +115,7 @@ def _torch_openmp() -> tuple[str, ...]:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     wanted = ("model name", "flags", "Features", "CPU part")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import linecache
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from lightning_optim.engines.base import Layout
-from lightning_optim.engines.cache import BuildError, cached
+from lightning_optim.engines.cache import BuildError, Kept, cached
 from lightning_optim.engines.triton.printer import TritonPrinter
 from lightning_optim.rules.trace import Program
 
@@ -112,16 +113,21 @@ def load(source: str) -> ModuleType:
 
     def write(scratch: Path) -> Path:
         path = scratch / "kernels.py"
-        path.write_text(source)
+        path.write_text(source, encoding="utf-8")
         return path
 
-    path = cached(key, ".py", write)
-    spec = importlib.util.spec_from_file_location(f"lightning_optim_triton_{key}", path)
-    if spec is None or spec.loader is None:
-        raise BuildError(f"the generated kernels at {path} do not load")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise BuildError(f"the generated kernels do not load: {type(error).__name__}: {error}") from error
-    return module
+    def execute(kept: Kept) -> ModuleType:
+        if kept.content != source.encode():
+            raise BuildError(f"{kept.path} is not what its name says")
+        path = str(kept.path)
+        module = ModuleType(f"lightning_optim_triton_{key}")
+        module.__file__ = path
+        # What is run, and what Triton reads as its functions' source, is this text; the file is for people.
+        linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
+        try:
+            exec(compile(source, path, "exec"), module.__dict__)  # noqa: S102 - this package's own text
+        except Exception as error:
+            raise BuildError(f"the generated kernels do not load: {type(error).__name__}: {error}") from error
+        return module
+
+    return cached(key, ".py", write, execute)

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 
 from lightning_optim.engines.base import Layout
-from lightning_optim.engines.printer import Kind, Printer
+from lightning_optim.engines.printer import Printer
 from lightning_optim.engines.triton.prelude import CONTROL, PRELUDE
-from lightning_optim.rules.trace import Node, Pass, Program, Rate
+from lightning_optim.rules.trace import Kind, Node, Pass, Program, Rate
 
 TRITON_TYPES: dict[torch.dtype, str] = {
     torch.float32: "tl.float32",
