@@ -23,7 +23,8 @@ class Reading:
     Attributes:
         addresses: Of their first elements.
         forms: Equal to that of another reading only if the tensors have the same types, devices, shapes and strides,
-            are lazily negated or conjugated alike, and lie within their storages if the others do.
+            are lazily negated or conjugated alike, are made in inference mode alike, and lie within their storages if
+            the others do.
     """
 
     addresses: array[int]
@@ -38,6 +39,7 @@ _KINDS = (
     Tensor.stride,
     Tensor.is_neg,
     Tensor.is_conj,
+    Tensor.is_inference,
     Tensor.storage_offset,
 )
 
@@ -80,9 +82,10 @@ def same_order(a: Tensor, b: Tensor) -> bool:
     return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
 
 
-def form(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device, bool, bool]:
+def form(tensor: Tensor) -> tuple[Any, ...]:
     """All that decides how a tensor is updated, apart from where it is and what is in it."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_neg(), tensor.is_conj()
+    signs = tensor.is_neg(), tensor.is_conj(), tensor.is_inference()
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, *signs
 
 
 def is_lazy(tensor: Tensor) -> bool:

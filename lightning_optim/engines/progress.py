@@ -54,6 +54,16 @@ class Progress:
         done.extend(map(call, writes[len(done) :]))
         self._current = ([], [])
 
+    def let_go(self) -> None:
+        """Free what a part that cannot be finished has computed."""
+        if self.begun:
+            self._finished.append(None)  # what is written stays so
+        self._current = ([], [])
+
+
+class IncompleteStepError(RuntimeError):
+    """A step could neither be left out nor be finished."""
+
 
 def carry_through(work: Callable[[], None], begun: Callable[[], bool]) -> None:
     """Do work; if something comes in between after it has begun to write, finish it first, and raise that then.
@@ -63,7 +73,7 @@ def carry_through(work: Callable[[], None], begun: Callable[[], bool]) -> None:
         begun: Whether anything is written.
 
     Raises:
-        RuntimeError: It cannot be finished.
+        IncompleteStepError: It cannot be finished.
     """
     try:
         work()
@@ -77,7 +87,7 @@ def carry_through(work: Callable[[], None], begun: Callable[[], bool]) -> None:
                 last = again
             else:
                 raise error  # not the one that came after it
-        raise RuntimeError(
+        raise IncompleteStepError(
             f"an optimizer step that had begun to write could not be finished ({last!r}), so that only a part of the "
             "weights is updated; valid: go on from a checkpoint"
         ) from error

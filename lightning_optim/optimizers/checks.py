@@ -83,6 +83,7 @@ def usable_counter(step: Any) -> bool:
         and step.dtype == torch.float32
         and step.numel() == 1
         and not is_lazy(step)
+        and (torch.is_inference_mode_enabled() or not step.is_inference())
         and _problem_of_memory(step) is None
     )
 

@@ -130,6 +130,8 @@ def _are_of_the_form(planned: Planned, tensors: Mapping[str, list[Tensor]]) -> b
                 return False
             if has_address(tensor) and problem_of_storage(tensor) is not None:
                 return False
+            if name != "g" and tensor.is_inference() and not torch.is_inference_mode_enabled():
+                return False
             if bucket.dense:
                 if not same_order(tensor, p) or (name != "p" and is_lazy(tensor)):
                     return False

@@ -153,6 +153,7 @@ class MatrixStepper(Stepper):
             raise ValueError(
                 f"the step of {self._direct.planner.method.public_name()} cannot be taken back; valid: undo=None"
             )
+        self._direct._progress = self._move._progress = []
         self._has_rest = super().plan(grads, copies, scaled=scaled)
         given, directions = self._lay_out(grads)
         self._has_matrices = self._direct.plan(given, directions, scaled=scaled)
@@ -171,6 +172,11 @@ class MatrixStepper(Stepper):
         super().abandon()
         self._direct.abandon()
         self._move.abandon()
+
+    @property
+    def has_written(self) -> bool:
+        """See :meth:`Stepper.has_written`."""
+        return super().has_written or self._direct.has_written
 
     @property
     def _has_begun(self) -> bool:
@@ -210,11 +216,9 @@ class MatrixStepper(Stepper):
         return Scaling(None, LossScale(None, self.scaling.loss.found_inf, check=False))
 
     def _end(self) -> None:
-        written = super()._has_begun and not self._skip
         for stepper in (self._direct, self._move):
             stepper._end()
         super()._end()
-        self.has_written = written or self._direct.has_written
         self._batches, self._updates, self._copies = [], {}, None  # memory is held during a step only
 
     def _let_go(self) -> None:

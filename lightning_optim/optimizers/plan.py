@@ -269,7 +269,7 @@ class Planner:
             slots = self.slots(self.owner.param_groups[member.row], p)
             if not slots and not self.counts_steps():
                 continue  # no state, also no empty one: as torch has it
-            values = self.owner.state[p] if p in self.owner.state else {}
+            values = self.owner.state.get(p, {})
             if not isinstance(values, dict):
                 raise RuntimeError(f"{label}: its state is {values!r}; valid: a dict")
             if self.counts_steps():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.engines.base import Bucket, Decision, Scalars
-from lightning_optim.engines.progress import Progress, carry_through
+from lightning_optim.engines.progress import IncompleteStepError, Progress, carry_through
 from lightning_optim.engines.scaling import LossScale, Scaling, needs_squares
 from lightning_optim.optimizers.filling import fill
 from lightning_optim.optimizers.new_state import NewState
@@ -79,8 +79,7 @@ class Stepper:
         self._plans: list[tuple[Structure, list[Planned]]] = []  # the last ones, latest first
         self._fresh = False  # whether a first step is planned
         self._new = NewState()
-        #: Whether what was last planned has been run, and has changed weights or state.
-        self.has_written = False
+        self._progress: list[Progress] = []  # of each bucket, since the last plan
         self._skip, self._tables = False, list[list[Scalars]]()  # of the step that runs
         self._undo: UndoBuffers | None = None
         #: What can be taken back; not the plan's, as a norm may be planned between a step and its undoing.
@@ -118,8 +117,8 @@ class Stepper:
             else:
                 self.run(Scaling(max_norm, loss, self.squares() if needs_squares(max_norm, loss) else None))
         except BaseException:
-            self._let_go()
             self.abandon()
+            self._let_go()
             raise
 
     def plan(
@@ -142,14 +141,14 @@ class Stepper:
             Whether any parameter has a gradient.
         """
         self.abandon()
-        self._fresh, self._undo, self.has_written = False, undo, False
+        self._fresh, self._undo, self._progress, self._skip = False, undo, [], False
         params = [p for group in self.owner.param_groups for p in group["params"]]
         found = self._selected(list(map(_grad, params)) if grads is None else [grads.get(p) for p in params])
         gradients = [g for g in found if g is not None]
         if not gradients:
             return False
         structure = describe(
-            self.planner, params, found, copies=copies is not None, scaled=scaled, undo=undo is not None
+            self.planner, params, found, gradients, copies=copies is not None, scaled=scaled, undo=undo is not None
         )
         if self._knows(structure, gradients, copies):
             return True
@@ -187,23 +186,32 @@ class Stepper:
         What is raised here comes before anything is written, or after all of it is: :attr:`has_written` tells.
 
         Raises:
-            RuntimeError: Among others, that only a part could be written.
+            IncompleteStepError: Only a part could be written.
         """
         try:
             self._start(scaling)
             carry_through(self._go_on, lambda: self._has_begun)
+        except IncompleteStepError:
+            self._undo = None  # not all of the old values are kept
+            raise
         finally:
             self._end()
 
     @property
+    def has_written(self) -> bool:
+        """Whether what was last planned has been run, and has changed weights or state."""
+        return self._has_begun and not self._skip
+
+    @property
     def _has_begun(self) -> bool:
-        return any(planned.bucket.progress is not None and planned.bucket.progress.begun for planned in self._plan)
+        return any([progress.begun for progress in self._progress])
 
     def _start(self, scaling: Scaling | None) -> None:
         """Find all that a run needs, so that little is left to fail once it has begun to write."""
         self.scaling, self._past = scaling, None
-        for planned in self._plan:
-            planned.bucket.progress = Progress()
+        self._progress = [Progress() for _ in self._plan]
+        for planned, progress in zip(self._plan, self._progress, strict=True):
+            planned.bucket.progress = progress
         # A host that must know waits for the device once; the engines that decide on the device come to the same.
         on_device = all(planned.engine.controls_on_device for planned in self._plan)
         waits = scaling is not None and not (on_device and not self._fresh)
@@ -225,20 +233,18 @@ class Stepper:
 
     def _end(self) -> None:
         """After a run, or a failed one: keep what undoing needs, and the state that is in use now."""
-        self.has_written = self._has_begun and not self._skip
-        if self.has_written:
-            if self._undo is not None:
-                written = [planned for planned in self._plan if planned.bucket.progress.begun]  # type: ignore[union-attr]
-                states = {p: self.owner.state.get(p) for planned in written for p in planned.params}
-                self._past = _Past(written, states, self._new, self._undo)
-            self._new = NewState()
+        if self._undo is not None and self.has_written:
+            written = [planned for planned, p in zip(self._plan, self._progress, strict=True) if p.begun]
+            states = {p: self.owner.state.get(p) for planned in written for p in planned.params}
+            self._past = _Past(written, states, self._new, self._undo)
         self.abandon()  # of a step that was left out: the first one is still to come
         self._let_go()
 
     def abandon(self) -> None:
         """Forget what was planned and not run: parameters that had no state have none."""
-        new, self._new = self._new, NewState()
-        new.forget(self.owner.state)
+        if not self._has_begun:
+            self._new.forget(self.owner.state)
+        self._new = NewState()
 
     def undo(self) -> None:
         """Take the last step back, which was planned with ``undo``: every bit is as before it.
@@ -265,8 +271,9 @@ class Stepper:
     def _let_go(self) -> None:
         """After a step, or a failed one, tensors are their owner's to free or to move."""
         for planned in self._plan:
-            planned.bucket.tensors, planned.bucket.steps = {}, None
-            planned.bucket.progress = None
+            planned.bucket.tensors, planned.bucket.steps, planned.bucket.progress = {}, None, None
+        for progress in self._progress:
+            progress.let_go()
 
     def _count_versions(self) -> None:
         """Tell autograd of what is going to be written behind torch's back.
@@ -312,7 +319,8 @@ class Stepper:
         self._count_versions()
         self._new = NewState()  # zeros, with no step counted, are what no state is: no first step is special here
         self.scaling = self._captured.run(work, lambda bucket: self._table(bucket, None), max_norm, loss)
-        self.has_written = True
+        self._progress = [Progress()]
+        self._progress[0].write([])
         self._let_go()
 
     def report(self, *, scaled: bool = False) -> list[Decision]:
@@ -355,6 +363,7 @@ class Stepper:
                 if self._fill(gradients, copies):
                     self._plans.insert(0, self._plans.pop(index))
                     return True
+                self._let_go()
         return False
 
     def _fill(self, gradients: list[Tensor], copies: Mapping[Tensor, Tensor] | None) -> bool:

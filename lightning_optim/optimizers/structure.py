@@ -19,7 +19,7 @@ class Structure:
     Attributes:
         params: By identity: plans keep them alive.
         sizes: Of the param groups.
-        absent: Which parameters have no gradient.
+        absent: Which parameters have no gradient; empty if all have one.
         static: What of each group's options is compiled in.
         copies, scaled, undo: Of the call.
         inference: Whether tensors are made that cannot be written later.
@@ -39,6 +39,7 @@ def describe(
     planner: Planner,
     params: list[Tensor],
     found: Sequence[Tensor | None],
+    gradients: list[Tensor],
     *,
     copies: bool,
     scaled: bool,
@@ -50,6 +51,7 @@ def describe(
         planner: Knows the groups.
         params: All parameters.
         found: The gradient or None of each.
+        gradients: Those that are there.
         copies: Whether there are any.
         scaled: Whether gradients are multiplied by something.
         undo: Whether old values are kept.
@@ -58,7 +60,7 @@ def describe(
     return Structure(
         params=list(map(id, params)),
         sizes=[len(group["params"]) for group in groups],
-        absent=[g is None for g in found] if None in set(map(type, found)) else [],
+        absent=[g is None for g in found] if len(gradients) < len(found) else [],
         static=list(map(planner.static, groups)),
         copies=copies,
         scaled=scaled,

@@ -27,10 +27,11 @@ DLPACK_MAJOR = 1
 #: Integers that describe a tensor of two dimensions; room for more is found when it is needed.
 _USUAL_FORM = 6
 
-#: Of torch's library: the two signs by their C++ names, and two functions of its C interface for compiled models.
+#: Of torch's library: three signs by their C++ names, and two functions of its C interface for compiled models.
 _FUNCTIONS = (
     "_ZN2at6native6is_negERKNS_6TensorE",
     "_ZN2at6native7is_conjERKNS_6TensorE",
+    "_ZN2at6native12is_inferenceERKNS_6TensorE",
     "aoti_torch_get_storage_offset",
     "aoti_torch_get_storage_size",
 )
@@ -61,6 +62,7 @@ typedef struct {
 typedef struct {
   _Bool (*is_neg)(void *const *tensor);
   _Bool (*is_conj)(void *const *tensor);
+  _Bool (*is_inference)(void *const *tensor);
   int32_t (*storage_offset)(void *const *tensor, int64_t *elements);
   int32_t (*storage_size)(void *const *tensor, int64_t *bytes);
   void *classes[2];  /* torch's own: their instances have memory at their address, and torch's pointer inside */
@@ -95,7 +97,7 @@ int64_t lo_read(const ExchangeAPI *api, const Torch *torch, void *(*item)(void *
     int64_t *form = forms + used;
     used += 2 + 2 * (int64_t)t.ndim;
     if (used > capacity) continue;
-    const uint64_t signs = torch->is_neg(tensor) | torch->is_conj(tensor) << 1;
+    const uint64_t signs = torch->is_neg(tensor) | torch->is_conj(tensor) << 1 | torch->is_inference(tensor) << 2;
     *form++ = (int64_t)((uint64_t)(uint32_t)t.device_type << 32 | (uint32_t)t.device_id);
     *form++ = (int64_t)((uint64_t)t.lanes << 48 | (uint64_t)t.code << 40 | (uint64_t)t.bits << 32 | signs << 24 |
                         (uint32_t)t.ndim);
@@ -123,7 +125,7 @@ class _Torch(ctypes.Structure):
     """What the C code calls ``Torch``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("is_neg", "is_conj", "storage_offset", "storage_size")),
+        *((name, ctypes.c_void_p) for name in ("is_neg", "is_conj", "is_inference", "storage_offset", "storage_size")),
         ("classes", ctypes.py_object * 2),
         *((name, ctypes.c_int64) for name in ("class_at", "tensor_at")),
     )
@@ -223,4 +225,5 @@ def _torch() -> _Torch | None:
     class_at = object.__basicsize__ - word
     if not places or any(ctypes.c_void_p.from_address(id(t) + class_at).value != id(type(t)) for t in examples):
         return None
-    return _Torch(*functions, (ctypes.py_object * 2)(Tensor, torch.nn.Parameter), class_at, places[0])
+    classes = (ctypes.py_object * 2)(Tensor, torch.nn.Parameter)  # type: ignore[misc] # any object is one
+    return _Torch(*functions, classes, class_at, places[0])
