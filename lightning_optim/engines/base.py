@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_optim.engines.memory import Reading, is_lazy, is_plain, read_forms
 from lightning_optim.engines.scaling import Scaling
+from lightning_optim.rules import counting
 from lightning_optim.rules.policy import Update
 from lightning_optim.warnings import warn_once
 
@@ -98,7 +99,7 @@ class Bucket:
         values = dict(table[self.rows[index]])
         values["tensor_id"] = float(self.ids[index])
         if self.steps is not None:
-            values["step"] = self.steps[index].item() + 1
+            values["step"] = counting.next_step(self.steps[index].item())
         return values
 
 
@@ -177,7 +178,7 @@ class Engine(ABC):
 def advance(bucket: Bucket) -> None:
     """Count one more step of every parameter of the bucket."""
     if bucket.steps:
-        torch._foreach_add_(bucket.steps, 1)
+        counting.advance(bucket.steps)
 
 
 def flat_memory(bucket: Bucket, dtypes: Container[torch.dtype]) -> str | None:

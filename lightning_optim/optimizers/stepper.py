@@ -21,6 +21,7 @@ from lightning_optim.optimizers.filling import fill
 from lightning_optim.optimizers.plan import Group, Method, Options, Owner, Part, Planned, Planner
 from lightning_optim.optimizers.shards import LocalSquares, local, total_squares
 from lightning_optim.optimizers.undo import UndoBuffers
+from lightning_optim.rules import counting
 from lightning_optim.warnings import warn_once
 
 # Called for every parameter at every step: `map` over these is half the time of a comprehension.
@@ -232,7 +233,7 @@ class Stepper:
                 for slot in slots:
                     past.undo.give_back(p, slot, state[slot])
                 if "step" in planned.bucket.update.program.scalars:
-                    state["step"] -= 1
+                    counting.step_back(state["step"])
         self._forget(past.new)
 
     def _forget(self, new: list[tuple[Tensor, Any]]) -> None:
