@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from lightning_optim.engines.ambient import of_normal_tensors
 from lightning_optim.engines.base import Bucket, Decision, Engine, Layout, choose, dtype_name
 from lightning_optim.engines.memory import Reading, aliased, form, in_order_of, is_dense, is_plain
 from lightning_optim.optimizers.shards import Shards, local, same_parts, shards_of
@@ -237,6 +238,7 @@ class Planner:
             slots = [local(slot) for slot in slots]
         return all(map(is_plain, [g, *slots, *([copies[p]] if copies is not None else [])]))
 
+    @of_normal_tensors
     def prepare(self, members: list[Member]) -> list[Tensor]:
         """Create the state that is missing, and bring loaded state into the form that engines expect.
 
@@ -254,7 +256,7 @@ class Planner:
                     isinstance(step, Tensor) and is_plain(step) and step.dtype == torch.float32 and step.numel() == 1
                 )
                 if not usable:
-                    state["step"] = torch.tensor(float(step), dtype=torch.float32)
+                    state["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
             for slot in self.slots(self.owner.param_groups[member.row], p):
                 value = state.get(slot)
                 if value is None:

@@ -135,7 +135,7 @@ class HostEngine(CompiledEngine[Kernel]):
         zeros = array("i", bytes(4 * count))
         data = bucket.addresses[field * count : (field + 1) * count]
         norms = self._call(kernel, data, bucket.sizes, None, zeros, zeros, array("d", [0.0]))
-        return torch.tensor([sum(x * x for x in norms)], dtype=torch.float64)
+        return torch.tensor([sum(x * x for x in norms)], dtype=torch.float64, device="cpu")
 
     def _call(
         self,

@@ -21,6 +21,7 @@ C_TYPES = {
 _ELEMENT_TYPES: dict[Kind, str] = {"number": "real", "bool": "real", "key": "uint32_t"}
 
 _HEADER = """\
+#include <fenv.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -243,8 +244,10 @@ class CPrinter(Printer):
         """The exported function."""
         width = self.width
         columns = max(len(self.table_scalars), 1)
-        # Not on the stack, which a number of threads must not size.
+        # Whether denormal numbers are flushed, and how is rounded, is the calling thread's to say: torch sets it there
+        # alone, and what a chunk yields must not depend on who did it. The places of the parts are not on the stack, which a number of threads must not size.
         lines = [f"  int64_t *const next = (int64_t *)(work + {width} * n);  /* of each part; a cache line apart */"]
+        lines += ["  fenv_t callers;", "  if (parts > 1) fegetenv(&callers);"]
         for stage, sweep in enumerate(self.program.passes):
             previous = self.reduced_before(stage)
             lines += [
@@ -269,7 +272,9 @@ class CPrinter(Printer):
                 lines += [
                     "  for (int part = 0; part < parts; ++part) next[8 * part] = bounds[part];",
                     "#pragma omp parallel for schedule(static, 1) num_threads(parts) if (parts > 1)",
-                    "  for (int part = 0; part < parts; ++part)",
+                    "  for (int part = 0; part < parts; ++part) {",
+                    "    fenv_t own;",
+                    "    if (parts > 1) { fegetenv(&own); fesetenv(&callers); }",
                     "    for (int k = 0; k < parts; ++k) {",
                     "      const int from = (part + k) % parts;",
                     "      int64_t c;",
@@ -279,6 +284,8 @@ class CPrinter(Printer):
                     f"                partials + {self.reductions} * c);",
                     "      }",
                     "    }",
+                    "    if (parts > 1) fesetenv(&own);",
+                    "  }",
                 ]
         for column, index in enumerate(self.program.results):
             slot = self.work_slots[index]
