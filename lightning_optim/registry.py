@@ -56,7 +56,7 @@ class OptimizerInfo:
             return "closure" if getattr(self.cls, "needs_closure", False) else "wrapper"
         if issubclass(self.cls, Muon):
             return "matrix"
-        weight = nn.Parameter(torch.zeros(2, 2))
+        weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.float32, device="cpu"))
         group = self.create([weight]).param_groups[0]
         flags = self.cls.flags(group, weight, True)
         update = Update(self.cls.rule, Policy(), tuple(sorted(flags.items())))

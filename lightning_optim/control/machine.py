@@ -170,7 +170,7 @@ class Machine:
 def _speeds(kind: str, index: int) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     host = _host_bandwidth()
     if kind == "cpu":
-        source, target = torch.ones(2, TRANSFER, dtype=torch.uint8).unbind()
+        source, target = torch.ones(2, TRANSFER, dtype=torch.uint8, device="cpu").unbind()
         link = TRANSFER / _fastest(lambda: target.copy_(source))
         return (
             # The step's own pass over memory is the same in both placements.
@@ -185,7 +185,7 @@ def _speeds(kind: str, index: int) -> tuple[Mapping[str, Any], tuple[str, ...]]:
 
 
 def _link() -> tuple[float, float]:
-    on_host = torch.empty(TRANSFER, dtype=torch.uint8, pin_memory=True)
+    on_host = torch.empty(TRANSFER, dtype=torch.uint8, device="cpu", pin_memory=True)
     on_device = torch.empty(TRANSFER, dtype=torch.uint8, device="cuda")
     to_host = _fastest_on_device(lambda: on_host.copy_(on_device, non_blocking=True))
     to_device = _fastest_on_device(lambda: on_device.copy_(on_host, non_blocking=True))
@@ -204,7 +204,7 @@ def _host_bandwidth() -> float:
     size = min(STREAM, host_memory().free // 8)
     try:
         torch.set_num_threads(thread_count())  # as many as the host engine's step has
-        source, target = torch.zeros(2, max(1, size // 4), dtype=torch.float32).unbind()
+        source, target = torch.zeros(2, max(1, size // 4), dtype=torch.float32, device="cpu").unbind()
         return 3 * source.nbytes / _fastest(lambda: target.add_(source))
     finally:
         torch.set_num_threads(threads)

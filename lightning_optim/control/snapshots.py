@@ -354,7 +354,7 @@ def _copy(to: list[Tensor], of: list[Tensor]) -> None:
 def _pinned_like(sources: Sequence[Tensor]) -> Iterator[Tensor]:
     """Buffers in pinned memory, many to a slab."""
     sizes = [-(-source.nbytes // 64) * 64 for source in sources]
-    slab, offset = torch.empty(0, dtype=torch.uint8), 0
+    slab, offset = torch.empty(0, dtype=torch.uint8, device="cpu"), 0
     for index, (source, size) in enumerate(zip(sources, sizes, strict=True)):
         if offset + size > slab.numel():
             slab, offset = _slab(max(size, min(sum(sizes[index:]), SLAB))), 0
@@ -378,10 +378,10 @@ def _check_free(needed: int) -> None:
 
 def _slab(size: int) -> Tensor:
     try:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
     except RuntimeError as error:  # the limit of locked memory, or no driver
         warn_once(
             f"snapshots of CUDA tensors are in pageable memory of the host ({error}); they are right, but slower",
             key="snapshots: pageable",
         )
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")

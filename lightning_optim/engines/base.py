@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_optim.engines.memory import Reading, is_lazy, is_plain, read
 from lightning_optim.engines.progress import Progress, Write
 from lightning_optim.engines.scaling import Scaling
+from lightning_optim.rules import counting
 from lightning_optim.rules.policy import Update
 from lightning_optim.warnings import warn_once
 
@@ -104,7 +105,7 @@ class Bucket:
         values = dict(table[self.rows[index]])
         values["tensor_id"] = float(self.ids[index])
         if self.steps is not None:
-            values["step"] = self.steps[index].item() + 1
+            values["step"] = counting.next_step(self.steps[index].item())
         return values
 
 
@@ -188,7 +189,7 @@ class Engine(ABC):
 
 def advance(bucket: Bucket) -> list[Write]:
     """What counts one more step of every parameter of the bucket."""
-    return [partial(torch._foreach_add_, bucket.steps, 1)] if bucket.steps else []
+    return counting.advancing(bucket.steps) if bucket.steps else []
 
 
 def flat_memory(bucket: Bucket, dtypes: Container[torch.dtype]) -> str | None:

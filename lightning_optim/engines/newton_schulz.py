@@ -13,7 +13,6 @@ symmetric: :mod:`lightning_optim.engines.triton.symmetric` computes half of each
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
@@ -21,6 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_optim.engines.ambient import no_autocast
 from lightning_optim.warnings import warn_once
 
 #: ``(a, b, c)`` of the polynomial ``a x + b x³ + c x⁵`` of one step.
@@ -146,7 +146,7 @@ def orthogonalize(
     tall = x.size(-2) > x.size(-1)
     X = _normalized(x if x.dim() == 3 else x.unsqueeze(0), eps, dtype)
     product = _symmetric_product(X.mT if tall else X, products)
-    with _no_autocast(x.device.type):
+    with no_autocast(x.device.type):  # a step inside of autocast should be the same step
         for a, b, c in schedule:
             A = product(X.mT if tall else X)
             B = product(A, A, alpha=c, beta=b)  # A is its own transpose
@@ -172,13 +172,6 @@ def _default_dtype(x: Tensor) -> torch.dtype:
     if x.dtype == torch.float64:
         return torch.float64  # as everywhere here: math in float64 where weights are
     return torch.bfloat16 if x.is_cuda else torch.float32
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    # A step inside of autocast should be the same step.
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _normalized(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

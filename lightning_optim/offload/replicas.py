@@ -71,7 +71,8 @@ class Replicas:
         for index, fields in enumerate(described[0]):
             values = {}
             for name, dtype, shape in fields:
-                tensor = own[index][name].contiguous() if bucket.mine else torch.empty(shape, dtype=dtype)
+                mine = own[index][name].contiguous() if bucket.mine else None
+                tensor = torch.empty(shape, dtype=dtype, device="cpu") if mine is None else mine
                 there = tensor.to(self._device(tensor))
                 dist.broadcast(there, self._source(bucket), group=self._group)
                 values[name] = there.cpu()

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim.engines.ambient import without_autocast
+
 #: Elements of a block. Within one, products are summed in the history's own type, and the blocks' sums in float64.
 #: At 2M weights and 100 pairs in float32, two cores, AVX-512: blocks of 4096 and 8192 take 54 ms for both passes' dot
 #: products, as long as reading the history once does; 1024 and below take twice that. The error at 4096 is 2e-10 of
@@ -61,11 +63,12 @@ class CompactHistory:
         self.elements, self.size, self.dtype = elements, size, dtype
         self.blocks, self.block = blocks_of(elements)
         # Zeros from the system cost nothing until they are written to, and the end of the last block stays zero.
-        self.slab = torch.zeros(self.blocks, 2 * size, self.block, dtype=dtype)
-        self.sy = torch.zeros(size, size, dtype=torch.float64)
-        self.yy = torch.zeros(size, size, dtype=torch.float64)
-        self._right = torch.zeros(self.blocks, 2, self.block, dtype=dtype)  # the two right-hand sides: g, y
-        self._out = torch.empty(self.blocks, 1, self.block, dtype=dtype)
+        self.slab = torch.zeros(self.blocks, 2 * size, self.block, dtype=dtype, device="cpu")
+        self.sy = torch.zeros(size, size, dtype=torch.float64, device="cpu")
+        self.yy = torch.zeros(size, size, dtype=torch.float64, device="cpu")
+        # The two right-hand sides: g, y.
+        self._right = torch.zeros(self.blocks, 2, self.block, dtype=dtype, device="cpu")
+        self._out = torch.empty(self.blocks, 1, self.block, dtype=dtype, device="cpu")
         self.clear()
 
     def clear(self) -> None:
@@ -79,9 +82,9 @@ class CompactHistory:
 
     def vector(self, values: Any = None) -> Vector:
         """A new vector in the history's layout (zeros after the last element), in its type."""
-        made = torch.zeros(self.blocks * self.block, dtype=self.dtype)
+        made = torch.zeros(self.blocks * self.block, dtype=self.dtype, device="cpu")
         if values is not None:
-            made[: self.elements] = torch.as_tensor(values, dtype=self.dtype)
+            made[: self.elements] = torch.as_tensor(values, dtype=self.dtype, device="cpu")
         return made
 
     def add(self, s: Vector, y: Vector) -> None:
@@ -99,6 +102,7 @@ class CompactHistory:
         self.slab[:, 2 * slot + 1].copy_(y.view(self.blocks, self.block))
         self.pending = True
 
+    @without_autocast
     def direction(self, gradient: Vector, first: float, *, out: Vector) -> None:
         """Write -Hg.
 
@@ -112,19 +116,20 @@ class CompactHistory:
             return
         self._right[:, 0].copy_(gradient.view(self.blocks, self.block))
         products = self._products()
-        order = torch.tensor(self.order)
+        order = torch.tensor(self.order, dtype=torch.int64, device="cpu")
         ring = order.unsqueeze(1), order
         r, yy = self.sy[ring].triu(), self.yy[ring]
         p, q = products[0, 2 * order], products[0, 2 * order + 1]
         u = torch.linalg.solve_triangular(r, p.unsqueeze(1), upper=True)
         v = r.diagonal().unsqueeze(1) * u + self.gamma * (yy @ u - q.unsqueeze(1))
         w = torch.linalg.solve_triangular(r.T, v, upper=False)
-        factors = torch.zeros(2 * len(self.order), dtype=torch.float64)
+        factors = torch.zeros(2 * len(self.order), dtype=torch.float64, device="cpu")
         factors[2 * order], factors[2 * order + 1] = -w.squeeze(1), self.gamma * u.squeeze(1)
         row = factors.to(self.dtype).expand(self.blocks, 1, -1)
         torch.bmm(row, self.slab[:, : 2 * len(self.order)], out=self._out)
         torch.add(self._out.view(-1), gradient, alpha=-self.gamma, out=out)
 
+    @without_autocast
     def _products(self) -> Tensor:
         """Sᵀg, Yᵀg (interleaved, by slot) in the first row; with a pending pair, its column of SᵀY and YᵀY."""
         if self.pending:
@@ -193,6 +198,7 @@ def blocks_of(elements: int) -> tuple[int, int]:
     return blocks, -(-max(1, -(-elements // blocks)) // 16) * 16
 
 
+@without_autocast
 def dot(a: Vector, b: Vector) -> float:
     """The product of two vectors in a history's layout: within a block in their type, over blocks in float64."""
     block = blocks_of_padded(a.numel())

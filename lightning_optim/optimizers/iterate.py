@@ -54,7 +54,7 @@ class Iterate:
     def __init__(self, layout: Signature, dtype: torch.dtype) -> None:
         self.layout, self.dtype = layout, dtype
         blocks, block = blocks_of(count(layout))
-        self.x, self.direction = (torch.zeros(blocks * block, dtype=dtype) for _ in range(2))
+        self.x, self.direction = (torch.zeros(blocks * block, dtype=dtype, device="cpu") for _ in range(2))
         starts, start = [], 0
         for group in layout:
             starts.append(start)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_optim.engines.ambient import of_normal_tensors
 from lightning_optim.engines.memory import is_dense
 from lightning_optim.optimizers.options import CHOICES, RANGES, SWITCHES, check_option
 from lightning_optim.rules.policy import KAHAN_SLOT
@@ -77,6 +78,7 @@ def load_groups(
     return saved
 
 
+@of_normal_tensors
 def load_state(
     optimizer: str,
     groups: Sequence[Group],
@@ -148,4 +150,4 @@ def _load_step(where: str, value: Any) -> Tensor:
         raise ValueError(f"{where}: step={value!r} is not a number") from error
     if not 0 <= step < float("inf"):
         raise ValueError(f"{where}: step={step}; valid: a finite number >= 0")
-    return torch.tensor(step, dtype=torch.float32)
+    return torch.tensor(step, dtype=torch.float32, device="cpu")

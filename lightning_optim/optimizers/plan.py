@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from lightning_optim.engines.ambient import of_normal_tensors
 from lightning_optim.engines.base import Bucket, Decision, Engine, Layout, choose, dtype_name
 from lightning_optim.engines.memory import (
     Ranges,
@@ -254,6 +255,7 @@ class Planner:
             slots = [local(slot) for slot in slots]
         return all(map(is_plain, [g, *slots, *([copies[p]] if copies is not None else [])]))
 
+    @of_normal_tensors
     def prepare(self, members: list[Member], new: NewState) -> None:
         """Create the state that is missing, and bring loaded state into the form that engines expect.
 

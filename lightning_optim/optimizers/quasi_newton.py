@@ -103,7 +103,7 @@ class QuasiNewton:
             first, value = line.evaluate()
             self.gradient, self.trial = self.trial, self.gradient
         else:
-            first, value = torch.tensor(known), known
+            first, value = torch.tensor(known, dtype=torch.float64, device="cpu"), known
         try:
             end = self._iterations(line, options, record, value)
         except BaseException:

@@ -24,6 +24,7 @@ from lightning_optim.optimizers.plan import Group, Method, Options, Owner, Part,
 from lightning_optim.optimizers.shards import LocalSquares, local, total_squares
 from lightning_optim.optimizers.structure import Structure, describe
 from lightning_optim.optimizers.undo import UndoBuffers
+from lightning_optim.rules import counting
 from lightning_optim.warnings import warn_once
 
 # Called for every parameter at every step: `map` over this is half the time of a comprehension.
@@ -265,7 +266,7 @@ class Stepper:
                 for slot in slots:
                     past.undo.give_back(p, slot, state[slot])
                 if "step" in planned.bucket.update.program.scalars:
-                    state["step"] -= 1
+                    counting.step_back(state["step"])
         past.new.forget(self.owner.state)
 
     def _let_go(self) -> None:

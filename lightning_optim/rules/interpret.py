@@ -96,7 +96,7 @@ class _Run:
             return value
         if isinstance(value, int | float):
             # What float32 does not hold is infinite: torch refuses such numbers in some of its functions.
-            return ctypes.c_float(value).value if self.dtype == torch.float32 else value
+            return ctypes.c_float(value).value if self.dtype == torch.float32 else float(value)
         if index not in self._narrow:
             self._narrow[index] = self.each(lambda tensor: tensor.to(self.dtype), value)
         return self._narrow[index]

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_optim.rules.counting import step_word
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 
@@ -37,8 +39,8 @@ def _hash32_tensor(x: Tensor) -> Tensor:
 def noise_key(seed: float, tensor_id: float, step: float, salt: float) -> float:
     """Mix the four numbers into one 32-bit key (exact in a float64, so that it can travel as a scalar)."""
     key = 0
-    for part in (seed, tensor_id, step, salt):
-        key = hash32(key ^ int(part))
+    for part in (int(seed), int(tensor_id), step_word(step), int(salt)):
+        key = hash32(key ^ part)
     return float(key)
 
 

@@ -83,5 +83,5 @@ class InStepScaler(torch.amp.GradScaler):
     def _maybe_opt_step(self, optimizer: Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Of torch's own step, which has the host read the flags: note what it reads."""
         flags = sum(flag.item() for flag in optimizer_state["found_inf_per_device"].values())
-        self.found_inf = torch.tensor(float(flags))
+        self.found_inf = torch.tensor(float(flags), dtype=torch.float32, device="cpu")
         return optimizer.step(*args, **kwargs) if not flags else None

@@ -21,6 +21,7 @@ C_TYPES = {
 _ELEMENT_TYPES: dict[Kind, str] = {"number": "real", "bool": "real", "key": "uint32_t"}
 
 _HEADER = """\
+#include <fenv.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -41,14 +42,22 @@ static inline uint16_t store_bfloat16(float x) {
 #define load_float64(x) (x)
 #define store_float64(x) ((double)(x))
 #define load_float16(x) ((float)(x))
-#define store_float16(x) ((_Float16)(x))
+#define store_float16(x) ((_Float16)(float)(x)) /* by way of float, as torch does */
+
+/* Counting as lightning_optim/rules/counting.py has it. */
+static inline double next_step(float step) {
+  return step < 16777216.0f || !(step < INFINITY) ? (double)step + 1 : bits_to_float(float_to_bits(step) + 1);
+}
+static inline uint32_t step_word(double step) {
+  return step < 16777216.0 ? (uint32_t)step : float_to_bits((float)step);
+}
 
 /* The rounding noise of lightning_optim/rules/rounding.py, bit for bit. */
 static inline uint32_t hash32(uint32_t x) {
   x ^= x >> 16; x *= 0x7feb352du; x ^= x >> 15; x *= 0x846ca68bu; return x ^ (x >> 16);
 }
 static inline double noise_key(double seed, double id, double step, double salt) {
-  return (double)hash32(hash32(hash32(hash32((uint32_t)seed) ^ (uint32_t)id) ^ (uint32_t)step) ^ (uint32_t)salt);
+  return (double)hash32(hash32(hash32(hash32((uint32_t)seed) ^ (uint32_t)id) ^ step_word(step)) ^ (uint32_t)salt);
 }
 static inline float stochastic_round(float x, uint32_t key, uint64_t index) {
   const uint32_t noise = hash32((uint32_t)index ^ hash32((uint32_t)(index >> 32) + key));
@@ -235,8 +244,10 @@ class CPrinter(Printer):
         """The exported function."""
         width = self.width
         columns = max(len(self.table_scalars), 1)
-        # Not on the stack, which a number of threads must not size.
+        # Whether denormal numbers are flushed, and how is rounded, is the calling thread's to say: torch sets it there
+        # alone, and what a chunk yields must not depend on who did it. The places of the parts are not on the stack, which a number of threads must not size.
         lines = [f"  int64_t *const next = (int64_t *)(work + {width} * n);  /* of each part; a cache line apart */"]
+        lines += ["  fenv_t callers;", "  if (parts > 1) fegetenv(&callers);"]
         for stage, sweep in enumerate(self.program.passes):
             previous = self.reduced_before(stage)
             lines += [
@@ -250,7 +261,7 @@ class CPrinter(Printer):
                     f"      for (int k = 0; k < {len(previous)}; ++k) r[k] += partials[c * {self.reductions} + k];",
                 ]
             lines += [
-                "    const double step = steps ? (double)*steps[t]" + (" + 1" if stage == 0 else "") + " : 0;",
+                f"    const double step = steps ? {'next_step' if stage == 0 else ''}(*steps[t]) : 0;",
                 *(["    if (steps) *steps[t] = (float)step;"] if stage == 0 else []),
                 f"    scalars_{stage}(table + {columns} * rows[t], step, (double)ids[t], numel[t], r,",
                 f"              work + {width} * t);",
@@ -261,7 +272,9 @@ class CPrinter(Printer):
                 lines += [
                     "  for (int part = 0; part < parts; ++part) next[8 * part] = bounds[part];",
                     "#pragma omp parallel for schedule(static, 1) num_threads(parts) if (parts > 1)",
-                    "  for (int part = 0; part < parts; ++part)",
+                    "  for (int part = 0; part < parts; ++part) {",
+                    "    fenv_t own;",
+                    "    if (parts > 1) { fegetenv(&own); fesetenv(&callers); }",
                     "    for (int k = 0; k < parts; ++k) {",
                     "      const int from = (part + k) % parts;",
                     "      int64_t c;",
@@ -271,6 +284,8 @@ class CPrinter(Printer):
                     f"                partials + {self.reductions} * c);",
                     "      }",
                     "    }",
+                    "    if (parts > 1) fesetenv(&own);",
+                    "  }",
                 ]
         for column, index in enumerate(self.program.results):
             slot = self.work_slots[index]

@@ -59,7 +59,7 @@ class Mirror:
 
 def _pinned(words: array[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """What an array holds, in memory from which a device reads without making the host wait."""
-    source = torch.frombuffer(words, dtype=dtype) if words else torch.zeros(0, dtype=dtype)
+    source = torch.frombuffer(words, dtype=dtype) if words else torch.zeros(0, dtype=dtype, device="cpu")
     return source.clone() if device.type == "cpu" else source.pin_memory()
 
 

@@ -37,8 +37,9 @@ def power(x, y):
     size = tl.exp(y * tl.log(tl.abs(x)))
     whole = tl.floor(y) == y
     odd = tl.floor(y * 0.5) * 2 != y
-    signed = tl.where(whole, tl.where(odd, -size, size), float("nan"))
-    return tl.where(y == 0, 1.0, tl.where(x < 0, signed, size)).to(size.dtype)
+    signed = tl.where(whole, tl.where(odd, -size, size), tl.where(x == float("-inf"), size, float("nan")))
+    one = (y == 0) | (x == 1) | ((x == -1) & (tl.abs(y) == float("inf")))
+    return tl.where(one, 1.0, tl.where(x < 0, signed, size)).to(size.dtype)
 
 
 @triton.jit
@@ -52,11 +53,24 @@ def hash32(x):
 
 
 @triton.jit
+def next_step(step):
+    # As lightning_optim/rules/counting.py has it.
+    further = (step.to(tl.float32).to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)
+    return tl.where((step < 16777216.0) | (step - step != 0), step + 1, further.to(tl.float64))
+
+
+@triton.jit
+def step_word(step):
+    bits = step.to(tl.float32).to(tl.uint32, bitcast=True)
+    return tl.where(step < 16777216.0, step.to(tl.int64).to(tl.uint32), bits)
+
+
+@triton.jit
 def noise_key(seed, tensor_id, step, salt):
     # By way of int64: a cast to uint32 of what does not fit into int32 is not the same everywhere.
     key = hash32((seed + tensor_id * 0).to(tl.int64).to(tl.uint32))
     key = hash32(key ^ tensor_id.to(tl.int64).to(tl.uint32))
-    key = hash32(key ^ step.to(tl.int64).to(tl.uint32))
+    key = hash32(key ^ step_word(step))
     return hash32(key ^ salt.to(tl.int64).to(tl.uint32)).to(tl.int64).to(tl.float64)
 
 

@@ -185,7 +185,7 @@ class TritonPrinter(Printer):
         if steps:
             body += [
                 *self._counter(mask),
-                "step = step + 1",
+                "step = next_step(step)",
                 "tl.store(counter, step.to(tl.float32), mask=mask)",
             ]
         body += self._statements(0, sweep, mask)
