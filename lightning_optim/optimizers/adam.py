@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -105,10 +105,10 @@ class AdamOptim(RuleOptimizer):
         rounding: Rounding = "nearest",
         state_dtype: str | torch.dtype | None = None,
         max_grad_norm: float | None = None,
-        foreach: bool | None = None,
-        capturable: bool | None = False,
-        differentiable: bool | None = False,
-        fused: bool | None = None,
+        foreach: Literal[False] | None = None,
+        capturable: Literal[False] | None = False,
+        differentiable: Literal[False] | None = False,
+        fused: Literal[False] | None = None,
     ) -> None:
         switches = {"foreach": foreach, "capturable": capturable, "differentiable": differentiable, "fused": fused}
         check_switches(type(self).public_name(), switches)

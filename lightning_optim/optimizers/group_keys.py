@@ -8,12 +8,13 @@ from typing import Any
 from lightning_optim.optimizers.ascent import ADAPTIVE, RHO
 from lightning_optim.optimizers.options import CHOICES, RANGES, SWITCHES
 
-#: Switches of torch's own optimizers: where they ask for nothing, and what there is in their place.
-TORCH_SWITCHES: dict[str, tuple[tuple[Any, ...], str]] = {
-    "foreach": ((None, False), "engine='foreach', or 'auto', which takes the fastest engine"),
-    "fused": ((None, False), "engine='auto', which takes the fastest engine: all of them fuse a step"),
-    "capturable": ((None, False), "capture_steps(), which records the steps as a CUDA graph"),
-    "differentiable": ((None, False), "torch.optim's class: engines step without autograd"),
+#: Switches of torch's own optimizers, which ask for nothing where they are None or False, and what there is in place
+#: of True.
+TORCH_SWITCHES: dict[str, str] = {
+    "foreach": "engine='foreach', or 'auto', which takes the fastest engine",
+    "fused": "engine='auto', which takes the fastest engine, a fused one if there is one",
+    "capturable": "capture_steps(), which records steps as a CUDA graph",
+    "differentiable": "torch.optim's own class, as engines step without autograd",
 }
 
 #: What options are called elsewhere. Under these names they would be ignored, where nobody expects it.
@@ -40,11 +41,10 @@ def check_switches(optimizer: str, switches: Mapping[str, Any]) -> None:
     for name, value in switches.items():
         if value is None or value is False:
             continue
-        asks_nothing, instead = TORCH_SWITCHES[name]
-        valid = f"valid: {', '.join(map(repr, asks_nothing))}, and in its place {instead}"
+        valid = f"valid: None, False, and in its place {TORCH_SWITCHES[name]}"
         if value is True:
-            raise ValueError(f"{optimizer}: {name}=True is torch's own way of stepping; {valid}")
-        raise TypeError(f"{optimizer}: {name}={value!r} is a {type(value).__name__}; {valid}")
+            raise ValueError(f"{optimizer}: {name}=True is one of torch's own ways to step; {valid}")
+        raise TypeError(f"{optimizer}: {name}={value!r} is neither None nor a bool; {valid}")
 
 
 def check_keys(
@@ -108,7 +108,7 @@ def near_miss(key: str, options: Iterable[str]) -> str | None:
     for option in options:
         other = _bare(option)
         exchanged = sorted(bare) == sorted(other)
-        allowed = max(min(len(bare), len(other)) // 5, int(exchanged))
+        allowed = max(max(len(bare), len(other)) // 5, int(exchanged))
         if abs(len(bare) - len(other)) <= 1 and _strokes(bare, other) <= allowed:
             return option
     return None

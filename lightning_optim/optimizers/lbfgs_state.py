@@ -132,7 +132,7 @@ def _check_values(name: str, first: Mapping[Any, Any], elements: int) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, Real):
             raise ValueError(f"{name}: {key}={value!r} is a {type(value).__name__}; valid: a number")
-        if key != "loss" and not 0 <= value < float("inf"):
+        if key != "loss" and not 0 <= float(value) < float("inf"):
             raise ValueError(f"{name}: {key}={value!r}; valid: a finite number >= 0")
     if "gradient" in first:
         _check_tensor(f"{name}: gradient", first["gradient"], elements)

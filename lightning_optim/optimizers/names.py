@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -28,18 +28,25 @@ def by_name(optimizer: str, groups: Sequence[Group], state_dict: Mapping[str, An
         ValueError: Names do not match, with a list of those that are missing and those too many.
     """
     saved = state_dict["param_groups"]
-    theirs = [_saved_names(optimizer, index, group) for index, group in enumerate(saved)]
-    ours = list(map(_own_names, groups))
-    if None in ours or None in theirs or ours == theirs:
+    theirs = _all_known(_saved_names(optimizer, index, group) for index, group in enumerate(saved))
+    ours = _all_known(map(_own_names, groups))
+    if ours is None or theirs is None or ours == theirs:
         return dict(state_dict)
     # `torch.distributed.checkpoint` has the names for numbers, and brings these alone into the optimizer's order.
     numbers = [list(group["params"]) for group in saved]
     if all(isinstance(number, str) for group in numbers for number in group):
         theirs = [list(map(own_name, group)) for group in numbers]
-        if sorted(chain(*theirs)) != sorted(chain(*ours)):  # type: ignore[arg-type] # checked above
+        if sorted(chain(*theirs)) != sorted(chain(*ours)):
             return dict(state_dict)
     _refuse_other_names(optimizer, ours, theirs)
     return {**state_dict, "param_groups": list(map(_in_order, saved, theirs, ours))}
+
+
+def _all_known(names: Iterable[list[str] | None]) -> list[list[str]] | None:
+    """The names of all groups; None if a group has none."""
+    found = list(names)
+    known = [group for group in found if group is not None]
+    return known if len(known) == len(found) else None
 
 
 def _own_names(group: Group) -> list[str] | None:
@@ -66,7 +73,7 @@ def _saved_names(optimizer: str, index: int, group: Group) -> list[str] | None:
     return list(map(own_name, names))
 
 
-def _refuse_other_names(optimizer: str, ours: Sequence[Any], theirs: Sequence[Any]) -> None:
+def _refuse_other_names(optimizer: str, ours: Sequence[Sequence[str]], theirs: Sequence[Sequence[str]]) -> None:
     """Check that each group has the names that it was saved with, whatever their order, and each name once."""
     here = {name: index for index, names in enumerate(ours) for name in names}
     there = {name: index for index, names in enumerate(theirs) for name in names}
