@@ -57,6 +57,9 @@ def by_position(name: str, saved: Mapping[str, Any], matched: Mapping[str, Any])
         ValueError: Parameters are in another order than they were saved in, which a history cannot follow: its vectors
             go through all of them. Or the state is of none of them.
     """
+    for number, values in matched["state"].items():
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{name}: parameter {number}: its state is a {type(values).__name__}; valid: a dict")
     numbers, here = ([i for group in d["param_groups"] for i in group["params"]] for d in (saved, matched))
     if any(matched["state"].values()) and numbers != here:
         raise ValueError(
@@ -68,8 +71,6 @@ def by_position(name: str, saved: Mapping[str, Any], matched: Mapping[str, Any])
     for number, values in matched["state"].items():
         if type(number) not in (int, str) or number not in places:
             raise ValueError(f"{name}: 'state' has an entry for {number!r}, which is no parameter")
-        if not isinstance(values, Mapping):
-            raise ValueError(f"{name}: parameter {number}: its state is a {type(values).__name__}; valid: a dict")
         state[places[number]] = values
     return state
 
@@ -92,14 +93,14 @@ def check_state(name: str, state: Mapping[int, Mapping[Any, Any]], layout: Signa
     if "old_dirs" in first:
         _check_torchs(name, first, count(layout))
         return "torch"
-    if "history" not in first:
+    if not {"history", "sizes"} & set(first):
         keys = sorted({str(key) for s in state.values() for key in s})
         raise ValueError(f"{name}: the state of another optimizer: it has {', '.join(keys) or 'no names'}")
     saved_sizes = first.get("sizes")
     if not isinstance(saved_sizes, list) or not _same(saved_sizes, _sizes(layout)):
         raise ValueError(
             f"{name}: the saved state is for trained parameters of {saved_sizes} elements, this optimizer has "
-            f"{_sizes(layout)}"
+            f"{_sizes(layout)} (sizes)"
         )
     if missing := sorted(_NEEDED - set(first)):
         raise ValueError(f"{name}: the saved state lacks {', '.join(missing)}")
@@ -118,9 +119,18 @@ def check_state(name: str, state: Mapping[int, Mapping[Any, Any]], layout: Signa
 def _check_values(name: str, first: Mapping[Any, Any], elements: int) -> None:
     for key in ("history", "sy", "yy"):
         _check_tensor(f"{name}: {key}", first[key])
+    size = first["history"].shape[1] // 2 if first["history"].ndim == 3 else 0
     order = first["order"]
-    if not isinstance(order, list) or not all(type(slot) is int and slot >= 0 for slot in order):
-        raise ValueError(f"{name}: order={order!r}; valid: a list of the history's slots")
+    if not (
+        isinstance(order, list)
+        and all(type(slot) is int for slot in order)
+        and sorted(order) == list(range(len(order)))
+        and len(order) <= size
+    ):
+        raise ValueError(f"{name}: order={order!r}; valid: a list of slots of the history, which has {size}")
+    for key in ("sy", "yy"):
+        if first[key].shape != (size, size):
+            raise ValueError(f"{name}: {key} has shape {tuple(first[key].shape)}; valid: ({size}, {size})")
     if not isinstance(first["pending"], bool):
         raise ValueError(f"{name}: pending={first['pending']!r}; valid: True, False")
     for key in _COUNTS:

@@ -219,12 +219,13 @@ def _load_slot(where: str, p: Tensor, value: Any, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         own = torch.empty_like(p, dtype=dtype, memory_format=memory_format, requires_grad=False)
         try:
-            return own.copy_(value)
+            own.copy_(value)
         except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
             raise ValueError(
                 f"{where} is a {type(value).__name__} of {value.dtype} that cannot be read ({error}); valid: what can "
                 f"be stored as {dtype}"
             ) from error
+    return own
 
 
 def _load_step(where: str, value: Any) -> Tensor:

@@ -18,6 +18,7 @@ from lightning_optim.optimizers.known_as import known_as
 from lightning_optim.optimizers.matrix import MatrixStepper, matrices
 from lightning_optim.optimizers.options import check_option
 from lightning_optim.optimizers.plan import Group, Options, Owner
+from lightning_optim.optimizers.partial import divided_by
 from lightning_optim.optimizers.primitives import primitive
 from lightning_optim.optimizers.stepper import Stepper
 from lightning_optim.param_groups import Kinds
@@ -250,8 +251,8 @@ class MuonOptim(RuleOptimizer):
         """Add parameters with options of their own; without ``use_muon`` among these, as up to two groups.
 
         Raises:
-            ValueError: An unknown option, a value out of its range, a parameter twice, or ``use_muon=True`` for what
-                is no real matrix.
+            ValueError: A misspelled option, a value out of its range, a parameter that another group has, or
+                ``use_muon=True`` for what is no real matrix.
             TypeError: A parameter that is not floating-point or complex.
         """
         own = set(param_group) if isinstance(param_group, dict) else set()
@@ -277,6 +278,11 @@ class MuonOptim(RuleOptimizer):
             )
         halves = [_half(group, hidden, muon) for muon in (True, False)]
         halves = [half for half in halves if half["params"]] or [halves[1]]
+        if (maker := divided_by()) is not None:
+            raise ValueError(
+                f"{self.public_name()}: a param group without use_muon, which would be split, but {maker} and moves "
+                "learning rates group by group; valid: groups with use_muon=True and use_muon=False"
+            )
         for half in halves:
             if not half["use_muon"]:
                 half["lr"] = self.routing.scaled(group["lr"])

@@ -18,6 +18,7 @@ def by_name(optimizer: str, groups: Sequence[Group], state_dict: Mapping[str, An
     Names are compared without what DDP, ``torch.compile``, FSDP and checkpointing put into them. The groups themselves
     go by position, as their options and all schedules do: within a group the order does not matter, but a name that
     was saved in another group is an error. A state without names, or for an optimizer without, is returned as it is.
+    Else the names in it are then this optimizer's.
 
     Args:
         optimizer: The optimizer's name, for messages.
@@ -39,7 +40,7 @@ def by_name(optimizer: str, groups: Sequence[Group], state_dict: Mapping[str, An
         if sorted(chain(*theirs)) != sorted(chain(*ours)):
             return dict(state_dict)
     _refuse_other_names(optimizer, ours, theirs)
-    return {**state_dict, "param_groups": list(map(_in_order, saved, theirs, ours))}
+    return {**state_dict, "param_groups": list(map(_in_order, saved, theirs, ours, groups))}
 
 
 def _all_known(names: Iterable[list[str] | None]) -> list[list[str]] | None:
@@ -100,9 +101,10 @@ def _refuse_other_names(optimizer: str, ours: Sequence[Sequence[str]], theirs: S
         )
 
 
-def _in_order(group: Group, theirs: Sequence[str], ours: Sequence[str]) -> dict[str, Any]:
+def _in_order(saved: Group, theirs: Sequence[str], ours: Sequence[str], group: Group) -> dict[str, Any]:
     place = {name: index for index, name in enumerate(theirs)}
-    return {**group, "params": [group["params"][place[name]] for name in ours]}
+    numbers = [saved["params"][place[name]] for name in ours]
+    return {**saved, "params": numbers, "param_names": list(group["param_names"])}
 
 
 def _shown(names: Sequence[str], quote: bool = True) -> str:

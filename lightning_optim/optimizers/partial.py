@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 
 #: Modules that make optimizers so, and what each of these then has.
 _MAKERS = {
@@ -13,20 +14,27 @@ _MAKERS = {
 
 
 def refuse_a_part(optimizer: str, option: str) -> None:
-    """Refuse an option that needs a norm over all parameters where the optimizer is made for some of them.
+    """Refuse an option that is about all parameters together where the optimizer is made for some of them.
 
     Args:
         optimizer: The optimizer's name.
-        option: What needs the norm.
+        option: What needs all of them.
 
     Raises:
         ValueError: Whoever calls the constructor divides the parameters.
     """
-    frame = sys._getframe(1)
+    if (maker := divided_by()) is not None:
+        raise ValueError(
+            f"{optimizer}: {option} is about all parameters together, but {maker}; valid: an optimizer that has all "
+            "parameters, or none of this (gradients can be clipped before the step, by whoever has all of them)"
+        )
+
+
+def divided_by() -> str | None:
+    """Who divides a model's parameters over several optimizers, one of which is just being made; None: nobody."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if (maker := _MAKERS.get(frame.f_globals.get("__name__", ""))) is not None:
-            raise ValueError(
-                f"{optimizer}: {option} is about all parameters together, but {maker}; valid: an optimizer that has "
-                "all parameters, or none of this (gradients can be clipped before the step, by whoever has all of them)"
-            )
-        frame = frame.f_back  # type: ignore[assignment] # the last one has none
+            return maker
+        frame = frame.f_back
+    return None

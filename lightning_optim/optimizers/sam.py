@@ -258,9 +258,6 @@ class SAM(Optimizer):
             for group in saved:
                 _check(group)
             saved = [mine | group for mine, group in zip(own, saved, strict=True)]
-            for mine, group in zip(self.param_groups, saved, strict=True):
-                if "param_names" in mine:
-                    group["param_names"] = list(mine["param_names"])
         self.base.load_state_dict({**state_dict, "param_groups": saved})
         for after in list(self._optimizer_load_state_dict_post_hooks.values()):
             after(self)
