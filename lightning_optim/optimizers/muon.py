@@ -20,6 +20,7 @@ from lightning_optim.optimizers.options import check_option
 from lightning_optim.optimizers.plan import Group, Options, Owner
 from lightning_optim.optimizers.partial import divided_by
 from lightning_optim.optimizers.primitives import primitive
+from lightning_optim.optimizers.split_groups import tie
 from lightning_optim.optimizers.stepper import Stepper
 from lightning_optim.param_groups import Kinds
 from lightning_optim.rules.ops import lerp
@@ -102,7 +103,9 @@ class MuonOptim(RuleOptimizer):
     ``nn.Conv1d``); one of four or more, as a convolution's kernel, is one matrix of ``(first, rest)``.
 
     **Learning rates.** Every group has its own ``lr``, which any scheduler may move: ``lr`` for matrices, ``adamw_lr``
-    for the rest. In a group that is split and has an ``lr`` of its own, the rest has that times ``adamw_lr / lr``.
+    for the rest. In a group that is split and has an ``lr`` of its own, the rest has that times ``adamw_lr / lr``. Of a
+    group that is added later, as finetuning callbacks do, and split, both parts go on so: if one alone is given another
+    ``lr``, as by ``param_groups[-1]["lr"] = ...``, that is the group's. (Groups with ``use_muon`` are on their own.)
     Schedulers count groups when they are made: add groups before.
 
     The public name is ``lightning_optim.Muon``; the class's own differs so that ``--optimizer Muon`` stays torch's in
@@ -151,6 +154,7 @@ class MuonOptim(RuleOptimizer):
     """
 
     rule = Rule(muon)
+    _in_constructor = False
 
     def __init__(
         self,
@@ -191,6 +195,7 @@ class MuonOptim(RuleOptimizer):
         lr, adamw_lr = primitive(lr), primitive(adamw_lr)
         self.routing = _routing(lr, adamw_lr, adamw_patterns)
         self.given = {"adamw_lr": adamw_lr, "adamw_patterns": adamw_patterns}
+        self._in_constructor = True
         super().__init__(
             params,
             defaults,
@@ -199,6 +204,7 @@ class MuonOptim(RuleOptimizer):
             state_dtype=state_dtype,
             max_grad_norm=max_grad_norm,
         )
+        self._in_constructor = False
 
     @classmethod
     def rules(cls) -> tuple[Rule, ...]:
@@ -289,6 +295,8 @@ class MuonOptim(RuleOptimizer):
             if len(halves) == 2 and "name" in half:
                 half["name"] += ".muon" if half["use_muon"] else ".adamw"
             self.param_groups.append(half)
+        if len(halves) == 2 and not self._in_constructor:
+            tie(*halves)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of a Muon: ours, or ``torch.optim.Muon``'s, if all parameters are matrices.
