@@ -14,10 +14,10 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_optim.engines.base import requested_engine
 from lightning_optim.engines.scaling import LossScale
+from lightning_optim.optimizers.divided import refuse_a_part
 from lightning_optim.optimizers.group_keys import check_keys
 from lightning_optim.optimizers.loading import load_groups, load_state, readable
 from lightning_optim.optimizers.options import check_option, check_options, check_parameters, each_once, parse_dtype
-from lightning_optim.optimizers.partial import refuse_a_part
 from lightning_optim.optimizers.plan import Group, Options, Owner
 from lightning_optim.optimizers.primitives import primitive, primitives
 from lightning_optim.optimizers.stepper import Stepper

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optimizers.closure import ClosureOptimizer
+from lightning_optim.optimizers.divided import refuse_a_part
 from lightning_optim.optimizers.group_keys import check_keys
 from lightning_optim.optimizers.iterate import count, refuse_unsuitable, signature
 from lightning_optim.optimizers.known_as import known_as
@@ -18,7 +19,6 @@ from lightning_optim.optimizers.lbfgs_state import Kind, by_position, check_stat
 from lightning_optim.optimizers.line_search import LineSearch
 from lightning_optim.optimizers.loading import load_groups, readable
 from lightning_optim.optimizers.options import check_options, each_once
-from lightning_optim.optimizers.partial import refuse_a_part
 from lightning_optim.optimizers.primitives import primitives
 from lightning_optim.optimizers.quasi_newton import Closure, QuasiNewton, Record
 from lightning_optim.optimizers.shards import is_distributed

@@ -14,11 +14,11 @@ from torch.optim.optimizer import ParamsT
 from lightning_optim.engines.newton_schulz import MUON
 from lightning_optim.optimizers.adam import ADAM
 from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.optimizers.divided import divided_by
 from lightning_optim.optimizers.known_as import known_as
 from lightning_optim.optimizers.matrix import MatrixStepper, matrices
 from lightning_optim.optimizers.options import check_option
 from lightning_optim.optimizers.plan import Group, Options, Owner
-from lightning_optim.optimizers.partial import divided_by
 from lightning_optim.optimizers.primitives import primitive
 from lightning_optim.optimizers.split_groups import tie
 from lightning_optim.optimizers.stepper import Stepper

@@ -15,8 +15,8 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optimizers.ascent import ADAPTIVE, RHO, ascend
+from lightning_optim.optimizers.divided import refuse_a_part
 from lightning_optim.optimizers.loading import readable
-from lightning_optim.optimizers.partial import refuse_a_part
 from lightning_optim.optimizers.primitives import primitive, primitives
 from lightning_optim.optimizers.shards import local
 
