@@ -44,11 +44,11 @@ class _Parameter:
 
     def matches(self, pattern: str) -> bool:
         """Whether a glob matches one of the names, with or without the parts that wrappers add."""
-        return any(fnmatchcase(name, pattern) or fnmatchcase(_own_name(name), pattern) for name in self.names)
+        return any(fnmatchcase(name, pattern) or fnmatchcase(own_name(name), pattern) for name in self.names)
 
     @property
     def own_names(self) -> list[str]:
-        return [_own_name(name) for name in self.names]
+        return [own_name(name) for name in self.names]
 
     def is_embedding(self) -> bool:
         """Whether it belongs to an embedding layer, perhaps among others."""
@@ -215,7 +215,7 @@ def _in_use(model: nn.Module, everything: list[_Parameter], include_frozen: bool
     )
 
 
-def _own_name(name: str) -> str:
+def own_name(name: str) -> str:
     """A dotted name without what wrappers put into it."""
     return _WRAPPER_FRONT.sub("", _WRAPPER_PARTS.sub("", name))
 
@@ -223,7 +223,7 @@ def _own_name(name: str) -> str:
 def _undecayed_by_the_model(model: nn.Module) -> list[str]:
     """Patterns of what modules exempt by ``no_weight_decay()``; it may name parameters they do not have."""
     return [
-        _own_name(f"{prefix}." if prefix else "") + name
+        own_name(f"{prefix}." if prefix else "") + name
         for prefix, module in model.named_modules()
         if callable(exempt := getattr(module, "no_weight_decay", None))
         for name in sorted(exempt())
@@ -234,7 +234,7 @@ def _depths(model: nn.Module, everything: list[_Parameter]) -> dict[int, int]:
     """The layer of each parameter, by the parameter's id; 0 is the bottom."""
     for prefix, module in model.named_modules():
         if callable(matcher := getattr(module, "group_matcher", None)):
-            return _depths_by_matcher(_own_name(f"{prefix}." if prefix else ""), matcher(), everything)
+            return _depths_by_matcher(own_name(f"{prefix}." if prefix else ""), matcher(), everything)
     blocks = _blocks(model)
     if not blocks:
         raise ValueError(
@@ -300,7 +300,7 @@ def _depths_by_matcher(prefix: str, matcher: Any, everything: list[_Parameter]) 
     """Layers by timm's ``group_matcher``: regular expressions or a function, from names to sort keys."""
     places: dict[int, tuple[float, ...]] = {}
     for parameter in everything:
-        name = _own_name(parameter.names[0])
+        name = own_name(parameter.names[0])
         # A head or loss that was put around the backbone is above it.
         inside = name.startswith(prefix)
         places[id(parameter.value)] = _place(name.removeprefix(prefix), matcher) if inside else (math.inf,)
@@ -359,6 +359,6 @@ def _check_matches(pattern: str, used: list[_Parameter], everything: list[_Param
         return
     if any(parameter.matches(pattern) for parameter in everything):
         raise ValueError(f"the pattern {pattern!r} matches frozen parameters only (see include_frozen=True)")
-    names = [_own_name(parameter.names[0]) for parameter in used]
+    names = [own_name(parameter.names[0]) for parameter in used]
     shown = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
     raise ValueError(f"the pattern {pattern!r} matches no parameter; the names are: {shown}")

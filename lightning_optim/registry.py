@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lightning_optim.optimizers import LAMB, LBFGS, SAM, SGD, Adam, AdamW, Lion, Muon, RuleOptimizer
+from lightning_optim.optimizers.group_keys import TORCH_SWITCHES
 from lightning_optim.optimizers.options import did_you_mean
 from lightning_optim.optimizers.sam import built_by
 from lightning_optim.param_groups import param_groups
@@ -69,8 +70,8 @@ class OptimizerInfo:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Names of the constructor's arguments after ``params``."""
-        return tuple(inspect.signature(self.cls).parameters)[1:]
+        """Names of the constructor's arguments after ``params``, but for torch's switches, which choose nothing."""
+        return tuple(name for name in _arguments(self.cls) if name not in TORCH_SWITCHES)
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def create_optimizer(
     """
     info = optimizer_info(name)
     for option in options:
-        if option not in info.options:
+        if option not in _arguments(info.cls):
             hint = did_you_mean(option, info.options)
             raise TypeError(f"{name} has no option {option!r}{hint}; valid: {', '.join(info.options)}")
     if not isinstance(model, nn.Module):
@@ -222,6 +223,10 @@ def _lookup(what: str, name: str, table: Mapping[str, Any]) -> Any:
     if key not in table:
         raise ValueError(f"unknown {what} {name!r}{did_you_mean(key, table)}; valid: {', '.join(sorted(table))}")
     return table[key]
+
+
+def _arguments(cls: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(cls).parameters)[1:]
 
 
 def _first_line(cls: type) -> str:

@@ -292,7 +292,7 @@ def test_the_overlay_with_sam(text: Path, tmp_path: Path) -> None:
     overlay = f"--config={CONFIG.parent / 'sam.yaml'}"
     cli = run(text, tmp_path, overlay, "--trainer.accumulate_grad_batches=2", "--trainer.max_steps=3")
     optimizer: Any = cli.trainer.optimizers[0]
-    assert type(optimizer.base).__name__ == "AdamWOptim"
+    assert type(optimizer.base).__name__ == "AdamW"
     groups = [(group["weight_decay"], group["betas"], group["sam_rho"]) for group in optimizer.param_groups]
     assert groups == [(0.1, (0.9, 0.95), 0.05), (0.0, (0.9, 0.95), 0.05)]
     assert cli.trainer.global_step == 3

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.offload.pipeline import Detached
+from lightning_optim.optimizers.loading import readable
 from lightning_optim.optimizers.shards import local
 
 
@@ -45,6 +46,7 @@ def own_entries(detached: Detached, optimizer: Optimizer, state_dict: Mapping[st
         optimizer: The optimizer.
         state_dict: As saved.
     """
+    state_dict = readable(type(optimizer).__name__, optimizer.param_groups, state_dict)
     others = {p for bucket in detached.buckets if not bucket.mine for p in bucket.params}
     params = [p for group in optimizer.param_groups for p in group["params"]]
     saved = [number for group in state_dict["param_groups"] for number in group["params"]]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.optimizers.group_keys import check_switches
+from lightning_optim.optimizers.known_as import known_as
 from lightning_optim.rules.ops import lerp, maximum, sqrt
 from lightning_optim.rules.policy import Decay, Rounding
 from lightning_optim.rules.rule import Rule
@@ -42,6 +44,7 @@ def adam(
 ADAM = Rule(adam, optional={"max_exp_avg_sq": "amsgrad"})
 
 
+@known_as("Adam")
 class AdamOptim(RuleOptimizer):
     r"""Adam, with state and results interchangeable with ``torch.optim.Adam``'s.
 
@@ -64,6 +67,10 @@ class AdamOptim(RuleOptimizer):
         rounding: How low-precision weights are written.
         state_dtype: Storage type of the state.
         max_grad_norm: Clip the global gradient norm inside the step.
+        foreach: A switch of torch's, for its call sites: only None and False are valid here.
+        capturable: The same.
+        differentiable: The same.
+        fused: The same.
 
     Raises:
         ValueError: An option out of its range, or unknown.
@@ -98,7 +105,13 @@ class AdamOptim(RuleOptimizer):
         rounding: Rounding = "nearest",
         state_dtype: str | torch.dtype | None = None,
         max_grad_norm: float | None = None,
+        foreach: Literal[False] | None = None,
+        capturable: Literal[False] | None = False,
+        differentiable: Literal[False] | None = False,
+        fused: Literal[False] | None = None,
     ) -> None:
+        switches = {"foreach": foreach, "capturable": capturable, "differentiable": differentiable, "fused": fused}
+        check_switches(type(self).public_name(), switches)
         defaults = {
             "lr": lr,
             "betas": betas,

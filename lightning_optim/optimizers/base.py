@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, ClassVar, cast, overload
 
 import torch
@@ -13,13 +14,19 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_optim.engines.base import requested_engine
 from lightning_optim.engines.scaling import LossScale
-from lightning_optim.optimizers.loading import load_groups, load_state
-from lightning_optim.optimizers.options import check_group, check_option, check_parameters, parse_dtype
+from lightning_optim.optimizers.divided import refuse_a_part
+from lightning_optim.optimizers.group_keys import check_keys
+from lightning_optim.optimizers.loading import load_groups, load_state, readable
+from lightning_optim.optimizers.options import check_option, check_options, check_parameters, each_once, parse_dtype
 from lightning_optim.optimizers.plan import Group, Options, Owner
+from lightning_optim.optimizers.primitives import primitive, primitives
 from lightning_optim.optimizers.stepper import Stepper
 from lightning_optim.param_groups import Kinds
 from lightning_optim.rules.policy import ROUNDINGS, Decay, Rounding
 from lightning_optim.rules.rule import Rule
+
+#: Options that every saved state of an optimizer has that knows them.
+_OF_ANY_STATE = ("lr", "betas", "eps", "momentum", "weight_decay", "use_muon")
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -49,6 +56,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     rule: ClassVar[Rule]
     #: How weight decay is applied where the group has no ``decoupled_weight_decay`` of its own.
     default_decay: ClassVar[Decay] = "decoupled"
+    #: The constructor's options that hold for all groups, as they were given.
+    given: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -64,8 +73,18 @@ class RuleOptimizer(torch.optim.Optimizer):
         if rounding not in ROUNDINGS:
             raise ValueError(f"{name}: rounding={rounding!r}; valid: {', '.join(ROUNDINGS)}")
         if max_grad_norm is not None:
+            max_grad_norm = primitive(max_grad_norm)
             check_option(name, "max_grad_norm", max_grad_norm, 1.0)
-        check_group(name, defaults, {**defaults, **_declared_defaults(type(self), defaults)})
+            refuse_a_part(name, f"max_grad_norm={max_grad_norm}")
+        primitives(defaults)
+        check_options(name, defaults, {**defaults, **_declared_defaults(type(self), defaults)})
+        self.given = {
+            **self.given,
+            "engine": engine,
+            "rounding": rounding,
+            "state_dtype": state_dtype,
+            "max_grad_norm": max_grad_norm,
+        }
         self.options = Options(
             engine=requested_engine(engine),
             rounding=rounding,
@@ -103,6 +122,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         return cls.default_decay if decoupled is None else ("decoupled" if decoupled else "l2")
 
     @classmethod
+    def rules(cls) -> tuple[Rule, ...]:
+        """All rules by which a parameter may be stepped."""
+        return (cls.rule,)
+
+    @classmethod
     def kinds(cls, options: Mapping[str, Any]) -> Kinds | None:
         """How a module's parameters are to be told apart, if they are to be stepped differently.
 
@@ -122,6 +146,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: They are not.
         """
+
+    @classmethod
+    def check_saved(cls, group: Group) -> None:
+        """Check the options of a saved group together: by default, as :meth:`check`.
+
+        Raises:
+            ValueError: They are not valid.
+        """
+        cls.check(group)
 
     @classmethod
     def scalars(cls, group: Group) -> dict[str, float | Tensor]:
@@ -171,13 +204,19 @@ class RuleOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; see ``torch.optim.Optimizer.add_param_group``.
 
+        Keys that are no options travel along, in checkpoints too; what looks like a slip in an option's name does not.
+        A parameter that is in the group twice is stepped once, with a warning.
+
         Raises:
-            ValueError: An unknown option, a value out of its range, or a parameter twice.
+            ValueError: A misspelled option, a value out of its range, or a parameter that another group has.
             TypeError: A parameter that is not floating-point or complex.
         """
         name = type(self).public_name()
         if isinstance(param_group, dict):
-            check_group(name, param_group, self.defaults)
+            primitives(param_group)
+            check_keys(name, param_group, self.defaults, self.given)
+            check_options(name, param_group, self.defaults)
+            each_once(param_group)
         super().add_param_group(param_group)
         try:
             check_parameters(name, self.param_groups[-1], self.options.rounding, self.options.state_dtype)
@@ -186,28 +225,38 @@ class RuleOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` takes: tensors and primitives, as in ``torch.optim``."""
+        packed = super().state_dict()
+        for group in packed["param_groups"]:
+            primitives(group)  # whoever moves options may have written NumPy's numbers
+        return packed
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of an optimizer of the same kind: ours or torch's own class of the same name.
 
-        Unlike ``torch.optim``'s, it keeps the state's precision under low-precision weights, and owns its tensors.
+        Unlike ``torch.optim``'s, it keeps the state's precision under low-precision weights, owns its tensors, and
+        finds parameters by their names where both sides know these.
 
         Raises:
-            ValueError: The state is another optimizer's, of other parameters, or damaged.
+            ValueError, TypeError: The state is another optimizer's, of other parameters, or damaged. Nothing is
+                changed then.
         """
-        state_dict = state_dict.copy()
+        state_dict = state_dict.copy() if isinstance(state_dict, Mapping) else state_dict
         for pre_hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
             result = pre_hook(self, state_dict)
             state_dict = state_dict if result is None else result
         name = type(self).public_name()
-        required = [option for option in self.defaults if option in ("lr", "betas", "eps", "momentum", "weight_decay")]
-        groups = load_groups(name, self.param_groups, state_dict, self.defaults, required, self.check)
-        state = load_state(name, groups, state_dict, self._stepper.planner_of)
+        state_dict = readable(name, self.param_groups, state_dict)
+        required = [option for option in self.defaults if option in _OF_ANY_STATE]
+        groups = load_groups(name, self.param_groups, state_dict, self.defaults, required, self.check_saved, self.given)
+        state = load_state(name, groups, state_dict, self._stepper.planner_of, self.rules())
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in list(self._optimizer_load_state_dict_post_hooks.values()):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "options": self.options}
+        return {**super().__getstate__(), "options": self.options, "given": dict(self.given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -236,6 +285,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             ValueError: An unknown engine.
         """
         self.options = replace(self.options, engine=requested_engine(engine))
+        self.given = {**self.given, "engine": engine}
         self._attach()
 
     def capture_steps(self, capture: bool = True) -> None:

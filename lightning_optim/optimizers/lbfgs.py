@@ -10,12 +10,16 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optimizers.closure import ClosureOptimizer
+from lightning_optim.optimizers.divided import refuse_a_part
+from lightning_optim.optimizers.group_keys import check_keys
 from lightning_optim.optimizers.iterate import count, refuse_unsuitable, signature
+from lightning_optim.optimizers.known_as import known_as
 from lightning_optim.optimizers.lbfgs_options import LBFGSOptions, check_memory
-from lightning_optim.optimizers.lbfgs_state import check_state, own_state, torchs_pairs
+from lightning_optim.optimizers.lbfgs_state import Kind, by_position, check_state, own_state, torchs_pairs
 from lightning_optim.optimizers.line_search import LineSearch
-from lightning_optim.optimizers.loading import load_groups
-from lightning_optim.optimizers.options import check_group
+from lightning_optim.optimizers.loading import load_groups, readable
+from lightning_optim.optimizers.options import check_options, each_once
+from lightning_optim.optimizers.primitives import primitives
 from lightning_optim.optimizers.quasi_newton import Closure, QuasiNewton, Record
 from lightning_optim.optimizers.shards import is_distributed
 from lightning_optim.warnings import warn_once
@@ -24,6 +28,7 @@ from lightning_optim.warnings import warn_once
 _OF_TORCHS_GROUP = {"max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size", "line_search_fn"}
 
 
+@known_as("LBFGS")
 class LBFGSOptim(ClosureOptimizer):
     r"""L-BFGS: quasi-Newton steps from the last gradients' differences, with a line search.
 
@@ -138,8 +143,10 @@ class LBFGSOptim(ClosureOptimizer):
         name = type(self).public_name()
         self._record = Record(name, noise=None if noise == "auto" else float(noise))
         self._work: QuasiNewton | None = None
+        refuse_a_part(name, "its line search")
         defaults = {"lr": lr, "weight_decay": weight_decay}
-        check_group(name, defaults, {"lr": 1.0, "weight_decay": 0.0})
+        primitives(defaults)
+        check_options(name, defaults, {"lr": 1.0, "weight_decay": 0.0})
         self._complete = False
         super().__init__(params, defaults)
         self._complete = True
@@ -182,7 +189,10 @@ class LBFGSOptim(ClosureOptimizer):
         """
         name = type(self).public_name()
         if isinstance(param_group, dict):
-            check_group(name, param_group, self.defaults)
+            primitives(param_group)
+            check_keys(name, param_group, self.defaults, vars(self.options))
+            check_options(name, param_group, self.defaults)
+            each_once(param_group)
         super().add_param_group(param_group)
         try:
             refuse_unsuitable(name, self.param_groups[-1])
@@ -198,6 +208,8 @@ class LBFGSOptim(ClosureOptimizer):
         The history itself is not copied, as it may fill the memory: copy the result to keep it while training goes on.
         """
         packed = super().state_dict()
+        for group in packed["param_groups"]:
+            primitives(group)
         work = self._work
         if work is not None and work.layout == signature(self.param_groups):
             known = None if work.loss is None else (work.loss, work.gradient)
@@ -214,24 +226,24 @@ class LBFGSOptim(ClosureOptimizer):
         Raises:
             ValueError: The state is another optimizer's, of other parameters, or damaged. Nothing is changed then.
         """
-        state_dict = state_dict.copy()
+        state_dict = state_dict.copy() if isinstance(state_dict, Mapping) else state_dict
         for pre_hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
             result = pre_hook(self, state_dict)
             state_dict = state_dict if result is None else result
         name, layout = type(self).public_name(), signature(self.param_groups)
-        groups = load_groups(name, self.param_groups, state_dict, self.defaults, ["lr"], lambda group: None)
+        matched = readable(name, self.param_groups, state_dict)
+        own = vars(self.options)
+        groups = load_groups(name, self.param_groups, matched, self.defaults, ["lr"], lambda group: None, own)
         for group in groups:
             for key in set(group) & _OF_TORCHS_GROUP:
                 del group[key]
-        state: Mapping[Any, Any] = state_dict["state"]
-        kind = check_state(name, state, layout)
+        state = by_position(name, state_dict, matched)
+        sizes = [p.numel() * (2 if p.is_complex() else 1) for group in self.param_groups for p in group["params"]]
+        kind = check_state(name, state, layout, sizes)
         if kind == "empty":
             self._work = None
-        elif (work := self._prepare()) is not None:
-            if kind == "torch":
-                work.start_from(torchs_pairs(state))
-            else:
-                self._load_own(work, state)
+        else:
+            self._load_work(kind, state)
         self.__setstate__({"param_groups": groups})
         for post_hook in list(self._optimizer_load_state_dict_post_hooks.values()):
             post_hook(self)
@@ -269,6 +281,18 @@ class LBFGSOptim(ClosureOptimizer):
             check_memory(name, layout, self.options)
             self._work = QuasiNewton(layout, self.options)
         return self._work
+
+    def _load_work(self, kind: Kind, state: Mapping[int, Mapping[Any, Any]]) -> None:
+        before = self._work
+        try:
+            work = self._prepare()
+            if work is not None and kind == "torch":
+                work.start_from(torchs_pairs(state))
+            elif work is not None:
+                self._load_own(work, state)
+        except ValueError:
+            self._work = before
+            raise
 
     def _load_own(self, work: QuasiNewton, state: Mapping[Any, Any]) -> None:
         own = state[0]

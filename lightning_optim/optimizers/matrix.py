@@ -24,6 +24,7 @@ from lightning_optim.optimizers.adam import ADAM
 from lightning_optim.optimizers.adamw import AdamWOptim
 from lightning_optim.optimizers.plan import Group, Method, Options, Owner, Planner
 from lightning_optim.optimizers.shards import LocalSquares, is_distributed, local, same_parts
+from lightning_optim.optimizers.split_groups import follow
 from lightning_optim.optimizers.stepper import Stepper
 from lightning_optim.optimizers.undo import UndoBuffers
 from lightning_optim.rules.policy import Decay
@@ -153,6 +154,7 @@ class MatrixStepper(Stepper):
             raise ValueError(
                 f"the step of {self._direct.planner.method.public_name()} cannot be taken back; valid: undo=None"
             )
+        follow(self.owner.param_groups)
         self._direct._progress = self._move._progress = []
         self._has_rest = super().plan(grads, copies, scaled=scaled)
         given, directions = self._lay_out(grads)

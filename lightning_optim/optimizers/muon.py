@@ -12,10 +12,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.engines.newton_schulz import MUON
+from lightning_optim.optimizers.adam import ADAM
 from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.optimizers.divided import divided_by
+from lightning_optim.optimizers.known_as import known_as
 from lightning_optim.optimizers.matrix import MatrixStepper, matrices
 from lightning_optim.optimizers.options import check_option
 from lightning_optim.optimizers.plan import Group, Options, Owner
+from lightning_optim.optimizers.primitives import primitive
+from lightning_optim.optimizers.split_groups import tie
 from lightning_optim.optimizers.stepper import Stepper
 from lightning_optim.param_groups import Kinds
 from lightning_optim.rules.ops import lerp
@@ -59,15 +64,23 @@ class Routing:
 
     def scaled(self, lr: float | Tensor) -> float | Tensor:
         """The learning rate of the other parameters in a group whose hidden matrices have this one."""
-        if lr is self.lr or float(self.lr) in (0, float(lr)):
+        if lr is self.lr or float(self.lr) == float(lr) or self._is_no_measure():
             return torch.full_like(lr, float(self.adamw_lr)) if isinstance(lr, Tensor) else self.adamw_lr
         return lr * (self.adamw_lr / self.lr)
+
+    def _is_no_measure(self) -> bool:
+        """Whether the constructor's lr is not one that anybody trains with, as at a warm-up's beginning.
+
+        Muon's is never a thousandth of AdamW's: it is larger by far, or with ``match_rms_adamw`` much the same.
+        """
+        return float(self.lr) * 1000 < float(self.adamw_lr) or float(self.lr) == 0
 
 
 def _is_matrix(p: Tensor) -> bool:
     return p.ndim >= 2 and p.is_floating_point()
 
 
+@known_as("Muon")
 class MuonOptim(RuleOptimizer):
     r"""Muon: momentum, orthogonalized, for hidden matrices; AdamW for all else, in one optimizer.
 
@@ -90,7 +103,9 @@ class MuonOptim(RuleOptimizer):
     ``nn.Conv1d``); one of four or more, as a convolution's kernel, is one matrix of ``(first, rest)``.
 
     **Learning rates.** Every group has its own ``lr``, which any scheduler may move: ``lr`` for matrices, ``adamw_lr``
-    for the rest. In a group that is split and has an ``lr`` of its own, the rest has that times ``adamw_lr / lr``.
+    for the rest. In a group that is split and has an ``lr`` of its own, the rest has that times ``adamw_lr / lr``. Of a
+    group that is added later, as finetuning callbacks do, and split, both parts go on so: if one alone is given another
+    ``lr``, as by ``param_groups[-1]["lr"] = ...``, that is the group's. (Groups with ``use_muon`` are on their own.)
     Schedulers count groups when they are made: add groups before.
 
     The public name is ``lightning_optim.Muon``; the class's own differs so that ``--optimizer Muon`` stays torch's in
@@ -139,6 +154,7 @@ class MuonOptim(RuleOptimizer):
     """
 
     rule = Rule(muon)
+    _in_constructor = False
 
     def __init__(
         self,
@@ -163,7 +179,7 @@ class MuonOptim(RuleOptimizer):
         max_grad_norm: float | None = None,
     ) -> None:
         defaults = {
-            "lr": lr,
+            "lr": primitive(lr),
             "momentum": momentum,
             "weight_decay": weight_decay,
             "nesterov": nesterov,
@@ -176,7 +192,10 @@ class MuonOptim(RuleOptimizer):
             "maximize": maximize,
             "use_muon": None,
         }
+        lr, adamw_lr = primitive(lr), primitive(adamw_lr)
         self.routing = _routing(lr, adamw_lr, adamw_patterns)
+        self.given = {"adamw_lr": adamw_lr, "adamw_patterns": adamw_patterns}
+        self._in_constructor = True
         super().__init__(
             params,
             defaults,
@@ -185,12 +204,18 @@ class MuonOptim(RuleOptimizer):
             state_dtype=state_dtype,
             max_grad_norm=max_grad_norm,
         )
+        self._in_constructor = False
+
+    @classmethod
+    def rules(cls) -> tuple[Rule, ...]:
+        """See :meth:`RuleOptimizer.rules`."""
+        return cls.rule, ADAM
 
     @classmethod
     def check(cls, group: Group) -> None:
         """Check what a group asks for against its parameters."""
         name = cls.public_name()
-        if group["use_muon"] not in (None, True, False):
+        if not (group["use_muon"] is None or isinstance(group["use_muon"], bool)):
             raise TypeError(f"{name}: use_muon={group['use_muon']!r} is not a bool; valid: True, False")
         momentum = group["momentum"]
         on_device = isinstance(momentum, Tensor) and momentum.device.type != "cpu"  # reading it would wait
@@ -221,12 +246,19 @@ class MuonOptim(RuleOptimizer):
 
         return kind
 
+    @classmethod
+    def check_saved(cls, group: Group) -> None:
+        """See :meth:`RuleOptimizer.check_saved`: saved groups are split already."""
+        if group["use_muon"] is None:
+            raise ValueError(f"{cls.public_name()}: use_muon=None in a saved param group; valid: True, False")
+        cls.check(group)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; without ``use_muon`` among these, as up to two groups.
 
         Raises:
-            ValueError: An unknown option, a value out of its range, a parameter twice, or ``use_muon=True`` for what
-                is no real matrix.
+            ValueError: A misspelled option, a value out of its range, a parameter that another group has, or
+                ``use_muon=True`` for what is no real matrix.
             TypeError: A parameter that is not floating-point or complex.
         """
         own = set(param_group) if isinstance(param_group, dict) else set()
@@ -252,12 +284,19 @@ class MuonOptim(RuleOptimizer):
             )
         halves = [_half(group, hidden, muon) for muon in (True, False)]
         halves = [half for half in halves if half["params"]] or [halves[1]]
+        if (maker := divided_by()) is not None:
+            raise ValueError(
+                f"{self.public_name()}: a param group without use_muon, which would be split, but {maker} and moves "
+                "learning rates group by group; valid: groups with use_muon=True and use_muon=False"
+            )
         for half in halves:
             if not half["use_muon"]:
                 half["lr"] = self.routing.scaled(group["lr"])
             if len(halves) == 2 and "name" in half:
                 half["name"] += ".muon" if half["use_muon"] else ".adamw"
             self.param_groups.append(half)
+        if len(halves) == 2 and not self._in_constructor:
+            tie(*halves)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of a Muon: ours, or ``torch.optim.Muon``'s, if all parameters are matrices.
@@ -267,7 +306,7 @@ class MuonOptim(RuleOptimizer):
         Raises:
             ValueError: The state is another optimizer's, of other parameters, or damaged.
         """
-        groups = state_dict.get("param_groups")
+        groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
         if isinstance(groups, list) and groups and all(isinstance(g, dict) and _is_torchs(g) for g in groups):
             state_dict = {**state_dict, "param_groups": [self._from_torch(group) for group in groups]}
         super().load_state_dict(state_dict)
@@ -281,7 +320,8 @@ class MuonOptim(RuleOptimizer):
 
     def _from_torch(self, saved: Group) -> Group:
         """A saved param group of ``torch.optim.Muon`` as one of ours."""
-        if tuple(saved["ns_coefficients"]) != MUON:
+        coefficients = primitive(saved["ns_coefficients"])
+        if not isinstance(coefficients, list | tuple) or [*map(str, coefficients)] != [*map(str, MUON)]:
             raise ValueError(
                 f"{self.public_name()}: saved with ns_coefficients={saved['ns_coefficients']!r}; valid: {MUON}"
             )

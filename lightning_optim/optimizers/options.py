@@ -12,23 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.optimizers.checks import problem_of_weight
-
-#: Keys that a param group may have beside its optimizer's options: names, and what schedulers keep there. Anything
-#: else in a new group is taken for a typing error.
-LABELS = frozenset(
-    {
-        "params", "param_names", "name", "group_name", "initial_lr", "max_lr", "min_lr", "max_momentum",
-        "base_momentum", "swa_lr",
-    }
-)  # fmt: skip
-
-#: Switches of torch's own optimizers, which a saved state has: accepted in a new group where they ask for nothing.
-TORCH_SWITCHES: dict[str, tuple[Any, ...]] = {
-    "foreach": (None, False),
-    "fused": (None, False),
-    "capturable": (False,),
-    "differentiable": (False,),
-}
+from lightning_optim.warnings import warn_user
 
 _Check = tuple[Callable[[float], bool], str]
 _NONNEGATIVE: _Check = (lambda x: 0 <= x < math.inf, "a finite number >= 0")
@@ -90,7 +74,7 @@ def check_option(optimizer: str, name: str, value: Any, default: Any) -> None:
     elif value is None and name in OPTIONAL:
         return
     elif name in CHOICES:
-        if value not in CHOICES[name]:
+        if not isinstance(value, str) or value not in CHOICES[name]:
             raise ValueError(f"{optimizer}: {name}={value!r}; valid: {', '.join(CHOICES[name])}")
     elif name in RANGES or isinstance(default, Real):
         _check_number(optimizer, name, value, RANGES.get(name, _FINITE))
@@ -100,29 +84,35 @@ def _check_number(optimizer: str, name: str, value: Any, check: _Check) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{optimizer}: {name} has shape {tuple(value.shape)}; valid: a number or a 0-dim tensor")
+        if value.device.type == "meta" or value.layout != torch.strided or not _is_real(value):
+            raise TypeError(
+                f"{optimizer}: {name} is a tensor of {value.dtype} and layout {value.layout} on {value.device}; "
+                f"valid: a dense tensor of a real type, or {check[1]}"
+            )
         if value.device.type != "cpu":
             return  # reading it would wait for the device
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{optimizer}: {name}={value!r} is a {type(value).__name__}; valid: {check[1]}")
-    if not check[0](float(value)):
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not check[0](number):
         raise ValueError(f"{optimizer}: {name}={value!r}; valid: {check[1]}")
 
 
-def check_group(optimizer: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Check all options of a param group: names and values.
+def _is_real(value: Tensor) -> bool:
+    return not (value.is_complex() or value.is_quantized or value.dtype == torch.bool)
+
+
+def check_options(optimizer: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Check all options that a param group sets.
 
     Raises:
-        ValueError: An option out of its range, or a name that is neither an option nor known metadata.
+        ValueError: An option out of its range.
         TypeError: An option of the wrong type.
     """
-    for name in group:
-        if name in defaults or name in LABELS or group[name] in TORCH_SWITCHES.get(name, ()):
-            continue
-        raise ValueError(
-            f"{optimizer}: {name}={group[name]!r} in a param group is not an option{did_you_mean(name, defaults)}; "
-            f"valid: {', '.join(sorted(defaults))}"
-        )
     for name, default in defaults.items():
         if name in group:
             check_option(optimizer, name, group[name], default)
@@ -134,15 +124,42 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def each_once(group: dict[str, Any]) -> None:
+    """Take a parameter that is in a param group twice once, with the warning that torch gives for it.
+
+    What torch refuses (a set, what is no tensor) is left for it to refuse.
+    """
+    params = group.get("params")
+    if isinstance(params, Tensor | set) or not isinstance(params, Iterable):
+        return
+    group["params"] = params = list(params)
+    names = group.get("param_names")
+    seen: set[int] = set()
+    first = []
+    for index, entry in enumerate(params):
+        p = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+        if id(p) not in seen:
+            seen.add(id(p))
+            first.append(index)
+    if len(first) == len(params):
+        return
+    group["params"] = [params[index] for index in first]
+    if isinstance(names, list) and len(names) == len(params):
+        group["param_names"] = [names[index] for index in first]
+    warn_user(
+        "optimizer contains a parameter group with duplicate parameters; each is stepped once "
+        "(model.parameters() yields tied weights once)"
+    )
+
+
 def check_parameters(optimizer: str, group: Mapping[str, Any], rounding: str, state_dtype: torch.dtype | None) -> None:
     """Check the tensors of a new param group.
 
     Raises:
         TypeError: A parameter of a type that has no gradient.
-        ValueError: A parameter twice in the group, one that cannot be written element by element, or of a type that
-            the rounding or the state's type do not go with.
+        ValueError: A parameter that cannot be written element by element, or of a type that the rounding or the state's
+            type do not go with.
     """
-    seen: set[int] = set()
     for index, p in enumerate(group["params"]):
         wide = p.dtype in (torch.float64, torch.complex128)
         if rounding == "stochastic" and (p.dtype == torch.float16 or (wide and state_dtype == torch.bfloat16)):
@@ -161,12 +178,6 @@ def check_parameters(optimizer: str, group: Mapping[str, Any], rounding: str, st
             )
         if (problem := problem_of_weight(p)) is not None:
             raise ValueError(f"{optimizer}: parameter {index} of the group cannot be stepped: {problem}")
-        if id(p) in seen:
-            raise ValueError(
-                f"{optimizer}: parameter {index} of the group appears twice in it; pass each parameter once "
-                "(model.parameters() yields tied weights once)"
-            )
-        seen.add(id(p))
 
 
 def parse_dtype(name: str, value: str | torch.dtype | None) -> torch.dtype | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
@@ -15,6 +15,9 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optimizers.ascent import ADAPTIVE, RHO, ascend
+from lightning_optim.optimizers.divided import refuse_a_part
+from lightning_optim.optimizers.loading import readable
+from lightning_optim.optimizers.primitives import primitive, primitives
 from lightning_optim.optimizers.shards import local
 
 
@@ -120,7 +123,9 @@ class SAM(Optimizer):
         rho: float = 0.05,
         adaptive: bool = False,
     ) -> None:
+        rho, adaptive = primitive(rho), primitive(adaptive)
         _check({RHO: rho, ADAPTIVE: adaptive}, {RHO: "rho", ADAPTIVE: "adaptive"})
+        refuse_a_part("SAM", "the length of its perturbation")
         if isinstance(base, Optimizer) or not callable(base):
             raise TypeError(
                 f"SAM: base={_described(base)}; valid: what builds an optimizer from parameters, such as "
@@ -215,6 +220,7 @@ class SAM(Optimizer):
             ValueError, TypeError: ``sam_rho`` or ``sam_adaptive`` is not valid, or what the base raises.
         """
         if isinstance(param_group, dict):
+            primitives(param_group)
             _check(param_group)
         if "base" in self.__dict__:
             self.base.add_param_group(param_group)
@@ -229,26 +235,30 @@ class SAM(Optimizer):
         for after in list(self._optimizer_state_dict_post_hooks.values()):
             result = after(self, state_dict)
             state_dict = state_dict if result is None else result
+        for group in state_dict["param_groups"]:
+            primitives(group)
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of a SAM, or of an optimizer such as the base: groups then keep their own ``sam_rho``.
 
+        Parameters are found by their names where both sides know these, also for a base of torch's.
+
         Raises:
             ValueError, TypeError: ``sam_rho`` or ``sam_adaptive`` is not valid, or what the base raises.
         """
-        state_dict = state_dict.copy()
+        state_dict = state_dict.copy() if isinstance(state_dict, Mapping) else state_dict
         for before in list(self._optimizer_load_state_dict_pre_hooks.values()):
             result = before(self, state_dict)
             state_dict = state_dict if result is None else result
+        state_dict = readable("SAM", self.param_groups, state_dict)
         own = [{key: group[key] for key in (RHO, ADAPTIVE)} for group in self.param_groups]
-        saved = state_dict.get("param_groups")
-        if isinstance(saved, list) and len(saved) == len(own):
+        saved = [{key: primitive(value) for key, value in group.items()} for group in state_dict["param_groups"]]
+        if len(saved) == len(own):
             for group in saved:
                 _check(group)
-            groups = [mine | group for mine, group in zip(own, saved, strict=True)]
-            state_dict = {**state_dict, "param_groups": groups}
-        self.base.load_state_dict(state_dict)
+            saved = [mine | group for mine, group in zip(own, saved, strict=True)]
+        self.base.load_state_dict({**state_dict, "param_groups": saved})
         for after in list(self._optimizer_load_state_dict_post_hooks.values()):
             after(self)
 
@@ -326,6 +336,7 @@ def _without_own_options(params: Any) -> tuple[Any, dict[int, dict[str, Any]]]:
     own: dict[int, dict[str, Any]] = {}
     for entry in params:
         if isinstance(entry, dict) and "params" in entry:
+            entry = {key: primitive(value) if key in (RHO, ADAPTIVE) else value for key, value in entry.items()}
             _check(entry)
             options = {key: entry[key] for key in (RHO, ADAPTIVE) if key in entry}
             entry = {key: value for key, value in entry.items() if key not in options}

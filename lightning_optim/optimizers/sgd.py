@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.optimizers.group_keys import check_switches
+from lightning_optim.optimizers.known_as import known_as
 from lightning_optim.optimizers.plan import Group
 from lightning_optim.rules.policy import Decay, Rounding
 from lightning_optim.rules.rule import Rule
@@ -33,6 +35,7 @@ def sgd(
     return lr * (g + momentum * momentum_buffer if nesterov else momentum_buffer), momentum_buffer
 
 
+@known_as("SGD")
 class SGDOptim(RuleOptimizer):
     r"""SGD, with state and results interchangeable with ``torch.optim.SGD``'s.
 
@@ -55,6 +58,9 @@ class SGDOptim(RuleOptimizer):
         rounding: How low-precision weights are written.
         state_dtype: Storage type of the state.
         max_grad_norm: Clip the global gradient norm inside the step.
+        foreach: A switch of torch's, for its call sites: only None and False are valid here.
+        differentiable: The same.
+        fused: The same.
 
     Raises:
         ValueError: An option out of its range, or unknown; Nesterov without momentum or with dampening.
@@ -89,7 +95,12 @@ class SGDOptim(RuleOptimizer):
         rounding: Rounding = "nearest",
         state_dtype: str | torch.dtype | None = None,
         max_grad_norm: float | None = None,
+        foreach: Literal[False] | None = None,
+        differentiable: Literal[False] | None = False,
+        fused: Literal[False] | None = None,
     ) -> None:
+        switches = {"foreach": foreach, "differentiable": differentiable, "fused": fused}
+        check_switches(type(self).public_name(), switches)
         defaults = {
             "lr": lr,
             "momentum": momentum,

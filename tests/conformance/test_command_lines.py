@@ -31,7 +31,7 @@ def _public_name(name: str) -> str:
 def test_lightning_cli(name: str, how: str, tmp_path: Path) -> None:
     """Plain LightningCLI: ``--optimizer lightning_optim.Lion``, and ``--optimizer Lion`` once it is imported."""
     cls: type[RuleOptimizer] = optimizer_info(name).cls
-    spelled = f"lightning_optim.{_public_name(name)}" if how == "path" else cls.__name__
+    spelled = f"lightning_optim.{_public_name(name)}" if how == "path" else cls.__qualname__
     flags = ("--optimizer", spelled, "--optimizer.lr=0.02", "--optimizer.max_grad_norm=1.0", "--optimizer.engine=eager")
     cli = LightningCLI(Flagged, args=_flags(tmp_path, *flags), save_config_callback=None)
     (optimizer,) = cli.trainer.optimizers

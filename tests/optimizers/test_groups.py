@@ -57,11 +57,28 @@ def test_tied_modules_are_one_parameter(name: str) -> None:
 
 
 @each
-@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
-def test_a_parameter_twice_is_refused(name: str) -> None:
+def test_a_parameter_twice_is_stepped_once_with_torchs_warning(name: str) -> None:
     a, b = parameters(shapes=[(2,), (3,)])
-    with pytest.raises(ValueError, match=r"parameter 2 of the group appears twice"):
-        make(name, [a, b, a])
+    once = parameters(shapes=[(2,), (3,)])
+    with pytest.warns(UserWarning, match="optimizer contains a parameter group with duplicate parameters") as seen:
+        optimizer = make(name, [a, b, a])
+    assert [warning.filename for warning in seen] == [__file__.replace("test_groups", "common")]
+    other = make(name, once)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2]
+    train(optimizer, range(2))
+    train(other, range(2))
+    assert_same(weights([a, b]), weights(once))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        named = make(name, [("a", a), ("tied", a), ("b", b)])
+    assert named.param_groups[0]["param_names"] == ["a", "b"]
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        named.add_param_group({"params": [("c", p := nn.Parameter(torch.ones(2))), ("d", p)]})
+    assert [group["param_names"] for group in named.param_groups] == [["a", "b"], ["c"]]
+
+
+@each
+def test_a_parameter_of_two_groups_is_refused(name: str) -> None:
+    a, b = parameters(shapes=[(2,), (3,)])
     with pytest.raises(ValueError, match="more than one parameter group"):
         make(name, [{"params": [a]}, {"params": [b, a]}])
 

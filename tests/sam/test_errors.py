@@ -35,7 +35,7 @@ def params() -> list[nn.Parameter]:
         (lambda: SAM(params(), lambda p: p), TypeError, r"SAM: base built a list; valid: a torch.optim.Optimizer"),  # type: ignore[arg-type, return-value]
         (lambda: SAM(params(), partial(SAM, base=SGD)), ValueError, r"SAM: base=SAM: a SAM in a SAM"),
         (lambda: SAM(params(), torch.optim.LBFGS), ValueError, r"SAM: base=LBFGS: it evaluates the model itself"),
-        (lambda: SAM(params(), lightning_optim.LBFGS), ValueError, r"base=LBFGSOptim: it evaluates the model itself"),
+        (lambda: SAM(params(), lightning_optim.LBFGS), ValueError, r"base=LBFGS: it evaluates the model itself"),
         (
             lambda: SAM([{"params": params(), "sam_rho": -1}], SGD),
             ValueError,
