@@ -174,8 +174,8 @@ class Window:
 
     It keeps what was evaluated (with its batch, on its device), the generators' states, and copies of those buffers
     that differ from one evaluation to the next, until :meth:`clear`. Where it is told of the backward passes, by
-    :meth:`before_backward`, :meth:`after_backward` and :meth:`end`, gradients that were dropped between them are dropped
-    at the same places of a replay.
+    :meth:`before_backward`, :meth:`after_backward` and :meth:`end`, gradients that were dropped between them are
+    dropped at the same places of a replay.
 
     Args:
         module: What is evaluated.

@@ -153,8 +153,8 @@ class Replays(_Strategy):
             name = type(optimizer).__name__.removesuffix("Optim")
             warn_once(
                 f"{self.strategy_name}: gradients were written to between a backward pass and the step (in "
-                f"on_after_backward, say): further evaluations of {name} do not do so again, unless it was to drop them "
-                "all; SAM's can be changed in on_before_optimizer_step"
+                f"on_after_backward, say): further evaluations of {name} do not do so again, unless it was to drop "
+                "them all; SAM's can be changed in on_before_optimizer_step"
             )
 
     def _loss_scaler(self) -> Any:

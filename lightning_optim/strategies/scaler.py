@@ -96,11 +96,11 @@ class InStepScaler(torch.amp.GradScaler):
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Leave the scale as it is where nothing was seen of any gradient."""
-        if new_scale is None and self._enabled and self.may_be_dropped():
-            if not any(state["found_inf_per_device"] for state in self._per_optimizer_states.values()):
-                self._per_optimizer_states.clear()
-                return
-        super().update(new_scale)
+        seen = any(state["found_inf_per_device"] for state in self._per_optimizer_states.values())
+        if new_scale is None and self._enabled and not seen and self.may_be_dropped():
+            self._per_optimizer_states.clear()
+        else:
+            super().update(new_scale)
 
     def _maybe_opt_step(self, optimizer: Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Of torch's own step, which has the host read the flags: note what it reads."""

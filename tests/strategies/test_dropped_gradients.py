@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ HOWS: dict[str, Drop] = {
     "zeros": lambda net: net.zero_grad(set_to_none=False),
     "part": lambda net: setattr(next(net.parameters()), "grad", None),
 }
-#: Where, and whether that is before the backward pass of the batch, after it, or after it and the step, if there is one.
+#: Where, and whether that is before the batch's backward pass, after it, or after it and the step, if there is one.
 HOOKS = {
     "on_train_batch_start": "before",
     "training_step": "before",
@@ -112,7 +113,7 @@ def test_after_they_were_unscaled(hook: str, make: Any) -> None:
 def test_before_they_were_unscaled(strategy: str, make: Any) -> None:
     """No step is made, and the scale stays what it is; Lightning's own strategies end in torch's AssertionError."""
     run, found = fit(Dropping(make, "on_after_backward", "none"), strategy, plugins=[scaled(growth_interval=5)])
-    moved = [any(not torch.equal(a[key], b[key]) for key in a) for a, b in zip(found.weights, found.weights[1:])]
+    moved = [any(not torch.equal(a[key], b[key]) for key in a) for a, b in pairwise(found.weights)]
     assert moved == [batch not in BATCHES for batch in range(1, 8)]
     state = run.precision_plugin.state_dict()
     assert (state["scale"], state["_growth_tracker"]) == (512.0, 0)  # five steps
