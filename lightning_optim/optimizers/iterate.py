@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim.engines.memory import is_lazy
 from lightning_optim.optimizers.byrd_nocedal import Vector, blocks_of
 from lightning_optim.optimizers.shards import is_distributed
 
@@ -79,7 +80,8 @@ class Iterate:
         """Set the parameters to x + t · direction; for 0, exactly to what they were."""
         for p, part in self._parts(groups):
             x, target = self.x[part], p.detach()
-            if t != 0 and target.dtype == x.dtype and target.device == x.device and target.is_contiguous():
+            plain = target.dtype == x.dtype and target.device == x.device and not is_lazy(target)
+            if t != 0 and plain and target.is_contiguous():
                 torch.add(x, self.direction[part], alpha=t, out=target.view(-1))
             else:
                 _write(target, x if t == 0 else torch.add(x, self.direction[part], alpha=t))
@@ -178,5 +180,9 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _write(target: Tensor, values: Tensor) -> None:
-    target = torch.view_as_real(target) if target.is_complex() else target
-    target.copy_(values.view(target.shape))
+    if not target.is_complex():
+        target.copy_(values.view(target.shape))
+    elif is_lazy(target):
+        target.copy_(torch.view_as_complex(values.clone().view(*target.shape, 2)))
+    else:
+        torch.view_as_real(target).copy_(values.view(*target.shape, 2))
