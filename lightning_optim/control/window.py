@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_optim.control.missing import Marks, Missing, marks_of
+from lightning_optim.control.module_state import ModuleState
 from lightning_optim.optimizers.sam import SAM
+
+__all__ = ["ModuleState", "RandomStates", "Window", "muted", "needs_closure", "needs_replay", "replaced"]
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
@@ -72,94 +75,6 @@ def _generators(device: torch.device) -> Any:
 
 def _of(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)  # there is one
-
-
-@dataclass(frozen=True)
-class _Value:
-    """Something that a module keeps: a buffer, or part of a metric's state."""
-
-    store: dict[str, Any]
-    key: str
-    value: Any
-    copy: Any
-
-    def put_back(self) -> None:
-        self.store[self.key] = self.value  # which others may hold, as DDP holds buffers
-        if isinstance(self.value, Tensor):
-            self.value.copy_(self.copy)
-        elif isinstance(self.value, list):
-            self.value[:] = self.copy
-
-
-class ModuleState:
-    """Copies of what the forward passes of a module change besides gradients: its buffers, as of batch norms.
-
-    Args:
-        module: The module.
-        before: An earlier state of it, whose copies are shared where nothing has changed since.
-        metrics: Include the states of ``torchmetrics`` in it.
-
-    >>> norm = nn.BatchNorm1d(2)
-    >>> state = ModuleState(norm)
-    >>> _ = norm(torch.ones(3, 2))
-    >>> norm.running_mean
-    tensor([0.1000, 0.1000])
-    >>> state.put_back()
-    >>> norm.running_mean
-    tensor([0., 0.])
-    """
-
-    @torch.no_grad()
-    def __init__(self, module: nn.Module, before: ModuleState | None = None, *, metrics: bool = False) -> None:
-        self._parts: dict[nn.Module, tuple[Any, list[_Value]]] = {}
-        torchmetrics = sys.modules.get("torchmetrics") if metrics else None
-        for part in module.modules():
-            if part._buffers:
-                mark = _mark(part)
-                known = None if before is None else before._parts.get(part)
-                if known is not None and known[0] == mark:
-                    self._parts[part] = known
-                else:
-                    self._parts[part] = mark, _values(part._buffers, part._buffers)
-        self._metrics: list[_Value] = []
-        if torchmetrics is not None:
-            for part in module.modules():
-                if isinstance(part, torchmetrics.Metric):
-                    names = [*part._defaults, "_update_count", "_computed", "_forward_cache"]
-                    self._metrics += _values(part.__dict__, [name for name in names if name in part.__dict__])
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        """Set the module's buffers, and its metrics, to these values."""
-        for part, (mark, values) in self._parts.items():
-            if _mark(part) != mark:
-                for value in values:
-                    value.put_back()
-        for value in self._metrics:
-            value.put_back()
-
-
-def _values(store: dict[str, Any], names: Iterable[str]) -> list[_Value]:
-    return [_Value(store, name, store[name], _copy(store[name])) for name in names]
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return list(value) if isinstance(value, list) else value
-
-
-def _mark(part: nn.Module) -> list[Any]:
-    """Differs once any of a module's buffers has changed.
-
-    For all of them together: batch norms write their averages past autograd's version counters, but not their own
-    counter of batches.
-    """
-    # An inference tensor has no version, and an object equals only itself: taken to have changed.
-    return [
-        None if buffer is None else (id(buffer), object() if buffer.is_inference() else buffer._version)
-        for buffer in part._buffers.values()
-    ]
 
 
 @dataclass(frozen=True)

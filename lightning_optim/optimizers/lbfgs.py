@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,12 +11,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optimizers.closure import ClosureOptimizer
-from lightning_optim.optimizers.iterate import count, refuse_unsuitable, signature
+from lightning_optim.optimizers.iterate import count, refuse_unsuitable, signature, trained
 from lightning_optim.optimizers.lbfgs_options import LBFGSOptions, check_memory
 from lightning_optim.optimizers.lbfgs_state import check_state, own_state, torchs_pairs
 from lightning_optim.optimizers.line_search import LineSearch
 from lightning_optim.optimizers.loading import load_groups
 from lightning_optim.optimizers.options import check_group
+from lightning_optim.optimizers.places import owners
 from lightning_optim.optimizers.quasi_newton import Closure, QuasiNewton, Record
 from lightning_optim.optimizers.shards import is_distributed
 from lightning_optim.warnings import warn_once
@@ -138,12 +140,14 @@ class LBFGSOptim(ClosureOptimizer):
         name = type(self).public_name()
         self._record = Record(name, noise=None if noise == "auto" else float(noise))
         self._work: QuasiNewton | None = None
+        self._params: list[weakref.ref[Tensor]] | None = None
         defaults = {"lr": lr, "weight_decay": weight_decay}
         check_group(name, defaults, {"lr": 1.0, "weight_decay": 0.0})
         self._complete = False
         super().__init__(params, defaults)
         self._complete = True
         check_memory(name, signature(self.param_groups), self.options)
+        self._check_places()
 
     # -- torch.optim.Optimizer ----------------------------------------------------------------------------------
 
@@ -199,7 +203,7 @@ class LBFGSOptim(ClosureOptimizer):
         """
         packed = super().state_dict()
         work = self._work
-        if work is not None and work.layout == signature(self.param_groups):
+        if work is not None and self._is_for_these(work):
             known = None if work.loss is None else (work.loss, work.gradient)
             masters = work.iterate.masters(self.param_groups)
             packed["state"] = own_state(work.layout, work.history, masters, known, self.counts, self._record.noise)
@@ -242,6 +246,7 @@ class LBFGSOptim(ClosureOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._params = None  # those of a copy are others
         self.defaults.pop("differentiable", None)  # torch adds it there: the step is without autograd
 
     # -- beyond torch -------------------------------------------------------------------------------------------
@@ -262,13 +267,26 @@ class LBFGSOptim(ClosureOptimizer):
         if any(is_distributed(p) for group in self.param_groups for p in group["params"]):
             for group in self.param_groups:
                 refuse_unsuitable(name, group)
-        if self._work is not None and self._work.layout != layout:
+        if self._work is not None and not self._is_for_these(self._work):
             self._work = None
-            warn_once(f"{name}: other parameters are trained than before, so the history starts anew")
+            warn_once(
+                f"{name}: other parameters are trained than before, or in another order, so the history starts anew"
+            )
         if self._work is None and count(layout):
             check_memory(name, layout, self.options)
             self._work = QuasiNewton(layout, self.options)
+        self._params = [weakref.ref(p) for group in self.param_groups for p in trained(group)]
         return self._work
+
+    def _is_for_these(self, work: QuasiNewton) -> bool:
+        """Whether it is for the parameters that are trained now, in this order."""
+        if work.layout != signature(self.param_groups):
+            return False
+        now = [p for group in self.param_groups for p in trained(group)]
+        return self._params is None or all(p is known() for p, known in zip(now, self._params, strict=True))
+
+    def _check_places(self) -> None:
+        owners(type(self).public_name(), [p for group in self.param_groups for p in trained(group)])
 
     def _load_own(self, work: QuasiNewton, state: Mapping[Any, Any]) -> None:
         own = state[0]
