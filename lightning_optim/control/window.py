@@ -9,16 +9,19 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from lightning_optim.control.missing import Marks, Missing, marks_of
+from lightning_optim.control.module_state import ModuleState
 from lightning_optim.optimizers.sam import SAM
+
+__all__ = ["ModuleState", "RandomStates", "Window", "muted", "needs_closure", "needs_replay", "replaced"]
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
@@ -75,94 +78,6 @@ def _of(device: torch.device) -> tuple[torch.device, ...]:
 
 
 @dataclass(frozen=True)
-class _Value:
-    """Something that a module keeps: a buffer, or part of a metric's state."""
-
-    store: dict[str, Any]
-    key: str
-    value: Any
-    copy: Any
-
-    def put_back(self) -> None:
-        self.store[self.key] = self.value  # which others may hold, as DDP holds buffers
-        if isinstance(self.value, Tensor):
-            self.value.copy_(self.copy)
-        elif isinstance(self.value, list):
-            self.value[:] = self.copy
-
-
-class ModuleState:
-    """Copies of what the forward passes of a module change besides gradients: its buffers, as of batch norms.
-
-    Args:
-        module: The module.
-        before: An earlier state of it, whose copies are shared where nothing has changed since.
-        metrics: Include the states of ``torchmetrics`` in it.
-
-    >>> norm = nn.BatchNorm1d(2)
-    >>> state = ModuleState(norm)
-    >>> _ = norm(torch.ones(3, 2))
-    >>> norm.running_mean
-    tensor([0.1000, 0.1000])
-    >>> state.put_back()
-    >>> norm.running_mean
-    tensor([0., 0.])
-    """
-
-    @torch.no_grad()
-    def __init__(self, module: nn.Module, before: ModuleState | None = None, *, metrics: bool = False) -> None:
-        self._parts: dict[nn.Module, tuple[Any, list[_Value]]] = {}
-        torchmetrics = sys.modules.get("torchmetrics") if metrics else None
-        for part in module.modules():
-            if part._buffers:
-                mark = _mark(part)
-                known = None if before is None else before._parts.get(part)
-                if known is not None and known[0] == mark:
-                    self._parts[part] = known
-                else:
-                    self._parts[part] = mark, _values(part._buffers, part._buffers)
-        self._metrics: list[_Value] = []
-        if torchmetrics is not None:
-            for part in module.modules():
-                if isinstance(part, torchmetrics.Metric):
-                    names = [*part._defaults, "_update_count", "_computed", "_forward_cache"]
-                    self._metrics += _values(part.__dict__, [name for name in names if name in part.__dict__])
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        """Set the module's buffers, and its metrics, to these values."""
-        for part, (mark, values) in self._parts.items():
-            if _mark(part) != mark:
-                for value in values:
-                    value.put_back()
-        for value in self._metrics:
-            value.put_back()
-
-
-def _values(store: dict[str, Any], names: Iterable[str]) -> list[_Value]:
-    return [_Value(store, name, store[name], _copy(store[name])) for name in names]
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return list(value) if isinstance(value, list) else value
-
-
-def _mark(part: nn.Module) -> list[Any]:
-    """Differs once any of a module's buffers has changed.
-
-    For all of them together: batch norms write their averages past autograd's version counters, but not their own
-    counter of batches.
-    """
-    # An inference tensor has no version, and an object equals only itself: taken to have changed.
-    return [
-        None if buffer is None else (id(buffer), object() if buffer.is_inference() else buffer._version)
-        for buffer in part._buffers.values()
-    ]
-
-
-@dataclass(frozen=True)
 class _Evaluation:
     run: Callable[[], Any]
     noise: RandomStates
@@ -173,11 +88,18 @@ class Window:
     """The evaluations that make up one step, to be made again at other weights.
 
     It keeps what was evaluated (with its batch, on its device), the generators' states, and copies of those buffers
-    that differ from one evaluation to the next, until :meth:`clear`.
+    that differ from one evaluation to the next, until :meth:`clear`. Where it is told of the backward passes, by
+    :meth:`before_backward`, :meth:`after_backward` and :meth:`end`, gradients that were dropped between them are
+    dropped at the same places of a replay.
 
     Args:
         module: What is evaluated.
         loss_of: The loss in what an evaluation returns, as it is to be differentiated; None if there is none.
+        params: Gives the parameters that are trained; default: the module's.
+
+    Attributes:
+        touched: Whether gradients were written to after a backward pass, which no replay does again, unless it was to
+            drop them all.
 
     >>> weight = nn.Parameter(torch.tensor(1.0))
     >>> window = Window(nn.Module(), lambda output: output / 2)
@@ -188,23 +110,57 @@ class Window:
     True
     """
 
-    def __init__(self, module: nn.Module, loss_of: Callable[[Any], Tensor | None]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_of: Callable[[Any], Tensor | None],
+        params: Callable[[], Iterable[Tensor]] | None = None,
+    ) -> None:
         self._module, self._loss_of = module, loss_of
+        self._params = module.parameters if params is None else params
         self._evaluations: list[_Evaluation] = []
-        self._losses: list[Tensor] = []
+        self.clear()
 
     def __len__(self) -> int:
         return len(self._evaluations)
 
     @property
     def loss(self) -> Tensor:
-        """The sum of the losses, as they were when they were recorded."""
-        return reduce(torch.add, self._losses)  # in the order of `replay`: the same weights give the same bits
+        """The sum of the losses, as they were when they were recorded, but of those whose gradients were dropped."""
+        total: Tensor | None = None
+        for number, loss in enumerate(self._losses):
+            total = self._added(total, loss, number)  # in the order of `replay`: the same weights give the same bits
+        assert total is not None  # noqa: S101 # of a window that is not empty
+        return total
+
+    @property
+    def is_left(self) -> bool:
+        """Whether there is a gradient of what was recorded, as far as the host knows."""
+        return bool(self._evaluations) and not any(missing.everything for missing in self._at_end)
 
     def clear(self) -> None:
         """Forget what was recorded."""
         self._evaluations.clear()
-        self._losses.clear()
+        self._losses: list[Tensor] = []
+        self._missing: dict[int, Missing] = {}  # before the backward pass of an evaluation, by its number
+        self._at_end: list[Missing] = []
+        self._marks: Marks | None = None
+        self.touched = False
+
+    def before_backward(self) -> None:
+        """Note which gradients are there before the backward pass of the last evaluation."""
+        if self._marks is not None:  # before the first one, `replay` has none
+            self._missing[len(self._evaluations) - 1] = self._missing_now()
+
+    def after_backward(self) -> None:
+        """Note which gradients there are after a backward pass."""
+        self._marks = marks_of(self._params())
+
+    def end(self) -> None:
+        """Note which gradients are left at the end. May be called again, should more have been dropped."""
+        if self._marks is not None:
+            self._at_end.append(self._missing_now())
+            self.after_backward()
 
     def run(self, evaluate: Callable[[], Any]) -> Any:
         """Make and record an evaluation.
@@ -238,7 +194,7 @@ class Window:
             between: Makes a context for all evaluations but the last one, as ``no_sync`` of DDP.
 
         Returns:
-            The sum of the losses.
+            The sum of the losses, as :attr:`loss` is.
 
         Raises:
             RuntimeError: An evaluation that returned a loss now returns none.
@@ -256,15 +212,30 @@ class Window:
                             f"batch {number} of {len(self._evaluations)} had a loss and, evaluated again at other "
                             "weights, has none; valid: a training_step that decides by its batch alone"
                         )
+                    if (missing := self._missing.get(number - 1)) is not None:
+                        missing.drop()
                     backward(loss)
-                loss = loss.detach().reshape(())
-                total = loss if total is None else total + loss
+                total = self._added(total, loss.detach().reshape(()), number - 1)
+            for missing in self._at_end:
+                missing.drop()
         finally:
             noise.put_back()
             state.put_back()
         if total is None:
             raise ValueError("there is nothing to replay: no evaluation was recorded")
         return total
+
+    def _missing_now(self) -> Missing:
+        assert self._marks is not None  # noqa: S101 # who asks has looked
+        missing = Missing(self._params(), self._marks)
+        self.touched |= missing.touched
+        return missing
+
+    def _added(self, total: Tensor | None, loss: Tensor, number: int) -> Tensor:
+        """The sum of losses, with that of an evaluation."""
+        if (missing := self._missing.get(number)) is not None:
+            total = missing.kept(total)
+        return loss if total is None else total + loss
 
     def _devices(self) -> set[torch.device]:
         return {tensor.device for tensors in (self._module.parameters(), self._module.buffers()) for tensor in tensors}
@@ -287,17 +258,31 @@ def muted(owner: Any, *methods: str) -> Iterator[None]:
     >>> talking.say("yes")
     yes
     """
-    before = {name: owner.__dict__[name] for name in methods if name in owner.__dict__}
-    for name in methods:
-        owner.__dict__[name] = _nothing
+    with ExitStack() as all_of_them:
+        for name in methods:
+            all_of_them.enter_context(replaced(owner, name, _nothing))
+        yield
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """While this lasts, an attribute of an object is another one.
+
+    >>> text = nn.Module()
+    >>> with replaced(text, "forward", len):
+    ...     text("abc")
+    3
+    """
+    missing = object()
+    before = owner.__dict__.get(name, missing)
     try:
+        owner.__dict__[name] = value
         yield
     finally:
-        for name in methods:
-            if name in before:
-                owner.__dict__[name] = before[name]
-            else:
-                del owner.__dict__[name]
+        if before is missing:
+            owner.__dict__.pop(name, None)
+        else:
+            owner.__dict__[name] = before
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -48,57 +48,97 @@ class _Slope:
         """What this process has of the parameter."""
         return local(self.param)
 
-    def scaled(self, times: int) -> Tensor:
-        """T times the gradient, once or twice, in float32 (float64 for float64 weights)."""
-        grad = self.grad.to(torch.promote_types(self.weight.dtype, torch.float32))
+    def scaled(self, weight: Tensor, times: int) -> Tensor:
+        """T of a weight times the gradient, once or twice, in float32 (float64 for float64 weights)."""
+        grad = self.grad.to(torch.promote_types(weight.dtype, torch.float32))
         if not self.adaptive:
             return grad
-        size = self.weight.abs().to(grad.dtype.to_real()).add_(ETA)
+        size = weight.abs().to(grad.dtype.to_real()).add_(ETA)
         return grad * (size if times == 1 else size.square_())
 
 
-def ascend(groups: Iterable[dict[str, Any]], loss_scale: float | Tensor | None) -> list[tuple[Tensor, Tensor]]:
-    """Move weights along their gradients, to a distance of ``sam_rho`` from where they are.
+class Ascent:
+    """Where in its step an optimizer is, and the way back.
 
-    Where any gradient is not finite, they stay. Nothing is read back from the device.
+    An object of its own that is only changed, never replaced: Lightning's wrapper of an optimizer reads attributes of
+    the optimizer, but swallows those that are set.
 
-    Args:
-        groups: Param groups, with SAM's options.
-        loss_scale: What the gradients were multiplied by, if they were.
-
-    Returns:
-        Parameters, with exact copies of what this process had of them.
-
-    Raises:
-        RuntimeError: A gradient is sparse.
+    Attributes:
+        perturbed: Whether weights are perturbed now.
+        done: Whether the gradients are those of weights that were perturbed, and are to be stepped with.
     """
-    slopes = list(_slopes(groups))
-    if not slopes:
-        return []
-    factor = _factor(slopes, loss_scale)
+
+    def __init__(self) -> None:
+        self.perturbed = self.done = False
+        self._old: list[tuple[Tensor, Tensor]] = []
+
+    def ascend(self, groups: Iterable[dict[str, Any]], loss_scale: float | Tensor | None) -> None:
+        """Move weights along their gradients, to a distance of ``sam_rho`` from where they are.
+
+        Where any gradient is not finite, they stay. Nothing is read back from the device. Whatever is raised, weights
+        are where they were.
+
+        Args:
+            groups: Param groups, with SAM's options.
+            loss_scale: What the gradients were multiplied by, if they were.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+        """
+        slopes = list(_slopes(groups))
+        factor = _factor(slopes, loss_scale) if slopes else None
+        # All are copied before any is moved: of weights that share memory, each copy is of what was there then.
+        self._old = [(slope.param, slope.weight.clone()) for slope in slopes]
+        self.perturbed, self.done = True, False
+        try:
+            if factor is not None:
+                _move(slopes, [old for _, old in self._old], factor)
+        except BaseException:  # out of memory, or an interrupt
+            self.abandon()
+            raise
+
+    def descend(self) -> None:
+        """Put the weights back, bit for bit."""
+        try:
+            self._put_back()
+        except BaseException:  # an interrupt: weights must not be left in between
+            self._put_back()
+            raise
+
+    def abandon(self) -> None:
+        """Forget a step that was begun; weights that are perturbed are put back."""
+        if self.perturbed:
+            self.descend()
+        self.done = False
+
+    def _put_back(self) -> None:
+        for p, old in self._old:
+            local(p).copy_(old)
+        self._old.clear()
+        self.perturbed, self.done = False, True
+
+
+def _move(slopes: Iterable[_Slope], old: Iterable[Tensor], factor: Tensor) -> None:
     factors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-    old: list[tuple[Tensor, Tensor]] = []
-    try:
-        for slope in slopes:
-            weight, direction = slope.weight, slope.scaled(times=2)
-            key = (weight.device, direction.dtype.to_real())
-            if key not in factors:
-                factors[key] = factor.to(key[0], non_blocking=True).to(key[1])
-            move = direction * (factors[key] * slope.rho)
-            # If some gradient is not finite, the factor is zero, and zero times infinity is NaN.
-            (torch.view_as_real(move) if move.is_complex() else move).nan_to_num_(0.0, 0.0, 0.0)
-            old.append((slope.param, weight.clone()))
-            weight.add_(move)
-    except BaseException:  # out of memory, most likely: nobody else knows which weights have been moved
-        for p, before in old:
-            local(p).copy_(before)
-        raise
-    return old
+    for slope, before in zip(slopes, old, strict=True):
+        direction = slope.scaled(before, times=2)
+        key = (before.device, direction.dtype.to_real())
+        if key not in factors:
+            factors[key] = factor.to(key[0], non_blocking=True).to(key[1])
+        move = direction * (factors[key] * slope.rho)
+        # If some gradient is not finite, the factor is zero, and zero times infinity is NaN.
+        (torch.view_as_real(move) if move.is_complex() else move).nan_to_num_(0.0, 0.0, 0.0)
+        slope.weight.add_(move)
 
 
 def _slopes(groups: Iterable[dict[str, Any]]) -> Iterator[_Slope]:
     for group in groups:
         names = group.get("param_names")
+        if group[ADAPTIVE] and names and len(names) != len(group["params"]):
+            raise RuntimeError(
+                f"SAM: a group has {len(group['params'])} parameters and {len(names)} param_names, by which ASAM knows "
+                "biases; valid: a name for each, or none"
+            )
         for index, p in enumerate(group["params"]):
             grad = p.grad
             if grad is None:
@@ -111,7 +151,8 @@ def _slopes(groups: Iterable[dict[str, Any]]) -> Iterator[_Slope]:
             if is_distributed(p) and is_distributed(grad) and not same_parts(p, grad):
                 grad = grad.redistribute(p.device_mesh, p.placements)
             adaptive = group[ADAPTIVE] and not _is_bias(p, names[index] if names else None)
-            yield _Slope(p, group[RHO], local(grad), adaptive)
+            # Memory of lazily conjugated or negated gradients holds other numbers.
+            yield _Slope(p, group[RHO], local(grad).resolve_conj().resolve_neg(), adaptive)
 
 
 def _is_bias(p: Tensor, name: str | None) -> bool:
@@ -122,7 +163,7 @@ def _factor(slopes: Iterable[_Slope], loss_scale: float | Tensor | None) -> Tens
     """What scaled gradients are to be multiplied by to have a norm of 1, all together; 0 if that is not finite."""
     squares: LocalSquares = {}
     for slope in slopes:
-        part = slope.scaled(times=1)
+        part = slope.scaled(slope.weight, times=1)
         part = torch.view_as_real(part) if part.is_complex() else part
         # Squares of float32 gradients under a loss scale of 65536 would overflow in float32; Metal has no float64.
         exact = torch.float32 if part.device.type == "mps" else torch.float64

@@ -96,11 +96,15 @@ class CompactHistory:
         """
         if self.pending:
             self._products()
-        slot = self.order.pop(0) if len(self.order) == self.size else len(self.order)
-        self.order.append(slot)
-        self.slab[:, 2 * slot].copy_(s.view(self.blocks, self.block))
-        self.slab[:, 2 * slot + 1].copy_(y.view(self.blocks, self.block))
-        self.pending = True
+        kept = self.order[1:] if len(self.order) == self.size else self.order
+        slot = self.order[0] if kept is not self.order else len(self.order)
+        try:
+            self.slab[:, 2 * slot].copy_(s.view(self.blocks, self.block))
+            self.slab[:, 2 * slot + 1].copy_(y.view(self.blocks, self.block))
+        except BaseException:  # an interrupt: the oldest pair may be half another
+            self.clear()
+            raise
+        self.order, self.pending = [*kept, slot], True
 
     @without_autocast
     def direction(self, gradient: Vector, first: float, *, out: Vector) -> None:

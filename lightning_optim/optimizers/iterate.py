@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim.engines.memory import is_lazy
 from lightning_optim.optimizers.byrd_nocedal import Vector, blocks_of
+from lightning_optim.optimizers.places import owners
 from lightning_optim.optimizers.shards import is_distributed
 
 #: What a layout depends on: for each param group, the number of real elements and the type of each of its parameters.
@@ -46,6 +48,9 @@ class Iterate:
     that someone else changed are taken over at :meth:`read`. It holds no parameters, which sharding and loading may
     replace, so all methods are given the param groups.
 
+    Parameters that are the same memory are one variable: the first one's, with the sum of their gradients. The parts of
+    the others stay zero.
+
     Args:
         layout: Of the param groups.
         dtype: Of the vectors.
@@ -59,14 +64,24 @@ class Iterate:
         for group in layout:
             starts.append(start)
             start += sum(elements for elements, _ in group)
+        self._owners: list[int] = []  # of each parameter, in this step
         self.bounds = [slice(a, b) for a, b in zip(starts, [*starts[1:], start], strict=True)]
 
     def vector(self) -> Vector:
         """Zeros of the same length and type."""
         return torch.zeros_like(self.x)
 
-    def read(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Take over weights that are not x rounded, and say whether there were any."""
+    def read(self, groups: Sequence[dict[str, Any]], name: str = "") -> bool:
+        """Take over weights that are not x rounded, and say whether there were any.
+
+        Args:
+            groups: Param groups.
+            name: Of the optimizer, for messages.
+
+        Raises:
+            ValueError: Parameters share memory in part.
+        """
+        self._owners = owners(name, [p for group in groups for p in trained(group)])
         changed = False
         for p, part in self._parts(groups):
             now, x = _flat(p), self.x[part]
@@ -79,7 +94,8 @@ class Iterate:
         """Set the parameters to x + t · direction; for 0, exactly to what they were."""
         for p, part in self._parts(groups):
             x, target = self.x[part], p.detach()
-            if t != 0 and target.dtype == x.dtype and target.device == x.device and target.is_contiguous():
+            plain = target.dtype == x.dtype and target.device == x.device and not is_lazy(target)
+            if t != 0 and plain and target.is_contiguous():
                 torch.add(x, self.direction[part], alpha=t, out=target.view(-1))
             else:
                 _write(target, x if t == 0 else torch.add(x, self.direction[part], alpha=t))
@@ -89,7 +105,10 @@ class Iterate:
 
         A low-precision weight follows x in steps of its own; the change of the gradient belongs to those.
         """
-        for p, part in self._parts(groups):
+        for p, part, owner in self._all_parts(groups):
+            if owner is not part:
+                out[part].zero_()
+                continue
             now, x = _flat(p), self.x[part]
             torch.sub(now.to(self.x), x.to(now.dtype).to(x.dtype), out=out[part])
 
@@ -99,17 +118,24 @@ class Iterate:
         return any(not torch.equal(torch.add(self.x[i], self.direction[i], alpha=t), self.x[i]) for i in parts)
 
     def accept(self, groups: Sequence[dict[str, Any]], t: float) -> None:
-        """Make the point to which :meth:`go` went the new x."""
+        """Make the point to which :meth:`go` went the new x; there is no direction any more."""
         for _, part in self._parts(groups):  # in the same parts: to the bit what was written then
-            torch.add(self.x[part], self.direction[part], alpha=t, out=self.x[part])
+            torch.add(self.x[part], self.direction[part], alpha=t, out=self.direction[part])
+        # At once: after an interrupt x is either the old point or the new one.
+        self.x, self.direction = self.direction, self.x
 
     def gradient(self, groups: Sequence[dict[str, Any]], out: Vector) -> None:
         """Collect the gradients; zero for parameters without one."""
-        for p, part in self._parts(groups):
-            if p.grad is None:
+        for p, part, owner in self._all_parts(groups):
+            grad = None if p.grad is None else _flat(p.grad.to_dense() if p.grad.layout != torch.strided else p.grad)
+            if owner is not part:
+                out[part].zero_()
+                if grad is not None:
+                    out[owner].add_(grad.to(out))
+            elif grad is None:
                 out[part].zero_()
             else:
-                out[part].copy_(_flat(p.grad.to_dense() if p.grad.layout != torch.strided else p.grad))
+                out[part].copy_(grad)
 
     def decay(self, groups: Sequence[dict[str, Any]], gradient: Vector) -> float:
         """Add the gradient of each group's weight_decay / 2 · |weights|², and return the sum of these."""
@@ -117,9 +143,9 @@ class Iterate:
             return 0.0
         factors = [float(group["weight_decay"]) for group in groups for _ in trained(group)]
         total = 0.0
-        for factor, (p, part) in zip(factors, self._parts(groups), strict=True):
+        for factor, (p, _, owner) in zip(factors, self._all_parts(groups), strict=True):
             weights = _flat(p).to(self.x)
-            gradient[part].add_(weights, alpha=factor)
+            gradient[owner].add_(weights, alpha=factor)
             total += factor / 2 * float(torch.linalg.vector_norm(weights, dtype=torch.float64)) ** 2
         return total
 
@@ -136,12 +162,20 @@ class Iterate:
                 self.x[part].copy_(masters[numbers[id(p)]].reshape(-1))
 
     def _parts(self, groups: Sequence[dict[str, Any]]) -> Iterable[tuple[Tensor, slice]]:
+        """Each variable, with its place."""
+        return ((p, part) for p, part, owner in self._all_parts(groups) if owner is part)
+
+    def _all_parts(self, groups: Sequence[dict[str, Any]]) -> Iterable[tuple[Tensor, slice, slice]]:
+        """Each parameter, with its place and that of the variable that it is."""
+        parts: list[slice] = []
         start = 0
         for group in groups:
             for p in trained(group):
-                end = start + _real_numel(p)
-                yield p, slice(start, end)
-                start = end
+                part = slice(start, start + _real_numel(p))
+                number = len(parts)
+                parts.append(part)
+                yield p, part, parts[self._owners[number]] if self._owners else part
+                start = part.stop
 
 
 def refuse_unsuitable(name: str, group: dict[str, Any]) -> None:
@@ -178,5 +212,9 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _write(target: Tensor, values: Tensor) -> None:
-    target = torch.view_as_real(target) if target.is_complex() else target
-    target.copy_(values.view(target.shape))
+    if not target.is_complex():
+        target.copy_(values.view(target.shape))
+    elif is_lazy(target):
+        target.copy_(torch.view_as_complex(values.clone().view(*target.shape, 2)))
+    else:
+        torch.view_as_real(target).copy_(values.view(*target.shape, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,13 +13,14 @@ from torch.optim.optimizer import ParamsT
 from lightning_optim.optimizers.closure import ClosureOptimizer
 from lightning_optim.optimizers.divided import refuse_a_part
 from lightning_optim.optimizers.group_keys import check_keys
-from lightning_optim.optimizers.iterate import count, refuse_unsuitable, signature
+from lightning_optim.optimizers.iterate import count, refuse_unsuitable, signature, trained
 from lightning_optim.optimizers.known_as import known_as
 from lightning_optim.optimizers.lbfgs_options import LBFGSOptions, check_memory
 from lightning_optim.optimizers.lbfgs_state import Kind, by_position, check_state, own_state, torchs_pairs
 from lightning_optim.optimizers.line_search import LineSearch
 from lightning_optim.optimizers.loading import load_groups, readable
 from lightning_optim.optimizers.options import check_options, each_once
+from lightning_optim.optimizers.places import owners
 from lightning_optim.optimizers.primitives import primitives
 from lightning_optim.optimizers.quasi_newton import Closure, QuasiNewton, Record
 from lightning_optim.optimizers.shards import is_distributed
@@ -144,6 +146,7 @@ class LBFGSOptim(ClosureOptimizer):
         self._record = Record(name, noise=None if noise == "auto" else float(noise))
         self._work: QuasiNewton | None = None
         refuse_a_part(name, "its line search")
+        self._params: list[weakref.ref[Tensor]] | None = None
         defaults = {"lr": lr, "weight_decay": weight_decay}
         primitives(defaults)
         check_options(name, defaults, {"lr": 1.0, "weight_decay": 0.0})
@@ -151,6 +154,7 @@ class LBFGSOptim(ClosureOptimizer):
         super().__init__(params, defaults)
         self._complete = True
         check_memory(name, signature(self.param_groups), self.options)
+        self._check_places()
 
     # -- torch.optim.Optimizer ----------------------------------------------------------------------------------
 
@@ -211,7 +215,7 @@ class LBFGSOptim(ClosureOptimizer):
         for group in packed["param_groups"]:
             primitives(group)
         work = self._work
-        if work is not None and work.layout == signature(self.param_groups):
+        if work is not None and self._is_for_these(work):
             known = None if work.loss is None else (work.loss, work.gradient)
             masters = work.iterate.masters(self.param_groups)
             packed["state"] = own_state(work.layout, work.history, masters, known, self.counts, self._record.noise)
@@ -254,6 +258,7 @@ class LBFGSOptim(ClosureOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._params = None  # those of a copy are others
         self.defaults.pop("differentiable", None)  # torch adds it there: the step is without autograd
 
     # -- beyond torch -------------------------------------------------------------------------------------------
@@ -274,12 +279,15 @@ class LBFGSOptim(ClosureOptimizer):
         if any(is_distributed(p) for group in self.param_groups for p in group["params"]):
             for group in self.param_groups:
                 refuse_unsuitable(name, group)
-        if self._work is not None and self._work.layout != layout:
+        if self._work is not None and not self._is_for_these(self._work):
             self._work = None
-            warn_once(f"{name}: other parameters are trained than before, so the history starts anew")
+            warn_once(
+                f"{name}: other parameters are trained than before, or in another order, so the history starts anew"
+            )
         if self._work is None and count(layout):
             check_memory(name, layout, self.options)
             self._work = QuasiNewton(layout, self.options)
+        self._params = [weakref.ref(p) for group in self.param_groups for p in trained(group)]
         return self._work
 
     def _load_work(self, kind: Kind, state: Mapping[int, Mapping[Any, Any]]) -> None:
@@ -293,6 +301,16 @@ class LBFGSOptim(ClosureOptimizer):
         except ValueError:
             self._work = before
             raise
+
+    def _is_for_these(self, work: QuasiNewton) -> bool:
+        """Whether it is for the parameters that are trained now, in this order."""
+        if work.layout != signature(self.param_groups):
+            return False
+        now = [p for group in self.param_groups for p in trained(group)]
+        return self._params is None or all(p is known() for p, known in zip(now, self._params, strict=True))
+
+    def _check_places(self) -> None:
+        owners(type(self).public_name(), [p for group in self.param_groups for p in trained(group)])
 
     def _load_own(self, work: QuasiNewton, state: Mapping[Any, Any]) -> None:
         own = state[0]

@@ -96,8 +96,9 @@ class QuasiNewton:
         Returns:
             What the closure returned at the weights before the step.
         """
-        changed = self.iterate.read(groups)
-        known, self.loss = (None if changed else self.loss), None
+        known, self.loss = self.loss, None
+        if self.iterate.read(groups, record.name):
+            known = None
         line = _Line(self, groups, closure, record)
         if known is None:
             first, value = line.evaluate()
@@ -146,12 +147,13 @@ class QuasiNewton:
             if line.t != found.t:
                 found = Point(found.t, *line(found.t))
             record.counts["skipped_pairs"] += not self._add_pair(line, start, found, options, record.noise)
+            last = iteration + 1 == options.max_iter
+            moved = math.inf if last else found.t * _largest(self.iterate.direction)
             self.iterate.accept(line.groups, found.t)
             self.gradient, self.trial = self.trial, self.gradient
             record.counts["iterations"] += 1
             change, value = abs(found.value - value), found.value
-            last = iteration + 1 == options.max_iter
-            if not last and min(change, found.t * _largest(self.iterate.direction)) <= options.tolerance_change:
+            if not last and min(change, moved) <= options.tolerance_change:
                 break
         return value
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
 from typing import Any, overload
@@ -14,26 +13,10 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_optim.optimizers.ascent import ADAPTIVE, RHO, ascend
+from lightning_optim.optimizers.ascent import ADAPTIVE, RHO, Ascent
 from lightning_optim.optimizers.divided import refuse_a_part
 from lightning_optim.optimizers.loading import readable
 from lightning_optim.optimizers.primitives import primitive, primitives
-from lightning_optim.optimizers.shards import local
-
-
-@dataclass
-class _Ascent:
-    """Where in its step an optimizer is.
-
-    An object of its own that is only changed, never replaced: Lightning's wrapper of an optimizer reads attributes of
-    the optimizer, but swallows those that are set.
-    """
-
-    #: Exact copies of the weights that are perturbed now.
-    old: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    perturbed: bool = False
-    #: Whether the gradients are those of weights that were perturbed, and are to be stepped with.
-    done: bool = False
 
 
 class _Shared:
@@ -138,7 +121,7 @@ class SAM(Optimizer):
         inner.defaults.update({RHO: rho, ADAPTIVE: adaptive})
         for group in inner.param_groups:
             group.update({RHO: rho, ADAPTIVE: adaptive} | own.get(id(group["params"][0]) if group["params"] else 0, {}))
-        self._ascent = _Ascent()
+        self._ascent = Ascent()
         super().__init__(inner.param_groups, inner.defaults)
         for name in ("param_groups", "state", "defaults"):
             del self.__dict__[name]
@@ -160,6 +143,9 @@ class SAM(Optimizer):
         Returns:
             What the closure returned the first time: the loss at the weights themselves.
 
+        Where there are no gradients then (the closure dropped them, say), the closure is called once, and nothing is
+        stepped.
+
         Raises:
             RuntimeError: The weights are perturbed; there is no closure, and nobody has called :meth:`perturb` and
                 :meth:`restore`; or the closure computes no gradients the second time.
@@ -168,15 +154,17 @@ class SAM(Optimizer):
         if ascent.perturbed:
             raise RuntimeError("SAM: step() while the weights are perturbed; call restore() first")
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if not ascent.done:
-            if closure is None:
-                self._refuse_to_step_plainly()
-            else:
-                self._evaluate_again(closure)
-        ascent.done = False
+        try:
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            if not ascent.done:
+                if closure is None:
+                    self._refuse_to_step_plainly()
+                else:
+                    self._evaluate_again(closure)
+        finally:
+            self.abandon()
         self.base.step()
         return loss
 
@@ -195,8 +183,7 @@ class SAM(Optimizer):
         ascent = self._ascent
         if ascent.perturbed:
             raise RuntimeError("SAM: perturb() twice; call restore() in between")
-        ascent.old = ascend(self.param_groups, loss_scale)
-        ascent.perturbed, ascent.done = True, False
+        ascent.ascend(self.param_groups, loss_scale)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -208,10 +195,15 @@ class SAM(Optimizer):
         ascent = self._ascent
         if not ascent.perturbed:
             raise RuntimeError("SAM: restore() without perturb()")
-        for p, old in ascent.old:
-            local(p).copy_(old)
-        ascent.old.clear()
-        ascent.perturbed, ascent.done = False, True
+        ascent.descend()
+
+    @torch.no_grad()
+    def abandon(self) -> None:
+        """Forget a step that was begun by :meth:`perturb`; weights that are perturbed are put back.
+
+        After an error in the second pass, say: the next ``step()`` is a whole one again.
+        """
+        self._ascent.abandon()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own, the base's and ``sam_rho`` and ``sam_adaptive``.
@@ -276,15 +268,21 @@ class SAM(Optimizer):
 
     def _evaluate_again(self, closure: Callable[[], Any]) -> None:
         """The second evaluation of a step, at the perturbed weights."""
-        had = any(p.grad is not None for group in self.param_groups for p in group["params"])
-        self.perturb()
+        first = next((p for group in self.param_groups for p in group["params"] if p.grad is not None), None)
+        if first is None:
+            return  # without a gradient there is nothing to step with
+        came: list[Tensor] = []
+        seen = first.register_hook(came.append)
         try:
+            self.perturb()
             self.zero_grad()
             with torch.enable_grad():
                 closure()
         finally:
-            self.restore()
-        if had and not any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            seen.remove()
+            self.abandon()
+        # A closure that came to gradients, and dropped them, is another thing.
+        if not came and not any(p.grad is not None for group in self.param_groups for p in group["params"]):
             raise RuntimeError(
                 "SAM: the closure computed no gradients when it was called a second time; valid: a closure that runs "
                 "forward and backward at each call, or perturb() and restore() around a second pass, then step()"

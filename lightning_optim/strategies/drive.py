@@ -70,7 +70,7 @@ class Drive:
         self._adopted: Stepper | None = None
         # Of modules that override `configure_gradient_clipping`: the gradients when they had clipping done, and
         # whether they leave them alone afterwards, which the first step tells.
-        self._seen: list[tuple[int, int]] | None = None
+        self._seen: _Gradients | None = None
         self._undisturbed: bool | None = None
         self._options_before: Options | None = None
         self._amp_before: bool | None = None
@@ -165,9 +165,9 @@ class Drive:
         if has_its_own_way:
             if not self._undisturbed:
                 stock()
-                self._seen = _versions(optimizer) if self._undisturbed is None else None
+                self._seen = _Gradients(optimizer) if self._undisturbed is None else None
                 return
-            self._seen = _versions(optimizer)
+            self._seen = _Gradients(optimizer)
         own = optimizer.options.max_grad_norm if isinstance(optimizer, RuleOptimizer) else None
         if own is not None:
             raise ValueError(two_limits(type(optimizer).__name__, own, max_norm))
@@ -209,15 +209,37 @@ class Drive:
         """Whether the gradients still are what they were when clipping was asked for."""
         if self._seen is None:
             return
-        same = self._seen == _versions(optimizer)
+        now = _Gradients(optimizer)
+        same = self._seen.marks == now.marks
         if self._undisturbed is None:
             self._undisturbed = same
-        elif not same:
+        elif not same and set(now.marks) <= set(self._seen.marks):
+            self._clip_what_is_left(optimizer, self._seen.gradients)
+        elif not same and not now.are_zero():
             raise RuntimeError(
                 "configure_gradient_clipping changed gradients after it had called clip_gradients, and had not done so "
                 "at the first step: they are clipped in the optimizer's step, after that change. Change them first, "
                 "or clip them with torch.nn.utils.clip_grad_norm_"
             )
+
+    def _clip_what_is_left(self, optimizer: Optimizer, seen: list[Tensor]) -> None:
+        """Clip where gradients are, as some were dropped since, which count for the norm."""
+        if self._max_norm is not None and (left := [p for p in _params(optimizer) if p.grad is not None]):
+            norm = torch.nn.utils.get_total_norm(seen)
+            torch.nn.utils.clip_grads_with_norm_(left, self._max_norm, norm)
+        self._max_norm = None
+
+
+class _Gradients:
+    """An optimizer's gradients, and what tells whether they are still the same."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.gradients = list(_grads(optimizer))  # which keeps others from being made in their places
+        self.marks = [(id(g), g._version) for g in self.gradients]
+
+    def are_zero(self) -> bool:
+        """Whether all of them are zero, which clips to the same."""
+        return not any(bool((g != 0).any()) for g in self.gradients)
 
 
 def two_limits(optimizer: str, own: float, other: float) -> str:
@@ -236,14 +258,14 @@ def set_attribute(owner: object, name: str, value: Any) -> None:
         setattr(owner, name, value)
 
 
+def _params(optimizer: Optimizer) -> Iterator[Tensor]:
+    return (p for group in optimizer.param_groups for p in group["params"])
+
+
 def _grads(optimizer: Optimizer) -> Iterator[Tensor]:
-    return (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+    return (p.grad for p in _params(optimizer) if p.grad is not None)
 
 
 def _is_sparse(optimizer: Optimizer) -> bool:
     """Whether a gradient is sparse, which among torch's optimizers that we adopt only SGD takes."""
     return type(optimizer) is SGD and any(g.layout is not torch.strided for g in _grads(optimizer))
-
-
-def _versions(optimizer: Optimizer) -> list[tuple[int, int]]:
-    return [(id(g), g._version) for g in _grads(optimizer)]

@@ -150,7 +150,7 @@ class Driven(Undoes, Replays, _Strategy):
         if self._is_lightnings(plugin, "clip_gradients", "clip_grad_by_norm", "main_params"):
             plugin.clip_gradients = self._clip_gradients
         if InStepScaler.accepts(getattr(plugin, "scaler", None)) and self._is_lightnings(plugin, "optimizer_step"):
-            plugin.scaler = InStepScaler(plugin.scaler, self._drive, self._gradients_are_seen)
+            plugin.scaler = InStepScaler(plugin.scaler, self._drive, self._gradients_are_seen, self._steps_by_itself)
 
     def _release(self) -> None:
         plugin: Any = self.precision_plugin
@@ -187,6 +187,10 @@ class Driven(Undoes, Replays, _Strategy):
             drive.clip(
                 inner, clip_val, stock, has_its_own_way=not self._is_stock(module, "configure_gradient_clipping")
             )
+
+    def _steps_by_itself(self) -> bool:
+        """Whether Lightning makes backward passes and steps, rather than the module."""
+        return bool(self._trainer.lightning_module.automatic_optimization)
 
     def _gradients_are_seen(self) -> bool:
         """Whether a hook between ``unscale_`` and the step may look at the gradients, or change them."""

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from lightning_optim.control.window import Window, muted, needs_closure, needs_replay
+from lightning_optim.control.window import Window, muted, needs_closure, needs_replay, replaced
 from lightning_optim.optimizers.sam import SAM
+from lightning_optim.warnings import warn_once
 
 #: What comes after this class: a strategy of Lightning's, of either root.
 _Strategy: Any = object
@@ -81,29 +82,52 @@ class Replays(_Strategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate a batch, and take note of it where it may have to be evaluated again."""
         evaluate = partial(super().training_step, *args, **kwargs)
-        if self._is_replaying or not self._is_recording():
+        if self._is_replaying or self._skips_backward() or not self._is_recording():
             return evaluate()
         if self._window is None:
-            self._window = Window(self.lightning_module, self._loss_of)
+            self._window = Window(self.lightning_module, self._loss_of, self._trained)
         trainer = self.lightning_module.trainer
         if trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0:
             self._window.clear()  # as Lightning clears the gradients then
         return self._window.run(evaluate)
 
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Differentiate, and take note of which gradients there are before and after it."""
+        if (window := self._window) is None:
+            return super().backward(closure_loss, *args, **kwargs)
+        module = self.lightning_module
+        stock = module.backward
+
+        def backward(*args: Any, **kwargs: Any) -> None:
+            window.before_backward()
+            stock(*args, **kwargs)
+            window.after_backward()
+
+        with replaced(module, "backward", backward):  # between the hooks, which may drop gradients
+            return super().backward(closure_loss, *args, **kwargs)
+
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Step as Lightning's own strategy does, with the window evaluated as often as the optimizer needs it."""
-        if not (needs_replay(optimizer) and self._is_recording()):
+        if not (needs_replay(optimizer) and self.lightning_module.automatic_optimization):
             return super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self._skips_backward():
+            return closure()  # there is nothing to step with: gradients, if any, are of an earlier step
         try:
             output = closure()
         finally:
             window, self._window = self._window, None
+        if window:
+            window.end()
+            self._warn_if_touched(optimizer, window)
         step = partial(super().optimizer_step, optimizer, lambda: output, model, **kwargs)
         if output is None and self._loss_scaler() is not None:
             return step()  # Lightning leaves the step out: without a loss there was nothing to scale
         if isinstance(optimizer, SAM):
-            self._ascend(optimizer, window)
-            return step()
+            try:
+                self._ascend(optimizer, window)
+                return step()
+            finally:
+                optimizer.abandon()  # whatever was raised, weights are in their places
         with self._searching(optimizer, window):
             return step()
 
@@ -116,6 +140,22 @@ class Replays(_Strategy):
 
     def _is_recording(self) -> bool:
         return self.lightning_module.automatic_optimization and any(map(needs_replay, self.optimizers))
+
+    def _skips_backward(self) -> bool:
+        """Whether Lightning makes no backward passes, as while SWA renews the statistics of batch norms."""
+        return bool(self.lightning_module.trainer.fit_loop._skip_backward)
+
+    def _trained(self) -> Iterator[Tensor]:
+        return (p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"])
+
+    def _warn_if_touched(self, optimizer: Optimizer, window: Window) -> None:
+        if window.touched and self.is_global_zero:
+            name = type(optimizer).__name__.removesuffix("Optim")
+            warn_once(
+                f"{self.strategy_name}: gradients were written to between a backward pass and the step (in "
+                f"on_after_backward, say): further evaluations of {name} do not do so again, unless it was to drop "
+                "them all; SAM's can be changed in on_before_optimizer_step"
+            )
 
     def _loss_scaler(self) -> Any:
         scaler = getattr(self.precision_plugin, "scaler", None)
@@ -132,11 +172,9 @@ class Replays(_Strategy):
         """Replace the gradients of the window by those at the perturbed weights."""
         scaler = self._loss_scaler()
         self._perturb(optimizer, None if scaler is None else scaler._get_scale_async())
-        try:
-            if window:
-                self._replay(optimizer, window)
-        finally:
-            self._restore(optimizer)
+        if window and window.is_left:
+            self._replay(optimizer, window)
+        self._restore(optimizer)
 
     def _replay(self, optimizer: Optimizer, window: Window) -> Tensor:
         self._forget_gradients(optimizer)
@@ -168,20 +206,16 @@ class Replays(_Strategy):
             # The same on all ranks, so that all of them search alike.
             return self.reduce(loss.clone(), reduce_op="mean")
 
-        own, before = optimizer.step, optimizer.__dict__.get("step")
+        own = optimizer.step
 
         def step(_: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
             result = None if closure is None else closure()  # with Lightning's hooks
-            return own(evaluate) if window else result  # type: ignore[arg-type]
+            if window:
+                window.end()
+            return own(evaluate) if window and window.is_left else result  # type: ignore[arg-type]
 
-        optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
-        try:
+        with replaced(optimizer, "step", MethodType(step, optimizer)):
             yield
-        finally:
-            if before is None:
-                del optimizer.step
-            else:
-                optimizer.step = before  # type: ignore[method-assign]
 
     def _check_replay(self, optimizer: Optimizer, trainer: Any) -> None:
         name, module = type(optimizer).__name__.removesuffix("Optim"), self.lightning_module

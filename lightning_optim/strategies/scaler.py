@@ -23,24 +23,28 @@ class InStepScaler(torch.amp.GradScaler):
         drive_of: Finds what steps an optimizer.
         gradients_are_seen: Whether someone looks at the gradients between ``unscale_`` and the step, so that they have
             to be unscaled where they are.
+        may_be_dropped: Whether a step without any gradient is one whose gradients were dropped (in automatic
+            optimization). Then the scale stays as it is; if not, the backward pass was forgotten, which is an error.
 
     Attributes:
         found_inf: Of the last step: nonzero if it was left out.
     """
 
     # What is kept here is not in `__dict__`, which is the scaler's own.
-    __slots__ = ("drive_of", "found_inf", "gradients_are_seen", "scaler")
+    __slots__ = ("drive_of", "found_inf", "gradients_are_seen", "may_be_dropped", "scaler")
 
     def __init__(
         self,
         scaler: torch.amp.GradScaler,
         drive_of: Callable[[Optimizer], Drive],
         gradients_are_seen: Callable[[], bool],
+        may_be_dropped: Callable[[], bool],
     ) -> None:
         self.__dict__ = scaler.__dict__
         self.scaler = scaler
         self.drive_of = drive_of
         self.gradients_are_seen = gradients_are_seen
+        self.may_be_dropped = may_be_dropped
         self.found_inf: Tensor | None = None
 
     @staticmethod
@@ -53,6 +57,8 @@ class InStepScaler(torch.amp.GradScaler):
         waits = self.drive_of(optimizer).postpones(stepped(optimizer)) and not self.gradients_are_seen()
         if self._enabled and waits and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
             return
+        if self._scale is None and self.may_be_dropped():  # no loss has been scaled yet
+            return
         super().unscale_(optimizer)
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -62,26 +68,46 @@ class InStepScaler(torch.amp.GradScaler):
         """
         drive = self.drive_of(optimizer)
         state = self._per_optimizer_states[id(optimizer)] if self._enabled else {}
-        if not self._enabled or not drive.postpones(stepped(optimizer)) or state["stage"] is OptState.STEPPED:
+        if not self._enabled or state["stage"] is OptState.STEPPED:
             return super().step(optimizer, *args, **kwargs)
-        scale, _ = self._check_scale_growth_tracker("step")
-        if state["stage"] is OptState.READY:
-            drive.loss = LossScale(scale, drive.cleared_flag(scale), check=True)
-        else:
-            found = [flag.to(scale.device, non_blocking=True) for flag in state["found_inf_per_device"].values()]
-            if not found:
-                raise AssertionError("No inf checks were recorded for this optimizer.")
-            drive.loss = LossScale(None, drive.cleared_flag(scale).copy_(torch.stack(found).sum()), check=False)
-        self.found_inf = drive.loss.found_inf
+        flags = state["found_inf_per_device"].values()
+        if not drive.postpones(stepped(optimizer)):
+            if flags or not _has_no_gradients(optimizer) or not self.may_be_dropped():
+                return super().step(optimizer, *args, **kwargs)
+            state["stage"] = OptState.STEPPED
+            return optimizer.step(*args, **kwargs)
+        if self._scale is not None or not self.may_be_dropped():
+            scale, _ = self._check_scale_growth_tracker("step")
+            self.found_inf = drive.cleared_flag(scale)
+            if state["stage"] is OptState.READY:
+                drive.loss = LossScale(scale, self.found_inf, check=True)
+            else:
+                for flag in flags:
+                    self.found_inf += flag.to(scale.device, non_blocking=True)
+                drive.loss = LossScale(None, self.found_inf, check=False)
         result = optimizer.step(*args, **kwargs)
-        if drive.stepper(stepped(optimizer)).scaling is None:  # as torch's own, where no parameter has a gradient
+        if flags or drive.stepper(stepped(optimizer)).scaling is not None:
+            assert self.found_inf is not None  # noqa: S101 # there were gradients, so there is a scale
+            state["found_inf_per_device"] = {self.found_inf.device: self.found_inf}
+        elif not self.may_be_dropped():
             raise AssertionError("No inf checks were recorded for this optimizer.")
-        state["found_inf_per_device"] = {self.found_inf.device: self.found_inf}
         state["stage"] = OptState.STEPPED
         return result
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Leave the scale as it is where nothing was seen of any gradient."""
+        seen = any(state["found_inf_per_device"] for state in self._per_optimizer_states.values())
+        if new_scale is None and self._enabled and not seen and self.may_be_dropped():
+            self._per_optimizer_states.clear()
+        else:
+            super().update(new_scale)
 
     def _maybe_opt_step(self, optimizer: Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Of torch's own step, which has the host read the flags: note what it reads."""
         flags = sum(flag.item() for flag in optimizer_state["found_inf_per_device"].values())
         self.found_inf = torch.tensor(float(flags), dtype=torch.float32, device="cpu")
         return optimizer.step(*args, **kwargs) if not flags else None
+
+
+def _has_no_gradients(optimizer: Optimizer) -> bool:
+    return all(p.grad is None for group in optimizer.param_groups for p in group["params"])
