@@ -308,8 +308,9 @@ class Schedule(LRScheduler, ABC):
     def _reapply(self) -> None:
         """Set the learning rates again if they are other than what this schedule last set."""
         # Below zero it waits for its turn in a SequentialLR. Equal values are not written, because a later
-        # member of a ChainedScheduler may have multiplied its own factor onto them.
-        if self.last_epoch >= 0 and self.get_lr() != self._last_lr:
+        # member of a ChainedScheduler may have multiplied its own factor onto them. Groups that were added since join
+        # at the next step.
+        if self.last_epoch >= 0 and self.get_lr()[: len(self._last_lr)] != self._last_lr:
             self._update_lr(self.last_epoch)
 
     def _warn_about_replaced_options(self, state: dict[str, Any]) -> None:

@@ -67,8 +67,11 @@ def check_rates(name: str, value: list[Rate]) -> list[Rate]:
     if not isinstance(value, list | tuple):
         raise TypeError(f"{name}={value!r} must be a list of learning rates, one for each param group")
     for rate in value:
-        single = rate.numel() == 1 if isinstance(rate, Tensor) else isinstance(rate, numbers.Real)
-        if not single or isinstance(rate, bool):
+        if isinstance(rate, Tensor):
+            single = rate.numel() == 1
+        else:  # NumPy's arrays of no dimension among them
+            single = not isinstance(rate, bool) and (isinstance(rate, numbers.Real) or getattr(rate, "ndim", None) == 0)
+        if not single:
             raise TypeError(f"{name}={value!r} must be a list of learning rates, but {rate!r} is no number")
     return [plain(rate) for rate in value]
 
