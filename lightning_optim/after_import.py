@@ -52,7 +52,9 @@ class _Finder:
     ) -> ModuleSpec | None:
         self.catch_up()
         asking: set[str] = self._asking.__dict__.setdefault("names", set())
-        if name not in self.actions or name in asking:  # a finder that asks all others, as this one does, comes back here
+        if (
+            name not in self.actions or name in asking
+        ):  # a finder that asks all others, as this one does, comes back here
             return None
         asking.add(name)
         try:

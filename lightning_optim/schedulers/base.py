@@ -18,7 +18,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_optim.schedulers.group_rates import LoadedRates, Rate, make_rates_plain, plain, read_rates, write_rates
-from lightning_optim.schedulers.options import check_position, check_ratio, check_rates, check_steps, check_total, optional
+from lightning_optim.schedulers.options import (
+    check_position,
+    check_ratio,
+    check_rates,
+    check_steps,
+    check_total,
+    optional,
+)
 from lightning_optim.schedulers.phases import warmup_ramp
 from lightning_optim.warnings import warn_once
 
