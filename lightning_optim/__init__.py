@@ -7,6 +7,9 @@
 """
 
 from lightning_optim._version import __version__
+from lightning_optim.after_import import after_import as _after_import
+from lightning_optim.callbacks.joining import HOMES as _CALLS
+from lightning_optim.callbacks.joining import join_trainings as _join_trainings
 from lightning_optim.optimizers import (
     LAMB,
     LBFGS,
@@ -66,4 +69,7 @@ __all__ = [
     "scheduler_info",
 ]
 
-_register_strategies()  # with the Lightning that is imported already, if any; imports nothing itself
+# With the Lightning that is imported already, or will be, if any; neither imports anything itself.
+_register_strategies()
+for _call in _CALLS:
+    _after_import(_call, _join_trainings)

@@ -1,16 +1,18 @@
 """Short names of our Lightning strategies, as in ``Trainer(strategy="in_graph")``.
 
 Lightning checks a strategy's name before it calls any entry point, so that nothing but an import can make a name
-known in time. This module is light: a name stands for a function that imports the strategy when a Trainer asks for it.
+known in time: ``import lightning_optim``, before Lightning's own or after it. This module is light: a name stands for a
+function that imports the strategy when a Trainer asks for it.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
 from functools import partial
+from types import ModuleType
 from typing import Any
+
+from lightning_optim.after_import import after_import
 
 #: Name -> class, which each module of :data:`ROOTS` has.
 STRATEGIES = {
@@ -31,29 +33,17 @@ ROOTS = {
 }
 
 
-def register(*, wanted: bool = False) -> None:
-    """Make the names known to each Lightning that is imported already, or to each that is installed.
-
-    Args:
-        wanted: Import those that are installed.
-    """
-    for root, home in ROOTS.items():
-        name = f"{root}.strategies"
-        if wanted and _installed(root):
-            try:
-                importlib.import_module(name)
-            except ImportError:  # one that is broken must not keep the other from being used
-                continue
-        registry = getattr(sys.modules.get(name), "StrategyRegistry", None)
-        if registry is None:
-            continue
-        for strategy, cls in STRATEGIES.items():
-            if strategy not in registry:
-                registry.register(strategy, partial(_make, home, cls), description=f"{home}.{cls}")
+def register() -> None:
+    """Make the names known to each Lightning that is imported already, and to each that will be."""
+    for root in ROOTS:
+        after_import(f"{root}.strategies", _register)
 
 
-def _installed(root: str) -> bool:
-    return importlib.util.find_spec(root.partition(".")[0]) is not None
+def _register(strategies: ModuleType) -> None:
+    registry, home = strategies.StrategyRegistry, ROOTS[strategies.__name__.removesuffix(".strategies")]
+    for name, cls in STRATEGIES.items():
+        if name not in registry:
+            registry.register(name, partial(_make, home, cls), description=f"{home}.{cls}")
 
 
 def _make(home: str, cls: str, **options: Any) -> Any:

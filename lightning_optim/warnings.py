@@ -4,6 +4,31 @@ from __future__ import annotations
 
 import sys
 import warnings
+from types import FrameType
+
+#: Packages between a user's line and ours: their frames are not the user's doing. So are those of the standard library
+#: that call what they are given.
+_BETWEEN = frozenset(
+    {
+        "lightning_optim",
+        "torch",
+        "lightning",
+        "pytorch_lightning",
+        "lightning_fabric",
+        "lightning_utilities",
+        "accelerate",
+        "deepspeed",
+        "transformers",
+        "jsonargparse",
+        "contextlib",
+        "functools",
+        "importlib",
+        "copy",
+        "pickle",
+        "threading",
+        "concurrent",
+    }
+)
 
 _seen: set[str] = set()
 
@@ -29,13 +54,36 @@ def warn_once(message: str, *, key: str | None = None) -> None:
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn, pointing at the user's line: the first caller outside of this package and of torch.
+    """Warn, pointing at the user's line: the one that called into this package, or into a framework that did.
 
     Args:
         message: What happened, and what is done instead.
         category: The warning's class.
     """
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("lightning_optim", "torch.")):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, category, stacklevel=level)
+    frame = _users_frame(sys._getframe(1))
+    # Explicitly, rather than by a stack level, of which Python leaves frames of the import system out.
+    warnings.warn_explicit(
+        message,
+        category,
+        filename=frame.f_code.co_filename,
+        lineno=frame.f_lineno,
+        module=frame.f_globals.get("__name__") or "<unknown>",
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )
+
+
+def _users_frame(frame: FrameType) -> FrameType:
+    """The innermost frame of a user's code; in a thread of ours, which has none, the given one."""
+    found: FrameType | None = frame
+    while found is not None and _package(found) in _BETWEEN:
+        found = found.f_back
+    return frame if found is None else found
+
+
+def _package(frame: FrameType) -> str:
+    """The package of a frame's code, also of a module of it that is run as a program (``python -m``)."""
+    names = frame.f_globals
+    name = names.get("__name__") or ""
+    if name == "__main__":
+        name = names.get("__package__") or getattr(names.get("__spec__"), "name", "")
+    return str(name).partition(".")[0]

@@ -1,4 +1,4 @@
-"""Totals filled inside real Trainers of both roots of Lightning, and how the callback gets there."""
+"""Totals filled inside real Trainers of both roots of Lightning."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch.optim.lr_scheduler import SequentialLR, StepLR
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_optim.callbacks import FillTotalSteps, factories
+from lightning_optim.callbacks import FillTotalSteps
 from lightning_optim.schedulers import WSD, Cosine, Linear, Schedule
 from lightning_optim.warnings import LightningOptimWarning
 
@@ -245,13 +244,12 @@ def test_stateful_loader_resumes_where_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("root", [pl, pytorch_lightning])
-def test_every_trainer_has_it_with_a_class_of_its_own_root(root: Any) -> None:
+def test_a_fit_that_needs_it_gets_it_with_a_class_of_its_own_root(root: Any) -> None:
     tiny = make_tiny(root)(Cosine)
     schedule = fit(tiny, root=root, max_steps=6)
     assert schedule.total_steps == 6
     assert type(tiny.trainer.callbacks[0]).__name__ == "FillTotalSteps"
-    trainer = root.Trainer(logger=False, enable_checkpointing=False)
-    ours = [callback for callback in trainer.callbacks if type(callback).__name__ == "FillTotalSteps"]
+    ours = [callback for callback in tiny.trainer.callbacks if type(callback).__name__ == "FillTotalSteps"]
     assert len(ours) == 1
     assert isinstance(ours[0], root.Callback)
 
@@ -260,26 +258,9 @@ def test_adding_it_by_hand_too_does_no_harm() -> None:
     assert fit(Tiny(Cosine), max_steps=6, callbacks=[FillTotalSteps()]).total_steps == 6
 
 
-def test_entry_points_lead_to_the_factories() -> None:
-    for group, factory in {
-        "lightning.pytorch.callbacks_factory": factories.for_lightning,
-        "pytorch_lightning.callbacks_factory": factories.for_pytorch_lightning,
-    }.items():
-        assert entry_points(group=group)["lightning-optim"].load() is factory
-
-
-def test_factory_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(name: str) -> Any:
-        raise RuntimeError("half an installation")
-
-    monkeypatch.setattr(factories, "import_module", broken)
-    assert factories.for_lightning() == []
-    assert factories.for_pytorch_lightning() == []
-
-
 def test_importing_the_packages_imports_no_framework() -> None:
     code = (
-        "import sys, lightning_optim, lightning_optim.callbacks, lightning_optim.callbacks.factories\n"
+        "import sys, lightning_optim, lightning_optim.callbacks, lightning_optim.callbacks.joining\n"
         "import lightning_optim.schedulers, lightning_optim.control.schedule_totals\n"
         "import lightning_optim.param_groups\n"
         "print(sorted({'lightning', 'pytorch_lightning', 'accelerate'} & set(sys.modules)))"

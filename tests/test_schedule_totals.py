@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, SequentialLR, StepLR
 
-from lightning_optim.control.schedule_totals import RunLength, fill_total, fill_trainer_totals, needs_total
+from lightning_optim.control.run_length import Progress, RunLength
+from lightning_optim.control.schedule_totals import fill_total, fill_trainer_totals, needs_total
 from lightning_optim.schedulers import Cosine, Linear
 
 # ---------------------------------------------------------------- the count
@@ -18,7 +19,13 @@ from lightning_optim.schedulers import Cosine, Linear
 
 def simulated(run: RunLength, interval: str, frequency: int) -> int:
     """Positions that a schedule takes at optimizer steps, by going through the run batch by batch."""
-    position, taken, steps = 0, set(), 0
+    return max(1, len({position for position, _ in gone_through(run, interval, frequency)}))
+
+
+def gone_through(run: RunLength, interval: str, frequency: int) -> list[tuple[int, Progress]]:
+    """The schedule's position at each optimizer step of a run, and where the run is after it."""
+    position, steps = 0, 0
+    taken: list[tuple[int, Progress]] = []
     batches = run.batches if run.batches is not None else 10**6
     for epoch in itertools.count():
         if epoch == run.max_epochs or (run.batches is not None and epoch > 200):
@@ -26,15 +33,16 @@ def simulated(run: RunLength, interval: str, frequency: int) -> int:
         window = run.accumulate[max(begin for begin in run.accumulate if begin <= epoch)]
         for batch in range(1, batches + 1):
             if batch % window == 0 or (batch == batches and run.steps_on_last_batch):
-                taken.add(position)
                 steps += 1
+                ends = batch == batches
+                taken.append((position, Progress(epoch + ends, 0 if ends else batch, steps)))
                 if interval == "step" and batch % frequency == 0:
                     position += 1
             if steps == run.max_steps:
-                return len(taken)
+                return taken
         if interval == "epoch" and (epoch + 1) % frequency == 0:
             position += 1
-    return max(1, len(taken))
+    return taken
 
 
 @pytest.mark.parametrize("accumulate", [{0: 1}, {0: 4}, {0: 3, 2: 1, 3: 4}])
@@ -49,6 +57,21 @@ def test_count_equals_simulation(accumulate: Mapping[int, int], steps_on_last_ba
         run = RunLength(epochs, steps, batches, accumulate, steps_on_last_batch)
         got = run.schedule_steps(interval, frequency)
         assert got == simulated(run, interval, frequency), (run, interval, frequency)
+
+
+@pytest.mark.parametrize("accumulate", [{0: 1}, {0: 4}, {0: 3, 2: 1, 3: 4}])
+def test_what_remains_equals_simulation(accumulate: Mapping[int, int]) -> None:
+    """From after any optimizer step on: the positions at the further ones."""
+    for (epochs, steps), batches, interval, frequency in itertools.product(
+        [(5, -1), (-1, 17), (4, 9)], (4, 10, None), ("step", "epoch"), (1, 2, 3)
+    ):
+        if batches is None and (interval == "epoch" or steps == -1):
+            continue
+        run = RunLength(epochs, steps, batches, accumulate)
+        through = gone_through(run, interval, frequency)
+        for number, (_, done) in enumerate(through[:-1], start=1):
+            further = {position for position, _ in through[number:]}
+            assert run.schedule_steps(interval, frequency, done) == len(further), (run, interval, frequency, done)
 
 
 @pytest.mark.parametrize("frequency", [1, 2, 3])

@@ -1,4 +1,4 @@
-"""Fills ``total_steps`` of our schedules under Lightning; every Trainer gets it by an entry point."""
+"""Fills ``total_steps`` of our schedules under Lightning; a fit with one that lacks it gets this by itself."""
 
 from lightning.pytorch import Callback
 
@@ -10,15 +10,16 @@ class FillTotalSteps(TotalsFiller, Callback):
 
     It does so when training starts: the data is set up then, a checkpoint is restored, and no step has been
     made. A total filled by an earlier run is replaced, so that resuming with a larger ``max_steps`` stretches
-    the schedule. Installing the package adds this callback to every Trainer (see
-    :mod:`lightning_optim.callbacks.factories`); adding it once more does no harm.
+    the schedule; one that joins a run under way gets the steps that remain. A Trainer gets this callback, before its
+    others, when a fit with such a schedule starts (see :mod:`lightning_optim.callbacks.joining`); adding it by hand does
+    no harm.
 
     Raises:
         ValueError: (when training starts) The run has no end that can be known; the message names the limits.
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(max_steps=100, logger=False, enable_checkpointing=False)
-        >>> any(isinstance(callback, FillTotalSteps) for callback in trainer.callbacks)
-        True
+        >>> trainer = Trainer(callbacks=[FillTotalSteps()], logger=False, enable_checkpointing=False)
+        >>> sum(isinstance(callback, FillTotalSteps) for callback in trainer.callbacks)
+        1
     """

@@ -25,12 +25,7 @@ class ReplayGuard:
         Raises:
             ValueError: One would compute something else than it is meant to.
         """
-        if not pl_module.automatic_optimization or getattr(trainer.strategy, "replays_windows", False):
-            return
-        for optimizer in trainer.optimizers:
-            # Others, as torch's LBFGS, belong to users who may never have heard of this package.
-            if not (needs_replay(optimizer) and type(optimizer).__module__.startswith("lightning_optim.")):
-                continue
+        for optimizer in guarded(trainer):
             if reasons := list(_reasons(optimizer, trainer)):
                 name = type(optimizer).__name__.removesuffix("Optim")
                 # DeepSpeed's engine steps by itself, with no closure at all.
@@ -39,6 +34,15 @@ class ReplayGuard:
                     f"{name} under {type(trainer.strategy).__name__} with {'; with '.join(reasons)}. Valid: "
                     f"Trainer(strategy=...) with one of {valid}, or none of these settings"
                 )
+
+
+def guarded(trainer: Any) -> list[Optimizer]:
+    """The optimizers of a Lightning ``Trainer`` at which :class:`ReplayGuard` looks."""
+    if not trainer.lightning_module.automatic_optimization or getattr(trainer.strategy, "replays_windows", False):
+        return []
+    # Others, as torch's LBFGS, belong to users who may never have heard of this package.
+    ours = [optimizer for optimizer in trainer.optimizers if type(optimizer).__module__.startswith("lightning_optim.")]
+    return [optimizer for optimizer in ours if needs_replay(optimizer)]
 
 
 def _reasons(optimizer: Optimizer, trainer: Any) -> Iterator[str]:

@@ -8,115 +8,26 @@ therefore goes on with the very bits that the uninterrupted run would have had.
 from __future__ import annotations
 
 import inspect
-import numbers
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_optim.schedulers.group_rates import LoadedRates, Rate, make_rates_plain, plain, read_rates, write_rates
+from lightning_optim.schedulers.options import (
+    check_position,
+    check_ratio,
+    check_rates,
+    check_steps,
+    check_total,
+    optional,
+)
+from lightning_optim.schedulers.phases import warmup_ramp
 from lightning_optim.warnings import warn_once
-
-
-def warmup_ramp(step: int, warmup_steps: int, warmup_start: float | None) -> float:
-    """Linear rise of the factor during the warmup, ``step < warmup_steps``.
-
-    Args:
-        step: Steps made so far.
-        warmup_steps: Steps that the warmup takes.
-        warmup_start: The factor at step 0. ``None`` starts one increment above zero, ``1 / (warmup_steps +
-            1)``.
-
-    Returns:
-        The factor; the ramp would reach 1 at ``step == warmup_steps``.
-
-    Example:
-        >>> [warmup_ramp(t, 4, None) for t in range(4)]
-        [0.2, 0.4, 0.6, 0.8]
-        >>> [warmup_ramp(t, 4, 0.0) for t in range(4)]
-        [0.0, 0.25, 0.5, 0.75]
-    """
-    if warmup_start is None:
-        return (step + 1) / (warmup_steps + 1)
-    return warmup_start + (1 - warmup_start) * (step / warmup_steps)
-
-
-def fraction_done(step: int, begin: int, end: int) -> float:
-    """How much of the phase ``begin..end`` has passed, held at 1 after it.
-
-    Example:
-        >>> [fraction_done(t, 10, 14) for t in (10, 11, 14, 99)]
-        [0.0, 0.25, 1.0, 1.0]
-        >>> fraction_done(10, 10, 10)  # a phase without steps is over, not 0/0
-        1.0
-    """
-    return 1.0 if step >= end else (step - begin) / (end - begin)
-
-
-def above_floor(shape: float, min_lr_ratio: float) -> float:
-    """Squeeze a shape that falls from 1 to 0 so that it falls from 1 to ``min_lr_ratio``, exact at both ends.
-
-    Example:
-        >>> above_floor(1.0, 0.1), above_floor(0.5, 0.1), above_floor(0.0, 0.1)
-        (1.0, 0.55, 0.1)
-    """
-    return shape + min_lr_ratio * (1 - shape)
-
-
-def steps_in(amount: int | float, total_steps: int) -> int:
-    """Resolve an amount to steps: an int is a count, a float a fraction of ``total_steps``.
-
-    Example:
-        >>> steps_in(100, 2000), steps_in(0.07, 100)
-        (100, 7)
-    """
-    return amount if isinstance(amount, int) else round(amount * total_steps)
-
-
-def check_steps(name: str, value: int | float) -> int | float:
-    """Validate an amount that is a count (int >= 0) or a fraction of the run (float in [0, 1)).
-
-    Returns:
-        A plain ``int`` or ``float``, so that NumPy scalars cannot reach a checkpoint.
-
-    Raises:
-        TypeError: ``value`` is not a number.
-        ValueError: ``value`` is a negative count, or a float outside [0, 1).
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}={value!r} must be an int (steps) or a float in [0, 1) (fraction of total_steps)")
-    if isinstance(value, numbers.Integral):
-        if value < 0:
-            raise ValueError(f"{name}={value} must be 0 or more steps, or a float in [0, 1)")
-        return int(value)
-    value = float(value)
-    if not 0 <= value < 1:
-        hint = f"{int(value)} for {int(value)} steps" if value >= 1 and value.is_integer() else "e.g. 100"
-        raise ValueError(
-            f"{name}={value} is neither a count nor a fraction: give an int ({hint}), "
-            f"or a float in [0, 1) for that fraction of total_steps (e.g. 0.1)"
-        )
-    return value
-
-
-def check_ratio(name: str, value: float) -> float:
-    """Validate a ratio in [0, 1] and return it as a plain ``float``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}={value!r} must be a float in [0, 1]")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}={value} must be in [0, 1]")
-    return float(value)
-
-
-def check_total(value: int) -> int:
-    """Validate ``total_steps`` and return it as a plain ``int``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"total_steps={value!r} must be an int: the number of step() calls in the whole run")
-    if value < 1:
-        raise ValueError(f"total_steps={value} must be at least 1")
-    return int(value)
 
 
 class Schedule(LRScheduler, ABC):
@@ -133,6 +44,10 @@ class Schedule(LRScheduler, ABC):
     is an error. A total that was filled in is not part of the user's configuration, so it is refilled when a
     run resumes: extending ``max_steps`` stretches the schedule. :meth:`load_state_dict` states the rules.
 
+    **Joining a run.** A schedule that is new in a run under way (made for a second ``fit``, or added on resume) begins at
+    its step 0, and a total that is filled in is the number of steps that remain. Where its optimizer's state is loaded,
+    the learning rate stays the schedule's own, in whatever order the two are made.
+
     **Groups added later** (``optimizer.add_param_group``) join at the next ``step()``; the ``lr`` that they
     came with is their base learning rate.
 
@@ -141,8 +56,8 @@ class Schedule(LRScheduler, ABC):
     schedulers before it in the chain set.
 
     Args:
-        optimizer: The optimizer whose groups are scheduled; their present ``lr`` is the base (peak) learning
-            rate.
+        optimizer: The optimizer whose groups are scheduled. Their ``initial_lr``, which an earlier schedule or a
+            checkpoint has left there, or else their present ``lr``, is the base (peak) learning rate.
         warmup_steps: Warmup length: an int counts steps, a float in [0, 1) is a fraction of ``total_steps``.
         total_steps: ``step()`` calls in the whole run, warmup included; ``None`` if it will be filled in.
         min_lr_ratio: Final learning rate as a fraction of the base, in [0, 1].
@@ -153,6 +68,14 @@ class Schedule(LRScheduler, ABC):
         TypeError: ``optimizer`` is not a torch optimizer, or an option has the wrong type.
         ValueError: An option is outside its range, or the phases do not fit into ``total_steps``.
     """
+
+    #: What an option of the constructor may be, in a state that is loaded as well: name -> check.
+    checks: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
+        "warmup_steps": partial(check_steps, "warmup_steps"),
+        "total_steps": optional(check_total),
+        "min_lr_ratio": partial(check_ratio, "min_lr_ratio"),
+        "warmup_start": optional(partial(check_ratio, "warmup_start")),
+    }
 
     def __init__(
         self,
@@ -175,10 +98,20 @@ class Schedule(LRScheduler, ABC):
         self.warmup_start = None if warmup_start is None else check_ratio("warmup_start", warmup_start)
         self.total_is_filled = False
         self.awaits_total = False
+        self.filled_for: int | None = None  # the run's steps in all when the total was filled in
         if self.total_steps is not None and (misfit := self._misfit(self.total_steps)):
             raise ValueError(misfit)
+        make_rates_plain(optimizer)
         # The base class makes step 0 at once, so every option has to be in place.
         super().__init__(optimizer, last_epoch)
+        self._joined_at: int | None = self.last_epoch
+        LoadedRates.watch(self, optimizer)
+
+    @property
+    def has_just_joined(self) -> bool:
+        """Whether it has made no step, and has loaded no state, since it was constructed."""
+        # Below is where it waits for its turn in a SequentialLR.
+        return self._joined_at is not None and self.last_epoch <= self._joined_at
 
     @abstractmethod
     def factor(self, step: int) -> float:
@@ -241,6 +174,7 @@ class Schedule(LRScheduler, ABC):
             warn_once(f"{type(self).__name__}: {misfit}; the run ends before the schedule does")
         self.total_steps = total
         self.total_is_filled = filled
+        self.filled_for = None
         self.awaits_total = False
         self._reapply()
 
@@ -251,6 +185,10 @@ class Schedule(LRScheduler, ABC):
         promise, a ``step()`` before the total is known is an error.
         """
         self.awaits_total = self.total_steps is None
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """The learning rate of each group that is in force, whoever set it last; tensors are copies."""
+        return read_rates(self.optimizer)
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each group at ``last_epoch``.
@@ -264,11 +202,16 @@ class Schedule(LRScheduler, ABC):
         unknown = self.total_steps is None and (self._is_initial or self.awaits_total)
         factor = self._first_factor() if unknown else self.factor(self.last_epoch)
         if factor is None:
-            return [_copy(group["lr"]) for group in self.optimizer.param_groups]
+            return read_rates(self.optimizer)
         return [base_lr * factor for base_lr in self.base_lrs]
 
+    def state_dict(self) -> dict[str, Any]:
+        """The position, the options, and ``rates``: the learning rates that are in force; for :meth:`load_state_dict`."""
+        state = {key: value for key, value in super().state_dict().items() if key != "_joined_at"}
+        return {**state, "rates": read_rates(self.optimizer)}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the position and the options.
+        """Restore the position, the options, and the learning rates of the optimizer's groups.
 
         As with torch's own schedulers the saved options win, with a warning that names each one that differs.
         The total is the exception, because a filled one belongs to the run and not to the configuration:
@@ -282,22 +225,59 @@ class Schedule(LRScheduler, ABC):
         unknown                    any                 the one held here
         =========================  ==================  =====================================
 
-        If the total is then another than at saving, the learning rates are set for it at once, so load the
-        optimizer's state first (Lightning and Accelerate do).
+        The learning rates are those at saving, or, if the total is then another than at saving, the schedule's for that
+        total. The optimizer's state may be loaded before or after, or not at all.
 
         Args:
             state_dict: What :meth:`state_dict` returned; tensors and primitives only.
+
+        Raises:
+            TypeError: An option, a position or a learning rate has the wrong type.
+            ValueError: An option is outside its range, or the optimizer has fewer groups than were scheduled.
         """
-        state = {key: value for key, value in state_dict.items() if key != "awaits_total"}
+        state = {key: value for key, value in state_dict.items() if key not in ("awaits_total", "optimizer", "rates")}
+        self._check_state(state)
+        rates = check_rates("rates", state_dict.get("rates", self._rates_of_older_state(state)))
         saved_total = state.get("total_steps")
         keep_total = saved_total is None or (state.get("total_is_filled") and self.total_steps is not None)
         if keep_total:
-            state.pop("total_steps", None)
-            state.pop("total_is_filled", None)
+            for key in ("total_steps", "total_is_filled", "filled_for"):
+                state.pop(key, None)
         self._warn_about_replaced_options(state)
         super().load_state_dict(state)
+        self._joined_at = None
+        write_rates(self.optimizer, rates)
+        self._adopt_new_groups()
         if self.total_steps is not None:
             self._reapply()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or one that was pickled, looks after its own optimizer."""
+        self.__dict__.update(state)
+        LoadedRates.watch(self, self.optimizer)
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Have a state's entries be what they are here, plain numbers; or raise an error that names one that is not."""
+        name = type(self).__name__
+        missing = sorted(self.checks.keys() - state.keys())
+        if missing:
+            warn_once(
+                f"{name}: the state is another schedule's, since it has no {', '.join(missing)}: of it, only the position "
+                "and the base learning rates are of use"
+            )
+        checks = {name: partial(check_rates, name) for name in ("base_lrs", "_last_lr")}
+        checks |= {"last_epoch": partial(check_position, "last_epoch"), **self.checks}
+        for key in checks.keys() & state.keys():
+            state[key] = checks[key](state[key])
+        self._check_groups(len(state.get("base_lrs", self.base_lrs)))
+
+    def _rates_of_older_state(self, state: dict[str, Any]) -> list[Rate]:
+        """The learning rates at saving, for a state that has them not: of the optimizer's state, or of the schedule."""
+        loaded = LoadedRates.watch(self, self.optimizer).rates
+        if self.has_just_joined and loaded is not None:
+            return loaded
+        active = state.get("last_epoch", -1) >= 0
+        return state.get("_last_lr", []) if active else []
 
     def _misfit(self, total: int) -> str | None:
         """Why the phases given in steps do not fit into ``total``, or ``None``."""
@@ -317,23 +297,27 @@ class Schedule(LRScheduler, ABC):
 
     def _adopt_new_groups(self) -> None:
         """Extend ``base_lrs`` to groups that were added after construction."""
-        groups = self.optimizer.param_groups
-        if len(groups) < len(self.base_lrs):
-            raise ValueError(
-                f"{type(self).__name__} schedules {len(self.base_lrs)} parameter groups but its optimizer "
-                f"has {len(groups)}; build the optimizer with the groups that the checkpoint was saved with"
-            )
-        added = groups[len(self.base_lrs) :]
+        self._check_groups(len(self.base_lrs))
+        added = self.optimizer.param_groups[len(self.base_lrs) :]
         if added:
-            added_lrs = [group.setdefault("initial_lr", _copy(group["lr"])) for group in added]
+            added_lrs = [group.setdefault("initial_lr", plain(group["lr"])) for group in added]
             # A new list: an earlier state_dict() holds the old one.
-            self.base_lrs = [*self.base_lrs, *map(_copy, added_lrs)]
+            self.base_lrs = [*self.base_lrs, *map(plain, added_lrs)]
+
+    def _check_groups(self, scheduled: int) -> None:
+        groups = len(self.optimizer.param_groups)
+        if groups < scheduled:
+            raise ValueError(
+                f"{type(self).__name__} schedules {scheduled} parameter groups but its optimizer "
+                f"has {groups}; build the optimizer with the groups that the checkpoint was saved with"
+            )
 
     def _reapply(self) -> None:
         """Set the learning rates again if they are other than what this schedule last set."""
         # Below zero it waits for its turn in a SequentialLR. Equal values are not written, because a later
-        # member of a ChainedScheduler may have multiplied its own factor onto them.
-        if self.last_epoch >= 0 and self.get_lr() != self._last_lr:
+        # member of a ChainedScheduler may have multiplied its own factor onto them. Groups that were added since join
+        # at the next step.
+        if self.last_epoch >= 0 and self.get_lr()[: len(self._last_lr)] != self._last_lr:
             self._update_lr(self.last_epoch)
 
     def _warn_about_replaced_options(self, state: dict[str, Any]) -> None:
@@ -347,7 +331,3 @@ class Schedule(LRScheduler, ABC):
                 f"{type(self).__name__}: the checkpoint's options are in force: {', '.join(pairs)}. "
                 "To change a resumed schedule, set the attribute, or call set_total_steps, after loading."
             )
-
-
-def _copy(lr: float | Tensor) -> float | Tensor:
-    return lr.clone() if isinstance(lr, torch.Tensor) else lr

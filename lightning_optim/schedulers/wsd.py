@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
 
 from torch.optim import Optimizer
 
-from lightning_optim.schedulers.base import (
-    Schedule,
-    above_floor,
-    check_steps,
-    fraction_done,
-    steps_in,
-    warmup_ramp,
-)
+from lightning_optim.schedulers.base import Schedule
+from lightning_optim.schedulers.options import check_steps
+from lightning_optim.schedulers.phases import above_floor, fraction_done, steps_in, warmup_ramp
 
 Decay = Literal["1-sqrt", "linear", "cosine"]
 
@@ -25,6 +21,12 @@ _SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
 }
+
+
+def _check_decay(decay: Decay) -> Decay:
+    if decay not in get_args(Decay):
+        raise ValueError(f"decay={decay!r} must be one of {', '.join(map(repr, get_args(Decay)))}")
+    return decay
 
 
 def wsd_factor(
@@ -111,6 +113,12 @@ class WSD(Schedule):
         Compute-Optimal Training Beyond Fixed Training Durations*, https://arxiv.org/abs/2405.18392.
     """
 
+    checks: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
+        **Schedule.checks,
+        "decay_steps": partial(check_steps, "decay_steps"),
+        "decay": _check_decay,
+    }
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -122,9 +130,7 @@ class WSD(Schedule):
         warmup_start: float | None = None,
         last_epoch: int = -1,
     ) -> None:
-        if decay not in _SHAPES:
-            raise ValueError(f"decay={decay!r} must be one of {', '.join(map(repr, get_args(Decay)))}")
-        self.decay = decay
+        self.decay = _check_decay(decay)
         self.decay_steps = check_steps("decay_steps", decay_steps)
         warmup = check_steps("warmup_steps", warmup_steps)
         if isinstance(warmup, float) and isinstance(self.decay_steps, float) and warmup + self.decay_steps > 1:

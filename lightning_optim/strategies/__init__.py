@@ -13,8 +13,8 @@ class                              name                   is
 :class:`OptimAutoStrategy`         ``optim_auto``         ``in_graph`` or ``detached``, by what was measured
 ================================== ====================== =======================================================
 
-Importing this package makes the names known to ``lightning`` and to ``pytorch_lightning``; ``import lightning_optim``
-does so for the one that was imported before it. The classes here are those for ``lightning``; those for
+Importing this package, or ``lightning_optim``, makes the names known to ``lightning`` and to ``pytorch_lightning``,
+whichever is imported, before or after; it imports neither. The classes here are those for ``lightning``; those for
 ``pytorch_lightning`` are in :mod:`lightning_optim.strategies.pytorch_lightning`.
 """
 
@@ -48,7 +48,7 @@ __all__ = [
     "OptimAutoStrategy",
 ]
 
-register(wanted=True)
+register()
 
 
 def __getattr__(name: str) -> Any:

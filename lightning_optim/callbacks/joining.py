@@ -1,0 +1,81 @@
+"""Puts the callbacks that work without being asked for into those trainings that have something of ours.
+
+Lightning has no way for an optimizer or a schedule to say that its training needs a callback; what it has, entry points,
+is for every Trainer in the environment, also of people who never heard of this package. So with the import of
+``lightning_optim``, Lightning's function that calls the callbacks is wrapped: when a fit starts, and its optimizers are
+there, the Trainer gets what these need. Any other Trainer is left exactly as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import wraps
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+#: Where each root of Lightning calls its callbacks -> where the classes for it are.
+HOMES = {
+    "lightning.pytorch.trainer.call": {"FillTotalSteps": "schedule_totals", "RefuseWithoutReplay": "replay_guard"},
+    "pytorch_lightning.trainer.call": dict.fromkeys(("FillTotalSteps", "RefuseWithoutReplay"), "_pytorch_lightning"),
+}
+
+_log = logging.getLogger(__name__)
+
+
+def join_trainings(call: ModuleType) -> None:
+    """Have each fit of a root of Lightning get the callbacks that it needs.
+
+    Args:
+        call: The module ``trainer.call`` of that root.
+    """
+    stock = getattr(call, "_call_callback_hooks", None)
+    if stock is None:
+        _log.warning(
+            "lightning-optim does not know this version of Lightning: give Trainers whose schedules lack total_steps, or "
+            "with SAM or L-BFGS, callbacks=[FillTotalSteps(), RefuseWithoutReplay()] of lightning_optim.callbacks"
+        )
+        return
+    if hasattr(stock, "_joins_trainings"):
+        return
+
+    @wraps(stock)
+    def _call_callback_hooks(trainer: Any, hook_name: str, *args: Any, **kwargs: Any) -> Any:
+        if hook_name == "on_fit_start":
+            _join(trainer, HOMES[call.__name__])
+        return stock(trainer, hook_name, *args, **kwargs)
+
+    _call_callback_hooks._joins_trainings = True  # type: ignore[attr-defined]
+    call._call_callback_hooks = _call_callback_hooks  # type: ignore[attr-defined]
+
+
+def _join(trainer: Any, homes: dict[str, str]) -> None:
+    """Put the callbacks that a training needs before all others, which then see schedules that are ready."""
+    try:
+        needed = [_of_trainer(trainer, name) or _new(name, homes) for name in _needs(trainer)]
+    except Exception:  # whatever it is, a Trainer that does not use this package has to run
+        _log.warning("lightning-optim adds no callbacks to this Trainer", exc_info=True)
+        return
+    if needed:
+        others = [callback for callback in trainer.callbacks if not any(callback is one for one in needed)]
+        trainer.callbacks = [*needed, *others]
+
+
+def _needs(trainer: Any) -> list[str]:
+    """The names of the callbacks without which a training of ours would fail, or go wrong."""
+    # Not at the top: importing this package is light.
+    from lightning_optim.control.replay_guard import guarded
+    from lightning_optim.control.schedule_totals import configs_to_fill
+
+    needs = {"FillTotalSteps": bool(configs_to_fill(trainer)), "RefuseWithoutReplay": bool(guarded(trainer))}
+    return [name for name, needed in needs.items() if needed]
+
+
+def _of_trainer(trainer: Any, name: str) -> Any:
+    """The callback that a Trainer has already, by its user or from an earlier fit."""
+    ours = (callback for callback in trainer.callbacks if type(callback).__module__.startswith("lightning_optim."))
+    return next((callback for callback in ours if type(callback).__name__ == name), None)
+
+
+def _new(name: str, homes: dict[str, str]) -> Any:
+    return getattr(import_module(f"lightning_optim.callbacks.{homes[name]}"), name)()
