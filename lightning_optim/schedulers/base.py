@@ -297,6 +297,7 @@ class Schedule(LRScheduler, ABC):
         self._warn_about_replaced_options(state)
         super().load_state_dict(state)
         if self.total_steps is not None:
+            self.awaits_total = False  # it has come with the state
             self._reapply()
 
     def _misfit(self, total: int) -> str | None:
