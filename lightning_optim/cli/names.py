@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from lightning_optim.cli.main import TRAINER_COMMANDS
+from lightning_optim._commands import TRAINER_COMMANDS
 
 OPTIMIZER = "optimizer"
 LR_SCHEDULER = "lr_scheduler"
