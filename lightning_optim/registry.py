@@ -56,9 +56,9 @@ class OptimizerInfo:
             return "closure" if getattr(self.cls, "needs_closure", False) else "wrapper"
         if issubclass(self.cls, Muon):
             return "matrix"
-        weight = nn.Parameter(torch.zeros(2, 2))
-        group = self.create([weight]).param_groups[0]
-        flags = self.cls.flags(group, weight, True)
+        # What a group would hold: making an optimizer would import torch's compiler, which takes seconds.
+        group = {name: parameter.default for name, parameter in inspect.signature(self.cls).parameters.items()}
+        flags = self.cls.flags(group, nn.Parameter(torch.zeros(2, 2)), True)
         update = Update(self.cls.rule, Policy(), tuple(sorted(flags.items())))
         return "reduce" if update.program.reduces else "elementwise"
 
