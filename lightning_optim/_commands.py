@@ -45,16 +45,16 @@ def only_usage_is_wanted(argv: Sequence[str], orig_argv: Sequence[str]) -> bool:
         argv: ``sys.argv``, while the package is being imported.
         orig_argv: ``sys.orig_argv``.
 
-    >>> only_usage_is_wanted(["/usr/bin/lightning-optim", "--help"], [])
+    >>> only_usage_is_wanted(["/usr/bin/lightning-optim", "--help"], ["python", "/usr/bin/lightning-optim", "--help"])
     True
     >>> only_usage_is_wanted(["-m", "--help"], ["python", "-m", "lightning_optim", "--help"])
     True
     >>> only_usage_is_wanted(["-m", "--help"], ["python", "-m", "pytest", "--help"])
     False
     """
-    if not argv:
+    started = orig_argv[-len(argv) :]
+    if not argv or started[1:] != argv[1:] or command_of(argv[1:]) is not None:
         return False
-    program = Path(argv[0]).name
     if argv[0] == "-m":  # so it is until the module is found
-        program = orig_argv[-len(argv)].removeprefix("-m")
-    return program in ("lightning-optim", "lightning_optim") and command_of(argv[1:]) is None
+        return started[0].removeprefix("-m") == "lightning_optim"
+    return started[0] == argv[0] and Path(argv[0]).name == "lightning-optim"
