@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 FUZZ_CASES ?= 5000
 FUZZ_SEED ?= 0
+KILLS ?= 30
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint types pytest fuzz bench clean
+.PHONY: help setup train test lint types pytest fuzz kills bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -38,6 +39,9 @@ pytest: setup
 
 fuzz: setup  ## Thousands of random cases of each fuzzer; FUZZ_CASES=, FUZZ_SEED= for others
 	FUZZ_CASES=$(FUZZ_CASES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/fuzz
+
+kills: setup  ## Kill trainings, resume them, compare the bits; KILLS= for more or fewer than 30
+	$(BIN)/python -m tests.kills --kills $(KILLS)
 
 bench: setup  ## Host step against torch; writes benchmarks/results/
 	$(BIN)/python benchmarks/host_step.py

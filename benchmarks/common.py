@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import platform
@@ -42,6 +43,29 @@ def gpt2_shapes(total: float | None) -> list[tuple[int, ...]]:
         return shapes
     factor = math.sqrt(total / sum(math.prod(s) for s in shapes))
     return [tuple(max(1, int(n * factor)) for n in s) for s in shapes]
+
+
+def weights(label: str) -> float | None:
+    """Of ``"10M"``, 1e7; of ``"124M"``, None: GPT-2 as it is.
+
+    Raises:
+        argparse.ArgumentTypeError: It is no such number.
+    """
+    if label == "124M":
+        return None
+    try:
+        found = float(label[:-1]) * {"k": 1e3, "M": 1e6}[label[-1]]
+    except (ValueError, KeyError, IndexError):
+        found = 0.0
+    if found <= 0:
+        raise argparse.ArgumentTypeError(f"{label!r}; valid: a number with k or M, such as 10M")
+    return found
+
+
+def size(label: str) -> str:
+    """The label of a number of weights, checked."""
+    weights(label)
+    return label
 
 
 @dataclass

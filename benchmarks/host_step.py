@@ -7,6 +7,7 @@ neighbour's. The limit is the time of an in-place stream with AdamW's traffic (f
 same tensors, measured in the same rounds.
 
     python benchmarks/host_step.py [--sizes 1M 10M 124M] [--rounds N] [--seconds S]
+    python benchmarks/host_step.py --against ../other-checkout     # before and after, in one run
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ import json
 import math
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import against
 import torch
 from common import (
     RESULTS,
@@ -31,12 +37,13 @@ from common import (
     measure,
     parameters,
     put_between,
+    size,
     stream,
+    weights,
 )
 
 import lightning_optim
-
-SIZES = {"1M": 1e6, "10M": 1e7, "124M": None}
+from lightning_optim.registry import OPTIMIZERS
 
 _KEPT, _FRESH = "torch fused + casts, buffers kept", "torch fused + casts, grad.float()"
 
@@ -71,32 +78,26 @@ def contenders(shapes: list[tuple[int, ...]]) -> list[Contender]:
     return found
 
 
-def build_seconds() -> dict[str, float]:
+def build_seconds(rules: Sequence[str]) -> dict[str, float]:
     """The first step of each rule with an empty kernel cache, in seconds: tracing, printing, compiling, loading."""
-    import subprocess
-    import sys
-    import tempfile
-
     code = (
         "import sys, time, torch, lightning_optim as lo\n"
         "weight = torch.nn.Parameter(torch.ones(4, 4)); weight.grad = torch.ones(4, 4)\n"
-        "optimizer = lo.create_optimizer(sys.argv[1], [weight], engine='host')\n"
+        "optimizer = lo.create_optimizer(sys.argv[1], [('weight', weight)], engine='host')\n"
         "start = time.perf_counter()\n"
         "optimizer.step()\n"
         "print(time.perf_counter() - start)\n"
     )
     seconds = {}
-    for name in lightning_optim.list_optimizers():
+    for name in rules:
         with tempfile.TemporaryDirectory() as folder:
             env = {**os.environ, "LIGHTNING_OPTIM_CACHE": folder}
-            shown = subprocess.run(
-                [sys.executable, "-c", code, name], env=env, capture_output=True, text=True, check=True
-            )
+            shown = subprocess.run([sys.executable, "-c", code, name], env=env, stdout=subprocess.PIPE, check=True)
         seconds[name] = float(shown.stdout)
     return seconds
 
 
-def summarize(runs: list[Contender], times: list[list[float]], weights: int) -> list[dict[str, Any]]:
+def summarize(runs: list[Contender], times: list[list[float]], count: int) -> list[dict[str, Any]]:
     """One row for each contender: time, share of the limit, and how much faster ours is at the same job."""
     ours = {run.job: column for run, column in zip(runs, times, strict=True) if run.name.startswith("lightning-optim")}
     limit = next(column for run, column in zip(runs, times, strict=True) if run.job == "limit")
@@ -108,7 +109,7 @@ def summarize(runs: list[Contender], times: list[list[float]], weights: int) -> 
             {
                 "job": run.job,
                 "name": run.name,
-                "ns_per_weight": statistics.median(column) / weights * 1e9,
+                "ns_per_weight": statistics.median(column) / count * 1e9,
                 "share_of_limit": statistics.median(share),
                 "ours_is_faster_by": statistics.median(ratio) if ratio else None,
                 "rounds": len(column),
@@ -177,27 +178,33 @@ def run_case(shapes: list[tuple[int, ...]], rounds: int, seconds: float) -> list
 
 
 def main() -> None:
-    """Measure, print, and write ``results/host_step.{json,md}``."""
+    """Measure, print, and write ``results/host_step.{json,md}``; against another checkout, print only."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", type=size, default=["1M", "10M", "124M"])
     parser.add_argument("--rounds", type=int, default=400, help="at most so many rounds for each case")
     parser.add_argument("--seconds", type=float, default=30.0, help="about how long each case may take")
+    parser.add_argument("--rules", nargs="*", choices=OPTIMIZERS, default=list(OPTIMIZERS), help="whose build is timed")
+    parser.add_argument("--against", type=Path, help="another checkout of this repository, to take turns with")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON and the Markdown")
     parser.add_argument("--readme", action="store_true", help="also put the table into the README")
     arguments = parser.parse_args()
+    if arguments.against is not None:
+        ours = Path(__file__).parent.parent
+        print(against.report(ours, arguments.against, arguments.sizes, arguments.rounds, arguments.seconds))
+        return
     cases = []
     for label in arguments.sizes:
-        shapes = gpt2_shapes(SIZES[label])
-        weights = sum(math.prod(s) for s in shapes)
-        for these in (shapes, list[tuple[int, ...]]([(weights,)])):
+        shapes = gpt2_shapes(weights(label))
+        count = sum(math.prod(s) for s in shapes)
+        for these in (shapes, list[tuple[int, ...]]([(count,)])):
             rows = run_case(these, arguments.rounds, arguments.seconds)
-            case = {"label": f"{label} in {len(these)}", "weights": weights, "tensors": len(these), "rows": rows}
+            case = {"label": f"{label} in {len(these)}", "weights": count, "tensors": len(these), "rows": rows}
             cases.append(case)
             for row in rows:
                 print(
                     case["label"], {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True
                 )
-    result = {"machine": machine(), "build_seconds": build_seconds(), "cases": cases}
+    result = {"machine": machine(), "build_seconds": build_seconds(arguments.rules), "cases": cases}
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "host_step.json").write_text(json.dumps(result, indent=1) + "\n")
     (arguments.output / "host_step.md").write_text(markdown(result))

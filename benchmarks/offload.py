@@ -19,47 +19,24 @@ import offload_gpu
 import offload_host
 import offload_link
 import torch
-from common import RESULTS, put_between
+from common import RESULTS, put_between, size, weights
 from offload_report import markdown, summary
 from offload_ways import MODELS
 
 PARTS = ("host", "link", "copied", "gpu")
-UNITS = {"k": 1e3, "M": 1e6}
-
-
-def weights(label: str) -> float | None:
-    """Of ``"10M"``, 1e7; of ``"124M"``, None: GPT-2 as it is.
-
-    Raises:
-        argparse.ArgumentTypeError: It is no such number.
-    """
-    if label == "124M":
-        return None
-    try:
-        found = float(label[:-1]) * UNITS[label[-1]]
-    except (ValueError, KeyError, IndexError):
-        found = 0.0
-    if found <= 0:
-        raise argparse.ArgumentTypeError(f"{label!r}; valid: a number with k or M, such as 10M")
-    return found
-
-
-def _label(label: str) -> str:
-    weights(label)
-    return label
 
 
 def main() -> None:
     """Measure, print, and write ``offload.{json,md}``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS[:3]))
-    parser.add_argument("--sizes", nargs="+", type=_label, default=["1M", "10M", "124M"], help="of the host's pass")
+    parser.add_argument("--sizes", nargs="+", type=size, default=["1M", "10M", "124M"], help="of the host's pass")
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="about how long each group of the host's pass takes"
     )
     parser.add_argument("--rounds", type=int, default=2, help="turns of each way over the link")
     parser.add_argument("--steps", type=int, default=3, help="of each turn")
-    parser.add_argument("--link-weights", type=_label, default="124M")
+    parser.add_argument("--link-weights", type=size, default="124M")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--backward", type=float, default=0.4, help="seconds")
     parser.add_argument("--forward", type=float, default=0.2, help="seconds")
@@ -83,8 +60,8 @@ def main() -> None:
         )
         result[part] = offload_link.run(setting, models=args.models, rounds=args.rounds, steps=args.steps)
     if "gpu" in args.parts:
-        size = offload_gpu.REHEARSAL if args.rehearse else offload_gpu.Size()
-        found = offload_gpu.run(size, rehearse=args.rehearse)
+        measured = offload_gpu.REHEARSAL if args.rehearse else offload_gpu.Size()
+        found = offload_gpu.run(measured, rehearse=args.rehearse)
         if args.rehearse:
             print("a rehearsal on the CPU: these are no figures, and nothing is written")
             print(json.dumps(found, indent=1))

@@ -6,38 +6,44 @@
 >>> schedule = lightning_optim.Cosine(optimizer, warmup_steps=10, total_steps=100)
 """
 
+import sys as _sys
+
+from lightning_optim._commands import only_usage_is_wanted as _only_usage_is_wanted
 from lightning_optim._version import __version__
 from lightning_optim.after_import import after_import as _after_import
 from lightning_optim.callbacks.joining import HOMES as _CALLS
 from lightning_optim.callbacks.joining import join_trainings as _join_trainings
-from lightning_optim.optimizers import (
-    LAMB,
-    LBFGS,
-    SAM,
-    SGD,
-    Adam,
-    AdamOptim,
-    AdamW,
-    AdamWOptim,
-    LBFGSOptim,
-    Lion,
-    Muon,
-    MuonOptim,
-    RuleOptimizer,
-    SGDOptim,
-    adopt,
-)
-from lightning_optim.param_groups import param_groups
-from lightning_optim.registry import (
-    create_optimizer,
-    list_optimizers,
-    list_schedulers,
-    optimizer_info,
-    scheduler_info,
-)
-from lightning_optim.schedulers import WSD, Cosine, Linear, Schedule
 from lightning_optim.strategy_names import register as _register_strategies
-from lightning_optim.warnings import LightningOptimWarning
+
+# `lightning-optim --help` answers at once: all below needs torch.
+if not _only_usage_is_wanted(_sys.argv, _sys.orig_argv):
+    from lightning_optim.optimizers import (
+        LAMB,
+        LBFGS,
+        SAM,
+        SGD,
+        Adam,
+        AdamOptim,
+        AdamW,
+        AdamWOptim,
+        LBFGSOptim,
+        Lion,
+        Muon,
+        MuonOptim,
+        RuleOptimizer,
+        SGDOptim,
+        adopt,
+    )
+    from lightning_optim.param_groups import param_groups
+    from lightning_optim.registry import (
+        create_optimizer,
+        list_optimizers,
+        list_schedulers,
+        optimizer_info,
+        scheduler_info,
+    )
+    from lightning_optim.schedulers import WSD, Cosine, Linear, Schedule
+    from lightning_optim.warnings import LightningOptimWarning
 
 __all__ = [
     "LAMB",

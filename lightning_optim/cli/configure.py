@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ReduceLROnPlateau, instantiate_class
 
@@ -60,6 +61,22 @@ class OptimizerOptions:
     lr_scheduler: dict[str, Any] | None = None
     groups: ParamGroupOptions | None = None
     interval: Interval | None = None
+
+    def check(self) -> None:
+        """Try the values on a weight of no account, before anything is loaded, or written into a folder.
+
+        Classes of others are not tried: they may expect the groups that they will get.
+
+        Raises:
+            ValueError: A value that the optimizer or the schedule does not take.
+            TypeError: One of another type.
+        """
+        if not _is_of(self.optimizer, "lightning_optim", "torch.optim"):
+            return
+        weight = ("weight", torch.nn.Parameter(torch.zeros(2, 2)))
+        optimizer = instantiate_class([weight], self.optimizer)
+        if self.lr_scheduler is not None and _is_of(self.lr_scheduler, "lightning_optim"):
+            instantiate_class(optimizer, self.lr_scheduler)
 
     def attach(self, model: LightningModule) -> None:
         """Make these options the model's ``configure_optimizers``."""
@@ -112,6 +129,16 @@ def _parameters(model: LightningModule, options: OptimizerOptions) -> Any:
         for group in groups:
             del group["weight_decay"]
     return groups
+
+
+def _is_of(spec: dict[str, Any], *packages: str) -> bool:
+    """Whether a class is of one of these packages, and so is every one within its arguments."""
+    home = f"{_class(spec).__module__}."
+    return home.startswith(tuple(f"{package}." for package in packages)) and all(
+        _is_of(value, *packages)
+        for value in spec.get("init_args", {}).values()
+        if isinstance(value, dict) and "class_path" in value
+    )
 
 
 def _class(spec: dict[str, Any]) -> Any:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from lightning_optim._commands import COMMANDS, TRAINER_COMMANDS, command_of
 from lightning_optim._version import __version__
-
-TRAINER_COMMANDS = {
-    "fit": "train a model",
-    "validate": "evaluate it on the validation data",
-    "test": "evaluate it on the test data",
-    "predict": "run it on the prediction data",
-}
 
 USAGE = """\
 usage: lightning-optim [--help | --version] COMMAND ...
@@ -22,6 +17,9 @@ usage: lightning-optim [--help | --version] COMMAND ...
 {commands}
 
 `lightning-optim COMMAND --help` explains a command."""
+
+#: What a shell reports of a program that was ended by Ctrl-C, or because nobody reads its output.
+INTERRUPTED, BROKEN_PIPE = 128 + 2, 128 + 13
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,53 +29,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; those of the process by default.
 
     Returns:
-        The exit code.
+        The exit code: 2 for arguments that are not valid.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = arguments[0] if arguments else "--help"
-    if command in ("-h", "--help"):
-        print(_usage())
+    command = command_of(arguments)
+    try:
+        if command in TRAINER_COMMANDS:
+            return _run_trainer(command, arguments)
+        code = _run_own(command, arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("lightning-optim: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        if command in TRAINER_COMMANDS:  # which may have pipes of their own
+            raise
+        # `lightning-optim list | head -1`. What is left of the output must not fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return code
+
+
+def _run_own(command: str | None, arguments: list[str]) -> int:
+    """A command without a Trainer, or what stands in the place of one."""
+    if command == "list":
+        from lightning_optim.cli.listing import main as run
+    elif command == "doctor":
+        from lightning_optim.cli.doctor import main as run
+    elif command == "plan":
+        from lightning_optim.cli.plan import main as run
+    else:
+        return _without_command(arguments)
+    return run(arguments[1:])
+
+
+def _without_command(arguments: list[str]) -> int:
+    first = arguments[0] if arguments else "--help"
+    if first in ("-h", "--help"):
+        print(USAGE.format(commands="\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())))
         return 0 if arguments else 2
-    if command == "--version":
+    if first == "--version":
         print(f"lightning-optim {__version__}")
         return 0
-    if command in TRAINER_COMMANDS:
-        return _run_trainer(arguments)
-    if command in _COMMANDS:
-        return _COMMANDS[command][1](arguments[1:])
-    known = ", ".join((*TRAINER_COMMANDS, *_COMMANDS))
-    print(f"lightning-optim: unknown command {command!r}; choose one of: {known}", file=sys.stderr)
+    close = difflib.get_close_matches(first, COMMANDS, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    known = ", ".join(COMMANDS)
+    print(f"lightning-optim: unknown command {first!r}{hint}; choose one of: {known}", file=sys.stderr)
     return 2
-
-
-def _list(arguments: Sequence[str]) -> int:
-    from lightning_optim.cli.listing import main as run
-
-    return run(arguments)
-
-
-def _doctor(arguments: Sequence[str]) -> int:
-    from lightning_optim.cli.doctor import main as run
-
-    return run(arguments)
-
-
-def _plan(arguments: Sequence[str]) -> int:
-    from lightning_optim.cli.plan import main as run
-
-    return run(arguments)
-
-
-_COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
-    "list": ("show the optimizers and schedules", _list),
-    "doctor": ("show what this machine can do, and which engine is chosen", _doctor),
-    "plan": ("choose where the optimizer's step runs: on the device, or in host memory", _plan),
-}
-
-
-def _usage() -> str:
-    described = TRAINER_COMMANDS | {name: text for name, (text, _) in _COMMANDS.items()}
-    return USAGE.format(commands="\n".join(f"  {name:<10}{text}" for name, text in described.items()))
 
 
 def can_use_lightning(command: str) -> bool:
@@ -99,8 +97,8 @@ def can_use_lightning(command: str) -> bool:
     return True
 
 
-def _run_trainer(arguments: list[str]) -> int:
-    if not can_use_lightning(arguments[0]):
+def _run_trainer(command: str, arguments: list[str]) -> int:
+    if not can_use_lightning(command):
         return 1
     from lightning_optim.cli.optim_cli import OptimCLI
 

@@ -10,14 +10,20 @@ left to jsonargparse, which finds torch's.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from lightning_optim.cli.main import TRAINER_COMMANDS
+from lightning_optim._commands import TRAINER_COMMANDS
 
 OPTIMIZER = "optimizer"
 LR_SCHEDULER = "lr_scheduler"
+
+#: A prefix, perhaps a command, and an option; not the option of the same name that a model may have.
+_VARIABLE = re.compile(
+    rf"(?:(?!__).)*_(?:(?:{'|'.join(TRAINER_COMMANDS)})__)?({OPTIMIZER}|{LR_SCHEDULER})", re.IGNORECASE
+)
 
 
 class ShortNames:
@@ -65,6 +71,14 @@ class ShortNames:
         resolved = self._options_in(config)
         for subcommand in TRAINER_COMMANDS.keys() & resolved.keys():
             resolved[subcommand] = self._options_in(resolved[subcommand])
+        return resolved
+
+    def in_environment(self, variables: Mapping[str, str]) -> dict[str, str]:
+        """Environment variables, with a bare name in those of the two options (``PL_FIT__OPTIMIZER``) resolved."""
+        resolved = dict(variables)
+        for variable, value in variables.items():
+            if (found := _VARIABLE.fullmatch(variable)) is not None:
+                resolved[variable] = self._options[found[1].lower()].get(value.lower(), value)
         return resolved
 
     def in_value(self, value: Any) -> Any:

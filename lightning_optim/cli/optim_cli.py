@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import re
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_optim.cli.complaints import in_one_line
 from lightning_optim.cli.configure import Interval, OptimizerOptions, ParamGroupOptions
+from lightning_optim.cli.exchanged import exchanges
+from lightning_optim.cli.faults import is_of_the_user, told
 from lightning_optim.cli.names import LR_SCHEDULER, OPTIMIZER, short_names
 from lightning_optim.strategy_names import register
 
 PARSER_MODE = "lightning_optim_yaml"
 """The jsonargparse mode of our parsers: YAML in which bare names of ours are resolved."""
-
-_UNKNOWN_NAME = re.compile(
-    r'Parser key "(?:\w+\.)?(\w+)".*Expected a dot import path string: ([^\s.]+)$', re.DOTALL | re.MULTILINE
-)
 
 
 def _load(text: str) -> Any:
@@ -32,14 +33,35 @@ set_loader(PARSER_MODE, _load, exceptions=(yaml.YAMLError,))
 
 
 class OptimParser(LightningArgumentParser):
-    """A LightningArgumentParser to which a bare name of ours means ours."""
+    """A LightningArgumentParser to which a bare name of ours means ours.
+
+    Attributes:
+        files: The configurations that it has read, in their order.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.files: list[dict[str, Any]] = []
+        super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Report an error; for a bare name that nobody has, with the names there are."""
-        unknown = _UNKNOWN_NAME.search(message)
-        if unknown and (hint := short_names().hint(unknown[1], unknown[2])):
-            message = f"{message}\n{hint}"
+        """Report an error; where it ends the program, in one line, if its form is known."""
+        if self.exit_on_error:  # not so the parsers of classes within this one
+            message = in_one_line(message, self._keys(), short_names().hint)
         super().error(message, ex)
+
+    def _load_env_vars(self, env: Mapping[str, str], defaults: bool) -> Namespace:
+        return super()._load_env_vars(short_names().in_environment(env), defaults)
+
+    def print_usage(self, file: Any = None) -> None:
+        """Print a line: LightningCLI's whole usage has a hundred, below which nobody finds an error."""
+        print(f"usage: {self.prog.replace(' [options]', '')} [options]", file=file)
+
+    def _keys(self) -> set[str]:
+        """Of this parser and of those of its commands."""
+        keys = {action.dest for action in self._actions}
+        for commands in (action.choices for action in self._actions if isinstance(action.choices, dict)):
+            keys |= {action.dest for parser in commands.values() for action in parser._actions}
+        return keys
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
         """Parse a configuration given as text; files come through here too."""
@@ -48,8 +70,10 @@ class OptimParser(LightningArgumentParser):
         except yaml.YAMLError:
             return super().parse_string(content, *args, **kwargs)  # which reports it
         if isinstance(loaded, dict):
+            loaded = short_names().in_config(loaded)
+            self.files.append(loaded)
             # Quoted and tagged, so that what is read again is of the same type: "1e-3" in quotes stays a string.
-            content = yaml.safe_dump(short_names().in_config(loaded), sort_keys=False, default_style='"')
+            content = yaml.safe_dump(loaded, sort_keys=False, default_style='"')
         return super().parse_string(content, *args, **kwargs)
 
 
@@ -112,6 +136,23 @@ class OptimCLI(LightningCLI):
         else:
             self.config = parser.parse_object(args if isinstance(args, Namespace) else names.in_config(dict(args)))
 
+    def _tell_of_exchanges(self) -> None:
+        chosen = {key: self._get(self.config, key) for key in (OPTIMIZER, LR_SCHEDULER)}
+        # Without `run` there are no commands.
+        parsers = (self.parser, *getattr(self, "_subcommand_parsers", {}).values())
+        for line in exchanges(
+            [file for parser in parsers if isinstance(parser, OptimParser) for file in parser.files],
+            {key: spec.as_dict() if isinstance(spec, Namespace) else None for key, spec in chosen.items()},
+        ):
+            rank_zero_info(line)
+
+    def instantiate_classes(self) -> None:
+        """Make data, model and Trainer."""
+        if self._automatic:
+            self._tell_of_exchanges()
+        with self._faults_in_one_line():
+            super().instantiate_classes()
+
     def after_instantiate_classes(self) -> None:
         """Give the model its ``configure_optimizers``, when there is an ``--optimizer``."""
         if not self._automatic:
@@ -129,12 +170,33 @@ class OptimCLI(LightningCLI):
                     " for example --optimizer AdamW (`lightning-optim list` shows them)"
                 )
             return
-        OptimizerOptions(
+        options = OptimizerOptions(
             optimizer=_as_dict(chosen[OPTIMIZER]),
             lr_scheduler=chosen[LR_SCHEDULER] and _as_dict(chosen[LR_SCHEDULER]),
             groups=chosen["param_groups"],
             interval=chosen["lr_interval"],
-        ).attach(self.model)
+        )
+        with self._faults_in_one_line():
+            options.check()
+        options.attach(self.model)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with self._faults_in_one_line():
+            super()._run_subcommand(subcommand)
+
+    @contextmanager
+    def _faults_in_one_line(self) -> Iterator[None]:
+        """End with the one line of an exception that is about what the user wrote, under no page of traceback.
+
+        ``JSONARGPARSE_DEBUG=1`` shows the page.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not is_of_the_user(error):
+                raise
+            strategy = self._get(self.config, "trainer.strategy")
+            self._parser(self.subcommand).error(told(error, strategy), error)
 
 
 def _as_dict(spec: Namespace) -> dict[str, Any]:

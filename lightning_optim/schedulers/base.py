@@ -249,6 +249,7 @@ class Schedule(LRScheduler, ABC):
         write_rates(self.optimizer, rates)
         self._adopt_new_groups()
         if self.total_steps is not None:
+            self.awaits_total = False  # it has come with the state
             self._reapply()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,0 +1,190 @@
+"""What is wrong with the arguments, in one line that names the bad value and the valid ones.
+
+jsonargparse tells of every type that it has tried, over many lines. What it says is understood here as far as it is of
+a known form; anything else is left as it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from lightning_optim._commands import COMMANDS
+from lightning_optim.cli.configure import ParamGroupOptions
+
+#: Tells what to write instead of a name that nobody has: of an option, and the name.
+Hint = Callable[[str, str], str]
+
+_PARSER_KEY = re.compile(r'Parser key "([^"]+)"')
+_CLASS_PATH = re.compile(r"(?:given class_path |class_path=)'([^']+)'")
+_NO_OPTION = re.compile(r"Option '([^']+)' is not accepted")
+_NO_KEY = re.compile(r"(Group|Subcommand) '([^']+)' does not accept option '([^']+)'")
+_UNRECOGNIZED = re.compile(r"unrecognized arguments: (.*)", re.DOTALL)
+_NO_IMPORT = re.compile(
+    r"given class_path '([^']+)':\s+(No module named '[^']+'|module '([^']+)' has no attribute '[^']+')"
+)
+_NO_NAME = re.compile(r"Expected a dot import path string: ([^\s.]+)$", re.MULTILINE)
+_HELP = re.compile(r"--(\w+)\.help: Expected a dot import path string: ([^\s.]+)$", re.MULTILINE)
+_SUBTYPES = re.compile(r"Subtypes: \[(.*)\]")
+_GIVEN = re.compile(r"^\s*Given value: (.*?)(?:\. Got value: .*)?$", re.MULTILINE)
+_EXPECTED = re.compile(r"^\s*(Expected .*?)\. Got value: (.*)$", re.MULTILINE)
+_OWN_WORDS = re.compile(r"^\s*- (.* has no option .*; valid: .*)$", re.MULTILINE)
+
+#: Where no class was named, jsonargparse takes the abstract one.
+_NAMELESS = ("torch.optim.Optimizer", "torch.optim.lr_scheduler.LRScheduler")
+
+
+def in_one_line(message: str, keys: Iterable[str], hint: Hint) -> str:
+    """The complaint that a message of jsonargparse's is about.
+
+    Args:
+        message: What jsonargparse says.
+        keys: All keys of the parser: ``"optimizer"``, ``"trainer.max_steps"``, ...
+        hint: What may be meant by a bare name.
+
+    Returns:
+        One line; or the message itself, where it is none of those that are known.
+
+    >>> in_one_line("unrecognized arguments: --trainer.max_step 3", ["trainer.max_steps"], lambda option, name: "")
+    "unknown option --trainer.max_step (did you mean '--trainer.max_steps'?)"
+    """
+    for read in (_of_help, _of_unrecognized, _of_unknown_key, _of_unknown_option, _of_import, _of_name, _of_value):
+        if (line := read(message, list(keys), hint)) is not None:
+            return line
+    return message
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """A hint in brackets if ``name`` is close to a valid one, whatever its capitals, else nothing."""
+    by_lower = {one.lower(): one for one in valid}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
+
+
+def _of_help(message: str, keys: list[str], hint: Hint) -> str | None:
+    found = _HELP.search(message)
+    return hint(found[1], found[2]) or None if found else None
+
+
+def _of_unrecognized(message: str, keys: list[str], hint: Hint) -> str | None:
+    """Flags that belong to nothing."""
+    found = _UNRECOGNIZED.match(message)
+    flags = [word.partition("=")[0] for word in found[1].split() if word.startswith("--")] if found else []
+    return f"unknown option {flags[0]}{_meant(flags[0].removeprefix('--'), keys, '--')}" if flags else None
+
+
+def _of_unknown_key(message: str, keys: list[str], hint: Hint) -> str | None:
+    """Keys of a file that belong to nothing."""
+    found = _NO_KEY.search(message)
+    if found is None:
+        return None
+    key = _without_command(f"{found[2]}.{found[3]}") if found[1] == "Group" else found[3]
+    return f"unknown key {key!r}{_meant(key, keys, '')}"
+
+
+def _of_unknown_option(message: str, keys: list[str], hint: Hint) -> str | None:
+    """An option that a class does not have."""
+    found = _NO_OPTION.search(message)
+    if found is None:
+        return None
+    before, after = message[: found.start()], message[found.end() :].partition("\n")[0]
+    at, own = ".".join(_keys(before)), found[1]
+    classes = _CLASS_PATH.findall(after) or _CLASS_PATH.findall(before)
+    if not classes:
+        return f"unknown key {own!r}{_meant(_without_command(own), keys, '')}"
+    if classes[-1] in _NAMELESS:
+        return f"--{at}.{own} without a class: give --{at} NAME before it (`lightning-optim list` shows the names)"
+    if (cls := _import(classes[-1])) is None:
+        return None
+    valid = _options(cls)
+    owner = f"--{at}" if cls.__module__ == ParamGroupOptions.__module__ else f"--{at} {classes[-1]}"
+    return f"{owner} has no option {own!r}{did_you_mean(own, valid)}; valid: {', '.join(valid)}"
+
+
+def _of_import(message: str, keys: list[str], hint: Hint) -> str | None:
+    """A full path at which there is nothing."""
+    found = _NO_IMPORT.search(message)
+    if found is None:
+        return None
+    path, reason, module = found[1], found[2], found[3]
+    meant = ""
+    if module is not None and (home := _import(module)) is not None:
+        classes = [name for name in dir(home) if inspect.isclass(getattr(home, name))]
+        meant = did_you_mean(path.rpartition(".")[2], classes)
+    return f"--{'.'.join(_keys(message))} {path}: {reason}{meant}"
+
+
+def _of_name(message: str, keys: list[str], hint: Hint) -> str | None:
+    """A bare name that nobody has, where a class is wanted."""
+    found, at = _NO_NAME.search(message), _keys(message)
+    if found is None or _SUBTYPES.findall(message)[1:]:  # within a value that may be of other types
+        return None
+    return hint(at[0], found[1]) or None if at else None
+
+
+def _of_value(message: str, keys: list[str], hint: Hint) -> str | None:
+    """A value of another type."""
+    own = _OWN_WORDS.search(message)
+    if own is not None:
+        return own[1]
+    expected = _EXPECTED.search(message)
+    at = _keys(message)
+    if not at:
+        return None
+    if expected is not None and not expected[1].startswith("Expected a dot import"):
+        kind = _readable(expected[1]).removeprefix("Expected a ")
+        return f"--{'.'.join(at)} {expected[2]}; valid: {kind}"
+    types, given = _SUBTYPES.findall(message), _GIVEN.findall(message)
+    if not types or not given or given[0].startswith("NestedArg"):
+        return None
+    return f"--{'.'.join(at)} {given[0]}; valid: {_readable(types[-1])}"
+
+
+def _keys(message: str) -> list[str]:
+    """The keys that lead to what a message is about, without the command."""
+    keys = [_without_command(key) for key in _PARSER_KEY.findall(message)]
+    return [key for key in keys if key]
+
+
+def _without_command(key: str) -> str:
+    first, _, rest = key.partition(".")
+    return rest if first in COMMANDS else key
+
+
+def _meant(name: str, keys: list[str], dashes: str) -> str:
+    """A hint by what stands before the first dot, if that is wrong, or else by the whole key."""
+    known = {_without_command(key) for key in keys}
+    heads = {key.partition(".")[0] for key in known}
+    head, dot, rest = name.partition(".")
+    if dot and head not in heads:
+        close = difflib.get_close_matches(head, heads, n=1)
+        return f" (did you mean {f'{dashes}{close[0]}.{rest}'!r}?)" if close else ""
+    return did_you_mean(dashes + name, [dashes + key for key in known])
+
+
+def _options(cls: Any) -> list[str]:
+    """Names of a class's options; of those of an optimizer or a schedule, all but what it is made for."""
+    named = (p for p in inspect.signature(cls).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    return [parameter.name for parameter in named if parameter.name not in ("params", "optimizer")]
+
+
+def _import(path: str) -> Any:
+    """What is at a path; None if there is nothing."""
+    try:
+        return importlib.import_module(path)
+    except ImportError:
+        module, _, name = path.rpartition(".")
+        try:
+            return getattr(importlib.import_module(module), name, None) if module else None
+        except ImportError:
+            return None
+
+
+def _readable(types: str) -> str:
+    """Types as jsonargparse lists them, in the words of who writes them down."""
+    words = re.sub(r"<class '([^']+)'>", r"\1", types).replace("NoneType", "null")
+    return re.sub(r"typing\.Literal\[([^\]]*)\]", r"\1", words)
