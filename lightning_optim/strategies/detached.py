@@ -20,6 +20,7 @@ from lightning_optim.optimizers.sam import stepped
 from lightning_optim.strategies.detached_drive import DetachedDrive
 from lightning_optim.strategies.drive import Drive
 from lightning_optim.strategies.driven import Driven, OnOneDevice, Sharded
+from lightning_optim.strategies.replicated import Replicated
 from lightning_optim.warnings import warn_once
 
 #: The key of a checkpoint under which masters are that have more bits than their weights.
@@ -274,7 +275,7 @@ class DetachedOnOneDevice(OnOneDevice, DetachedBase):
         )
 
 
-class DetachedReplicas(DetachedBase):
+class DetachedReplicas(Replicated, DetachedBase):
     """As :class:`DetachedBase`, with masters and state divided over the processes of DDP."""
 
     def __init__(
@@ -289,6 +290,16 @@ class DetachedReplicas(DetachedBase):
     ) -> None:
         options = DetachedOptions(master_dtype, "exact", bucket_mb, device_fraction, False, engine)
         super().__init__(*args, options=options, undo=undo, **kwargs)
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Refuse parameters that DDP was told to leave to each process: here all have the same weights."""
+        if self._unreduced is not None and (names := self._unreduced.ignored(self.optimizers)):
+            raise ValueError(
+                f"{self.strategy_name}: DDP was told to leave the gradients of {', '.join(names)} to each process "
+                "(_ddp_params_and_buffers_to_ignore), and one process steps each weight for all; valid: "
+                "strategy='in_graph_ddp', or gradients that DDP reduces"
+            )
+        super().pre_backward(closure_loss)
 
     def _replicas(self) -> Replicas | None:
         ready = torch.distributed.is_available() and torch.distributed.is_initialized()

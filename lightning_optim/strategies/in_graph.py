@@ -14,6 +14,7 @@ from lightning_optim.optimizers.sam import stepped
 from lightning_optim.strategies.backward import StepsInBackward, in_backward
 from lightning_optim.strategies.drive import Drive
 from lightning_optim.strategies.driven import Driven, OnOneDevice, Sharded
+from lightning_optim.strategies.replicated import Replicated
 from lightning_optim.warnings import warn_once
 
 
@@ -97,6 +98,10 @@ class InGraphOnOneDevice(OnOneDevice, InGraph):
             undo=undo,
         )
         self.step_in_backward = step_in_backward
+
+
+class InGraphReplicas(Replicated, InGraph):
+    """As :class:`InGraph`, over DDP."""
 
 
 class InGraphSharded(Sharded, InGraph):

@@ -5,7 +5,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from lightning_optim.strategies.auto import Auto
 from lightning_optim.strategies.detached import DetachedOnOneDevice, DetachedReplicas, DetachedSharded
 from lightning_optim.strategies.detached_deepspeed import DetachedDeepSpeed
-from lightning_optim.strategies.in_graph import InGraph, InGraphOnOneDevice, InGraphSharded
+from lightning_optim.strategies.in_graph import InGraphOnOneDevice, InGraphReplicas, InGraphSharded
 
 
 class InGraphStrategy(InGraphOnOneDevice, SingleDeviceStrategy):
@@ -44,7 +44,7 @@ class InGraphStrategy(InGraphOnOneDevice, SingleDeviceStrategy):
     strategy_name = "in_graph"
 
 
-class InGraphDDPStrategy(InGraph, DDPStrategy):
+class InGraphDDPStrategy(InGraphReplicas, DDPStrategy):
     """``strategy="in_graph_ddp"``: :class:`InGraphStrategy` on every device of ``DDPStrategy``.
 
     Args:

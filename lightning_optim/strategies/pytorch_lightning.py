@@ -8,7 +8,7 @@ from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from lightning_optim.strategies.auto import Auto
 from lightning_optim.strategies.detached import DetachedOnOneDevice, DetachedReplicas, DetachedSharded
 from lightning_optim.strategies.detached_deepspeed import DetachedDeepSpeed
-from lightning_optim.strategies.in_graph import InGraph, InGraphOnOneDevice, InGraphSharded
+from lightning_optim.strategies.in_graph import InGraphOnOneDevice, InGraphReplicas, InGraphSharded
 
 
 class InGraphStrategy(InGraphOnOneDevice, SingleDeviceStrategy):
@@ -18,7 +18,7 @@ class InGraphStrategy(InGraphOnOneDevice, SingleDeviceStrategy):
     strategy_name = "in_graph"
 
 
-class InGraphDDPStrategy(InGraph, DDPStrategy):
+class InGraphDDPStrategy(InGraphReplicas, DDPStrategy):
     """As :class:`lightning_optim.strategies.InGraphDDPStrategy`."""
 
     root = "pytorch_lightning"

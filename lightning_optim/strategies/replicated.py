@@ -1,0 +1,42 @@
+"""For strategies over DDP: layers that are unfrozen after it was set up are averaged over the processes, too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.control.unreduced import Unreduced
+
+#: What comes after this class: ours, and then ``DDPStrategy`` of either root of Lightning.
+_Strategy: Any = object
+
+
+class Replicated(_Strategy):
+    """Averages the gradients that DDP does not know of when the backward pass ends: before hooks, clipping, step."""
+
+    _unreduced: Unreduced | None = None  # from the time when DDP is set up to the end of the training
+
+    def configure_ddp(self) -> None:
+        """Set DDP up as Lightning does, and take note of what it knows."""
+        super().configure_ddp()
+        self._unreduced = Unreduced(self.model)
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Before a backward pass, under either kind of optimization."""
+        super().pre_backward(closure_loss)
+        self._average_after(closure_loss)
+
+    def teardown(self) -> None:
+        """Let go of the module."""
+        self._unreduced = None
+        super().teardown()
+
+    def _backward_again(self, loss: Tensor, optimizer: Optimizer) -> None:
+        self._average_after(loss)
+        super()._backward_again(loss, optimizer)
+
+    def _average_after(self, loss: Tensor) -> None:
+        if self._unreduced is not None:
+            self._unreduced.average_after(loss, self.optimizers)
