@@ -209,8 +209,8 @@ class Stepper:
 
     def abandon(self) -> None:
         """Forget what was planned and not run: parameters that had no state have none."""
-        if not self._written:
-            self._forget(self._new)
+        written = {id(p) for planned in self._written for p in planned.params}
+        self._forget([(p, made) for p, made in self._new if id(p) not in written])
         self._new = []
 
     def undo(self) -> None:
