@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_optim.engines.memory import is_dense, is_lazy
 from lightning_optim.offload.arena import Slab
+from lightning_optim.offload.away import Away, Kept
 from lightning_optim.offload.masters import GroupOptions, View, like_master, master_of
 from lightning_optim.offload.transport import Ticket
+from lightning_optim.offload.worker import Job
 from lightning_optim.optimizers.shards import LocalSquares, local
 from lightning_optim.optimizers.stepper import Stepper
 from lightning_optim.optimizers.undo import UndoBuffers
@@ -67,9 +70,12 @@ class OffloadBucket:
         staging: Where gradients arrive, in their own type.
         outgoing: Where new weights are written in their own type; None if the masters themselves are of that type.
         sums: Gradients of several arrivals, in the masters' type; made when first needed.
+        detours: Where a step on the device writes weights that have gaps, or are lazily negated.
         view: The optimizer as if it had only these masters.
         stepper: What steps them; None if the optimizer's own step does.
         undo: Where old values are kept.
+        watched: Whether hooks take the gradients.
+        number_of: By parameter, its place here.
 
         staged: The parameters whose gradients are in :attr:`staging`, and not in :attr:`sums`.
         summed: The parameters whose gradients are in :attr:`sums`.
@@ -77,6 +83,11 @@ class OffloadBucket:
         fired: How often each gradient was added to in the last backward pass of this window.
         usual: The same, of windows before.
         arrivals: Jobs that wait for gradients.
+        fetched: The last copy of gradients to the host.
+        leaving: The gradients that are copied, and still in their places.
+        away: What stands in the places of gradients that have left, while more of them is to come.
+        dropped: The parameters whose gradients on the host are no longer wanted.
+        planned: The options that the step to come is planned with.
         squares: The sums of squares of its gradients, if they are known.
         early: The update that was done before the step, if it was.
         unsent: The parameters whose new weights have not left for the device.
@@ -94,26 +105,38 @@ class OffloadBucket:
     staging: list[Tensor] = field(default_factory=list)
     outgoing: list[Tensor] | None = None
     sums: list[Tensor] | None = None
+    detours: dict[int, Tensor] = field(default_factory=dict)
     view: View | None = None
     stepper: Stepper | None = None
     undo: UndoBuffers = field(default_factory=UndoBuffers)
+    watched: bool = False
+    number_of: dict[Tensor, int] = field(init=False)
 
     staged: set[int] = field(default_factory=set)
     summed: set[int] = field(default_factory=set)
     since: set[int] = field(default_factory=set)
     fired: Counter[int] = field(default_factory=Counter)
     usual: Counter[int] | None = None
-    arrivals: list[Future[None]] = field(default_factory=list)
+    arrivals: list[Job] = field(default_factory=list)
+    fetched: Ticket = field(default_factory=Ticket)
+    leaving: dict[int, Tensor] = field(default_factory=dict)
+    away: dict[int, Away] = field(default_factory=dict)
+    dropped: set[int] = field(default_factory=set)
+    planned: GroupOptions | None = None
     squares: LocalSquares | None = None
     early: Early | None = None
     unsent: set[int] = field(default_factory=set)
     under_way: list[int] = field(default_factory=list)
     sent: Ticket = field(default_factory=Ticket)
 
+    def __post_init__(self) -> None:
+        """Number the parameters."""
+        self.number_of = {place.param: i for i, place in enumerate(self.places)}
+
     @property
     def params(self) -> list[Tensor]:
         """The parameters."""
-        return [place.param for place in self.places]
+        return list(self.number_of)
 
     @property
     def present(self) -> frozenset[int]:
@@ -132,6 +155,12 @@ class OffloadBucket:
         value = self.sums[index] if self.sums is not None and index in self.summed else self.staging[index]
         return like_master(value, self.masters[index])
 
+    def away_of(self, p: Tensor) -> Kept | None:
+        """What is known of a gradient that has left and is still wanted."""
+        index = self.number_of.get(p)
+        found = None if index is None or index in self.dropped else self.away.get(index)
+        return None if found is None else found.kept
+
     def copies(self) -> dict[Tensor, Tensor] | None:
         """Where a step writes the new weights too."""
         if self.outgoing is None:
@@ -143,10 +172,57 @@ class OffloadBucket:
         """The new weights, in the type of the weights: what this process has of them."""
         return [local(master) for master in self.masters] if self.outgoing is None else self.outgoing
 
+    def aim(self) -> None:
+        """Before a step on the device: it writes to the weights that there are now, where it can write to them."""
+        for i, p in enumerate(self.params if self.on_device and self.outgoing is not None else ()):
+            weight = local(p).detach()
+            if not is_dense(weight) or is_lazy(weight):
+                master = local(self.masters[i])
+                weight = self.detours.setdefault(i, torch.empty_like(master, dtype=weight.dtype, requires_grad=False))
+            assert self.outgoing is not None  # noqa: S101
+            self.outgoing[i] = weight
+
+    def land(self) -> None:
+        """After a step on the device: give the others their values."""
+        for i in self.present & self.detours.keys():
+            local(self.params[i]).detach().copy_(self.detours[i])
+
+    def discard(self) -> None:
+        """Forget the gradients that were dropped."""
+        dropped, self.dropped = self.dropped, set()
+        if dropped:
+            self.staged -= dropped
+            self.summed -= dropped
+            self.squares = None
+
     def forget_gradients(self) -> None:
         """What the host has of them."""
         self.staged, self.summed = set(), set()
         self.squares = None
+
+    def moved(self, places: Sequence[Place | None]) -> dict[str, Any]:
+        """What is to change here, where parameters have gone elsewhere: others keep masters and gradients.
+
+        Args:
+            places: Where each is now; None: nowhere.
+        """
+        kept = [i for i, place in enumerate(places) if place is not None]
+        number = {old: new for new, old in enumerate(kept)}
+        lists = ("masters", "staging", "outgoing", "sums")
+        sets = ("staged", "summed", "since", "unsent", "dropped")
+        left: dict[str, Any] = {
+            name: [values[i] for i in kept] if (values := getattr(self, name)) else values for name in lists
+        }
+        left |= {name: {number[i] for i in getattr(self, name) if i in number} for name in sets}
+        for name in ("leaving", "away", "detours"):
+            left[name] = {number[i]: value for i, value in getattr(self, name).items() if i in number}
+        for name in ("fired", "usual"):
+            counts = getattr(self, name)
+            left[name] = counts and Counter({number[i]: n for i, n in counts.items() if i in number})
+        left["places"] = [place for place in places if place is not None]
+        left["number_of"] = {place.param: i for i, place in enumerate(left["places"])}
+        left["under_way"] = [number[i] for i in self.under_way if i in number]
+        return left | {"squares": None, "planned": None}
 
     def follow(self, indices: Iterable[int]) -> None:
         """Have masters be their weights, where these are not what they round to."""
@@ -206,7 +282,8 @@ def lay_out(buckets: Sequence[OffloadBucket], master_dtype: torch.dtype, *, pinn
         for bucket in same:
             bucket.masters = [master_of(p, next(masters)) for p in bucket.params]
             bucket.staging = [next(staging) for _ in bucket.places]
-            bucket.outgoing = None if outgoing is None else [next(outgoing) for _ in bucket.places]
+            if outgoing is not None:
+                bucket.outgoing = [next(outgoing).copy_(local(p).detach()) for p in bucket.params]
 
 
 def widened(dtype: torch.dtype, master_dtype: torch.dtype) -> torch.dtype:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +48,11 @@ class CudaTransport(Transport):
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+    def place(self) -> Callable[[], AbstractContextManager[Any]]:
+        """See :meth:`Transport.place`: the stream of who calls."""
+        stream = torch.cuda.current_stream(self._device)
+        return lambda: torch.cuda.stream(stream)
 
     def fetch(self, sources: Sequence[Tensor], targets: Sequence[Tensor], label: str) -> Ticket:
         """See :meth:`Transport.fetch`."""

@@ -2,43 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.engines.scaling import Scaling
 from lightning_optim.offload.buckets import Early, OffloadBucket
 from lightning_optim.offload.masters import GroupOptions
+from lightning_optim.offload.norm import FixedScaling, number_of
 from lightning_optim.offload.options import DetachedOptions
 from lightning_optim.offload.trace import Trace
 from lightning_optim.offload.transport import Ticket, Transport
 from lightning_optim.offload.whole import step_whole
+from lightning_optim.offload.worker import Job, Worker
 from lightning_optim.optimizers.shards import is_distributed, local, shards_of
+from lightning_optim.optimizers.stepper import Stepper
+
+#: Where a job is to run: entered by the thread, as where streams are concerned who called is meant.
+Place = Callable[[], AbstractContextManager[Any]]
 
 
-class FixedScaling(Scaling):
-    """Multiplies gradients by a number that is known, and leaves no step out."""
+class Progress:
+    """How far the step of several buckets has come.
 
-    def __init__(self, number: float) -> None:
-        super().__init__()
-        object.__setattr__(self, "number", torch.tensor(number, dtype=torch.float64, device="cpu"))
+    Attributes:
+        begun: Whether a weight has changed.
+        refused: Why no other bucket is to be stepped: the first one could not be.
+    """
 
-    def skip(self) -> bool:
-        """See :meth:`Scaling.skip`."""
-        return False
-
-    def factor(self) -> Tensor | None:
-        """See :meth:`Scaling.factor`."""
-        return self.number  # type: ignore[attr-defined] # of a frozen dataclass
+    def __init__(self) -> None:
+        self.begun = False
+        self.refused: BaseException | None = None
 
 
 class HostSide:
     """A thread, and what it does.
+
+    All that changes masters, state and weights is done by it: an interrupt comes up in the main thread, and so breaks
+    off the waiting for a step, never the step.
 
     Args:
         options: What was chosen.
@@ -47,23 +52,36 @@ class HostSide:
     Attributes:
         threads: How many threads a job may use: as many as who steps has, or has been given since. (OpenMP keeps that
             number for each thread; one that asks for itself never hears of ``torch.set_num_threads``.)
-        closed: Whether no job is done any more.
     """
 
     def __init__(self, options: DetachedOptions, trace: Trace | None) -> None:
         self.threads = torch.get_num_threads()
-        self.closed = False
         self._options, self._trace = options, trace
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lightning-optim")
+        self._worker = Worker("lightning-optim")
 
-    def submit(self, job: Callable[..., None], *args: Any) -> Future[None]:
+    @property
+    def closed(self) -> bool:
+        """Whether no job is done any more."""
+        return self._worker.closed
+
+    def job(self, work: Callable[..., None], *args: Any) -> Job:
+        """A job that is still to be started: who keeps it first can see to its end, whatever breaks off."""
+        return Job(partial(_in_its_place, self.threads, work, *args))
+
+    def start(self, jobs: Sequence[Job]) -> None:
+        """Have jobs done, after all that were started before them; those that were started already stay so."""
+        for job in jobs:
+            self._worker.do(job)
+
+    def submit(self, work: Callable[..., None], *args: Any) -> Job:
         """Have a job done, after all that were submitted before it."""
-        return self._thread.submit(_in_its_place, self.threads, job, *args)
+        job = self.job(work, *args)
+        self.start([job])
+        return job
 
     def close(self) -> None:
         """End the thread, when all jobs are done."""
-        self.closed = True
-        self._thread.shutdown()
+        self._worker.close()
 
     # -- jobs ---------------------------------------------------------------------------------------------------
 
@@ -79,8 +97,12 @@ class HostSide:
             bucket.summed |= bucket.staged
             bucket.staged = set()
 
-    def measure(self, buckets: list[OffloadBucket]) -> None:
+    def measure(self, buckets: Sequence[OffloadBucket], place: Place = nullcontext) -> None:
         """Find the sum of squares of each bucket's gradients."""
+        with place():
+            self._measure(buckets)
+
+    def _measure(self, buckets: Sequence[OffloadBucket]) -> None:
         for bucket in buckets:
             with self._recorded("norm", bucket.label):
                 if bucket.stepper is None:
@@ -91,12 +113,12 @@ class HostSide:
                         part = torch.linalg.vector_norm(mine.double()).square()
                         bucket.squares.setdefault(where, []).append(part)
                 else:
-                    self._plan(bucket, scaled=True)
+                    self._plan(bucket, bucket.present, scaled=True)
                     bucket.squares = bucket.stepper.local_squares()
 
     def update_early(self, bucket: OffloadBucket, number: float | None, options: GroupOptions) -> None:
         """Do the step of a bucket before that of the others, as if it would be the same then."""
-        self._update(bucket, _scaling(number), options)
+        self._update(bucket, FixedScaling.of(number), options)
         bucket.early = Early(options, number, bucket.present)
 
     def take_back(self, buckets: list[OffloadBucket]) -> None:
@@ -110,57 +132,110 @@ class HostSide:
     def leave_out(self, buckets: list[OffloadBucket]) -> None:
         """As if there had been no step; first ones are still to come."""
         self.take_back(buckets)
-        for bucket in buckets:
-            if bucket.stepper is not None:
-                bucket.stepper.abandon()
+        self._abandon(buckets)
 
     def forget(self, buckets: list[OffloadBucket]) -> None:
         """Forget gradients, and what was done with them before the step."""
         for bucket in buckets:
             bucket.forget_gradients()
         self.take_back(buckets)
+        self._abandon(buckets)
+
+    def prepare(
+        self,
+        buckets: Sequence[OffloadBucket],
+        scaling: Scaling | None,
+        options: GroupOptions,
+        place: Place = nullcontext,
+    ) -> None:
+        """Plan the step of all buckets: what can go wrong in that does so before anything has changed.
+
+        Args:
+            buckets: Those with gradients.
+            scaling: How gradients are unscaled and clipped.
+            options: Of the param groups.
+            place: Where to run.
+        """
+        number = number_of(scaling)
+        try:
+            with place():
+                for bucket in buckets:
+                    if bucket.stepper is None or bucket.early == Early(options, number, bucket.present):
+                        continue
+                    if self._forget_early(bucket) is not None:
+                        self._undo(bucket)
+                    self._plan_update(bucket, scaling, options)
+        except BaseException:
+            self._abandon(buckets)
+            raise
 
     def step(
         self,
-        optimizer: Optimizer,
-        buckets: list[OffloadBucket],
-        number: float | None,
+        bucket: OffloadBucket,
+        scaling: Scaling | None,
         options: GroupOptions,
         then: Callable[[OffloadBucket], None] | None,
+        progress: Progress,
+        place: Place = nullcontext,
     ) -> None:
-        """The step of all buckets.
+        """The step of a bucket that was prepared. What fails is tried once more, as the others' steps are not undone.
+
+        Args:
+            bucket: It has gradients.
+            scaling: How they are unscaled and clipped.
+            options: Of the param groups.
+            then: Called with the bucket when it is done.
+            progress: Of the step that this is part of.
+            place: Where to run.
+
+        Raises:
+            BaseException: What failed, also if it then went well.
+        """
+        if progress.refused is not None:
+            self._abandon([bucket])
+            raise progress.refused
+        failed: BaseException | None = None
+        with place():
+            early = self._forget_early(bucket)
+            if early is not None:
+                bucket.unsent = set() if early.sent else bucket.unsent | bucket.present
+            else:
+                try:
+                    self._update(bucket, scaling, options)
+                    bucket.unsent |= bucket.present
+                except BaseException as error:
+                    failed = error
+                    bucket.unsent |= self._try_again(bucket, scaling, options)
+                    if not (progress.begun or bucket.unsent):
+                        progress.refused = error
+                        raise
+            progress.begun = True
+            failed = _again(then, bucket) or failed
+        if failed is not None:
+            raise failed
+
+    def step_all(
+        self,
+        optimizer: Optimizer,
+        buckets: Sequence[OffloadBucket],
+        number: float | None,
+        then: Callable[[OffloadBucket], None] | None,
+    ) -> None:
+        """The step of all buckets by the optimizer's own.
 
         Args:
             optimizer: Whose step it is.
-            buckets: Those with gradients, in the order in which they came.
+            buckets: Those with gradients.
             number: What gradients are multiplied by.
-            options: Of the param groups.
-            then: Called with each bucket that is done.
+            then: Called with each bucket when all are done.
         """
-        if any(bucket.stepper is None for bucket in buckets):
-            with self._recorded("update", "all"):
-                step_whole(optimizer, buckets, number)
-            for bucket in buckets:
-                bucket.unsent |= bucket.present
-        # The layers that the next forward pass begins with come first; where it has begun already, those whose
-        # gradients the next backward pass brings first.
-        for bucket in reversed(buckets) if then is not None else buckets:
-            if bucket.stepper is not None:
-                early = self._forget_early(bucket)
-                if early == Early(options, number, bucket.present):
-                    bucket.unsent = set() if early.sent else bucket.unsent | bucket.present
-                else:
-                    if early is not None:
-                        self._undo(bucket)
-                    self._update(bucket, _scaling(number), options)
-                    bucket.unsent |= bucket.present
-            if then is not None:
-                then(bucket)
-
-    def step_here(self, buckets: list[OffloadBucket], scaling: Scaling | None, options: GroupOptions) -> None:
-        """The step of buckets that stay on the device: by who calls, on the stream of who calls."""
+        with self._recorded("update", "all"):
+            step_whole(optimizer, buckets, number)
         for bucket in buckets:
-            self._update(bucket, scaling, options)
+            bucket.unsent |= bucket.present
+        failed = [error for bucket in reversed(buckets) if (error := _again(then, bucket)) is not None]
+        if failed:
+            raise failed[0]
 
     def send(self, buckets: list[OffloadBucket], transport: Transport, fence: Any) -> None:
         """Have new weights leave for the device: only new ones, as the others are there, and not where they leave."""
@@ -205,11 +280,34 @@ class HostSide:
 
     # -- parts of jobs ------------------------------------------------------------------------------------------
 
-    def _plan(self, bucket: OffloadBucket, *, scaled: bool) -> None:
+    def _plan(self, bucket: OffloadBucket, members: Iterable[int], *, scaled: bool) -> None:
         assert bucket.stepper is not None  # noqa: S101 # who calls knows
-        grads = {bucket.masters[i]: bucket.gradient(i) for i in bucket.present}
+        bucket.planned = None
+        grads = {bucket.masters[i]: bucket.gradient(i) for i in members}
         undo = bucket.undo if self._keeps_old(bucket) else None
         bucket.stepper.plan(grads, bucket.copies(), scaled=scaled, undo=undo)
+
+    def _plan_update(
+        self,
+        bucket: OffloadBucket,
+        scaling: Scaling | None,
+        options: GroupOptions,
+        members: Iterable[int] | None = None,
+    ) -> None:
+        assert bucket.view is not None  # noqa: S101 # who calls knows
+        bucket.view.options = options
+        bucket.aim()
+        scaled = scaling is not None and scaling.factor() is not None
+        self._plan(bucket, bucket.present if members is None else members, scaled=scaled)
+        bucket.planned = options
+
+    @staticmethod
+    def _abandon(buckets: Sequence[OffloadBucket]) -> None:
+        """Let go of what was planned: first steps are still to come."""
+        for bucket in buckets:
+            bucket.planned = None
+            if bucket.stepper is not None:
+                bucket.stepper.abandon()
 
     @staticmethod
     def _forget_early(bucket: OffloadBucket) -> Early | None:
@@ -223,23 +321,40 @@ class HostSide:
         return self._options.clip == "speculative" and not bucket.on_device
 
     def _update(self, bucket: OffloadBucket, scaling: Scaling | None, options: GroupOptions) -> None:
-        assert bucket.view is not None  # noqa: S101 # who calls knows
-        assert bucket.stepper is not None  # noqa: S101
-        bucket.sent.wait()  # the last weights may still be on their way
-        bucket.view.options = options
+        assert bucket.stepper is not None  # noqa: S101 # who calls knows
         with self._recorded("update", bucket.label):
+            past = bucket.stepper._past
             try:
-                self._plan(bucket, scaled=scaling is not None and scaling.factor() is not None)
-            except BaseException:
-                bucket.stepper.abandon()
-                raise
-            try:
+                bucket.sent.wait()  # the last weights may still be on their way
+                if bucket.planned is not options:
+                    self._plan_update(bucket, scaling, options)
+                bucket.planned = None
                 bucket.stepper.run(scaling)
             except BaseException:
-                if self._keeps_old(bucket):
+                if bucket.stepper._past not in (None, past):
                     bucket.stepper.undo()
-                bucket.stepper.abandon()
+                self._abandon([bucket])
                 raise
+            bucket.land()
+
+    def _try_again(self, bucket: OffloadBucket, scaling: Scaling | None, options: GroupOptions) -> set[int]:
+        """Step those of a bucket's parameters that a failed step has left as they were.
+
+        Returns:
+            The parameters that have been stepped.
+        """
+        stepper = bucket.stepper
+        assert stepper is not None  # noqa: S101 # who calls knows
+        written = set() if self._keeps_old(bucket) else {p for planned in stepper._written for p in planned.params}
+        if type(stepper) is not Stepper and (written or getattr(stepper, "_direct", stepper)._written):
+            return set()  # a step of several passes cannot be taken up in the middle
+        done = {i for i in bucket.present if bucket.masters[i] in written}
+        try:
+            self._plan_update(bucket, scaling, options, bucket.present - done)
+            self._update(bucket, scaling, options)
+        except BaseException:  # told the first time
+            return done
+        return set(bucket.present)
 
     def _undo(self, bucket: OffloadBucket) -> None:
         if self._options.clip == "none":
@@ -257,8 +372,17 @@ class HostSide:
         return nullcontext() if self._trace is None else self._trace.record(kind, label)
 
 
-def _scaling(number: float | None) -> Scaling | None:
-    return None if number is None else FixedScaling(number)
+def _again(then: Callable[[OffloadBucket], None] | None, bucket: OffloadBucket) -> BaseException | None:
+    """Do it, and if it fails once more; returns what failed."""
+    if then is None:
+        return None
+    try:
+        then(bucket)
+    except BaseException as error:
+        with suppress(BaseException):  # told the first time
+            then(bucket)
+        return error
+    return None
 
 
 def _in_its_place(threads: int, job: Callable[..., None], *args: Any) -> None:

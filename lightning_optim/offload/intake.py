@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_optim.offload.away import Away, Kept
 from lightning_optim.offload.buckets import OffloadBucket
 from lightning_optim.offload.host import HostSide
 from lightning_optim.offload.placing import Placement
+from lightning_optim.offload.transport import Ticket
 from lightning_optim.optimizers.shards import is_distributed, local, same_parts
 
 #: For a bucket whose gradients are complete: what is done with them on the host before the step, if anything.
@@ -39,19 +41,27 @@ class Intake:
         self.measures = False
         self._host, self._placement, self._overlap, self._patient = host, placement, overlap, patient
         self._early: EarlyUpdate = _nothing
-        self._handles: list[Any] = []
+        self._watched: dict[Tensor, list[Any]] = {}
         self._awaits_end = False
         # Hooks of a pipeline that was dropped do nothing; but they would stay for as long as the model.
-        weakref.finalize(self, _remove, self._handles)
+        weakref.finalize(self, _remove, self._watched)
 
     def watch(self, bucket: OffloadBucket) -> None:
         """Take the gradients of a bucket from here on."""
-        if not self._overlap or bucket.on_device:
+        if bucket.watched or not self._overlap or bucket.on_device or any(map(_is_others, bucket.params)):
             return
-        for index, p in enumerate(bucket.params):
+        for p in bucket.params:
             # A hook that held its owner, or the bucket, would keep masters and state alive as long as the model.
-            hook = partial(_on_gradient, weakref.ref(self), weakref.ref(bucket), index)
-            self._handles.append(p.register_post_accumulate_grad_hook(hook))
+            hook = partial(_on_gradient, weakref.ref(self), weakref.ref(bucket))
+            self._watched.setdefault(p, []).append(p.register_post_accumulate_grad_hook(hook))
+        bucket.watched = True
+
+    def unwatch(self, params: Iterable[Tensor]) -> None:
+        """Leave the gradients of these parameters where they are, as those that were taken already."""
+        for p in params:
+            if isinstance(p.grad, Away):
+                p.grad = p.grad.kept.value()
+            _remove({p: self._watched.pop(p, [])})
 
     def update_early(self, early: EarlyUpdate) -> None:
         """Say what is to be done with complete gradients before the step.
@@ -65,9 +75,11 @@ class Intake:
     def collect(self) -> None:
         """Fetch what has not been fetched, and wait for all."""
         for bucket in self._placement.buckets:
-            if not self._overlap:
-                bucket.forget_gradients()  # those in their places have all of the window in them
+            if not bucket.watched:  # those in their places have all of the window in them
+                bucket.forget_gradients()
+                bucket.leaving = {}
             if not bucket.on_device:
+                self._heed(bucket)
                 self._ship(bucket)
         self.wait()
 
@@ -79,6 +91,8 @@ class Intake:
         """
         errors: list[BaseException] = []
         for bucket in self._placement.buckets:
+            if not bucket.arrivals:
+                bucket.fetched.wait()  # of whom a job that was broken off does not know
             bucket.arrivals = [job for job in bucket.arrivals if job.exception() is not None]
             errors += [error for job in bucket.arrivals if (error := job.exception()) is not None]
         if errors:
@@ -89,6 +103,10 @@ class Intake:
         for bucket in self._placement.buckets:
             for job in bucket.arrivals:
                 job.exception()
+            for p in bucket.params if bucket.away else ():
+                if isinstance(p.grad, Away):
+                    p.grad = None
+            bucket.away, bucket.dropped, bucket.leaving, bucket.fetched = {}, set(), {}, Ticket()
             bucket.arrivals = []
             bucket.since.clear()
             bucket.fired.clear()
@@ -104,10 +122,17 @@ class Intake:
 
     def close(self) -> None:
         """Take no gradients any more."""
-        _remove(self._handles)
+        _remove(self._watched)
 
-    def on_gradient(self, bucket: OffloadBucket, index: int) -> None:
+    def before_gradient(self, bucket: OffloadBucket, index: int) -> None:
+        """A gradient is going to be added to, whose sum so far may be on the host."""
+        self._step_aside(bucket, index)
+
+    def on_gradient(self, bucket: OffloadBucket, p: Tensor) -> None:
         """A gradient was added to. Gradients of one bucket come from one thread: that of its device."""
+        index = bucket.number_of.get(p)
+        if index is None or not bucket.watched:
+            return
         bucket.since.add(index)
         if self.last:
             bucket.fired[index] += 1
@@ -135,25 +160,35 @@ class Intake:
         bucket.since.clear()
         if not bucket.mine:
             return
-        grads = {i: p.grad for i, p in enumerate(bucket.params) if p.grad is not None}
-        if not grads:
+        if bucket.watched and not bucket.present and any(map(_is_others, bucket.params)):
+            bucket.watched = False  # somebody else wants to see them: from here on they stay
+            return
+        places = {i: p.grad for i, p in enumerate(bucket.params)}
+        grads = {
+            i: g for i, g in places.items() if not (g is None or isinstance(g, Away) or bucket.leaving.get(i) is g)
+        }
+        if not grads and not bucket.dropped:
+            self._let_go(bucket)
             return
         for i, grad in grads.items():
             _check(bucket.params[i], grad, bucket.staging[i].dtype)
         for job in bucket.arrivals:
             job.result()
-        if bucket.early is not None:  # more of a gradient that was taken for complete
+        bucket.fetched.wait()
+        if bucket.early is not None:  # more of a gradient that was taken for complete, or less
             self._host.submit(self._host.take_back, [bucket]).result()
+        bucket.discard()
+        if not grads:
+            return
         if bucket.staged:
-            self._host.submit(self._host.fold, bucket).result()
+            bucket.arrivals.append(self._host.submit(self._host.fold, bucket))
+            bucket.arrivals[-1].result()
         bucket.squares = None
         targets = [bucket.staging[i] for i in grads]
         sources = [_own_part(bucket.params[i], grad) for i, grad in grads.items()]
         ticket = self._placement.transport.fetch(sources, targets, bucket.label)
-        bucket.staged = set(grads)
-        if self._overlap:
-            for i in grads:
-                bucket.params[i].grad = None
+        # Together: whatever breaks off here, a gradient is either still to be fetched or already known to have been.
+        bucket.fetched, bucket.staged, bucket.leaving = ticket, set(grads), dict(grads)
         known = complete and bucket.stepper is not None
         arrived = partial(
             self._host.arrive,
@@ -164,17 +199,62 @@ class Intake:
             early=self._early(bucket) if known else None,
         )
         bucket.arrivals.append(self._host.submit(arrived))
+        self._let_go(bucket)
+
+    def _let_go(self, bucket: OffloadBucket) -> None:
+        """Free the gradients that have been fetched; where more of them is to come, something stands in their place."""
+        for i, grad in bucket.leaving.items() if bucket.watched else ():
+            p = bucket.params[i]
+            if p.grad is not grad:
+                continue
+            if self.last or is_distributed(p):
+                p.grad = None
+            else:
+                bucket.away[i] = p.grad = Away(Kept(bucket, p), p)
+                if len(self._watched[p]) == 1:
+                    hook = partial(_before_gradient, weakref.ref(self), weakref.ref(bucket), weakref.ref(p))
+                    self._watched[p].append(p.register_hook(hook))
+        bucket.leaving = {}
+
+    def _heed(self, bucket: OffloadBucket) -> None:
+        """Notice gradients on the host that were dropped, changed or replaced where something stands for them."""
+        for i in list(bucket.away):
+            p = bucket.params[i]
+            if p.grad is not bucket.away[i] or bucket.away[i].kept.changed() is not None:
+                self._step_aside(bucket, i)
+
+    def _step_aside(self, bucket: OffloadBucket, index: int) -> None:
+        """Take away what stands in a gradient's place; whatever somebody has put there instead stays."""
+        away = bucket.away.pop(index, None)
+        if away is None:
+            return
+        p = bucket.params[index]
+        if p.grad is not away:
+            bucket.dropped.add(index)
+        elif (changed := away.kept.changed()) is not None:
+            bucket.dropped.add(index)
+            p.grad = changed
+        else:
+            p.grad = None
 
 
 def _nothing(bucket: OffloadBucket) -> None:
     del bucket
 
 
-def _on_gradient(owner: weakref.ref[Intake], taken: weakref.ref[OffloadBucket], index: int, p: Tensor) -> None:
-    del p
+def _on_gradient(owner: weakref.ref[Intake], taken: weakref.ref[OffloadBucket], p: Tensor) -> None:
     intake, bucket = owner(), taken()
     if intake is not None and bucket is not None:
-        intake.on_gradient(bucket, index)
+        intake.on_gradient(bucket, p)
+
+
+def _before_gradient(
+    owner: weakref.ref[Intake], taken: weakref.ref[OffloadBucket], whose: weakref.ref[Tensor], grad: Tensor
+) -> None:
+    del grad
+    intake, bucket, p = owner(), taken(), whose()
+    if intake is not None and bucket is not None and p is not None and p in bucket.number_of:
+        intake.before_gradient(bucket, bucket.number_of[p])
 
 
 def _on_end(owner: weakref.ref[Intake]) -> None:
@@ -182,10 +262,19 @@ def _on_end(owner: weakref.ref[Intake]) -> None:
         intake.on_end()
 
 
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()
+def _remove(watched: dict[Tensor, list[Any]]) -> None:
+    for p, handles in watched.items():
+        for handle in handles:
+            handle.remove()
+        if isinstance(p.grad, Away):
+            p.grad = None
+    watched.clear()
+
+
+def _is_others(p: Tensor) -> bool:
+    """Whether hooks that are not ours see a gradient when it is complete."""
+    hooks = getattr(p, "_post_accumulate_grad_hooks", None) or {}
+    return any(getattr(hook, "func", None) is not _on_gradient for hook in hooks.values())
 
 
 def _check(p: Tensor, grad: Tensor, dtype: torch.dtype) -> None:

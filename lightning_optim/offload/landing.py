@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_optim.offload.buckets import OffloadBucket
+from lightning_optim.offload.worker import Job
 
 
 class Landing:
@@ -26,10 +25,10 @@ class Landing:
         receive: Called with a bucket whose weights are on their way: whatever comes next on the device comes after.
     """
 
-    def __init__(self, module: nn.Module, receive: Callable[[Sequence[OffloadBucket]], None]) -> None:
+    def __init__(self, module: nn.Module, receive: Callable[[Sequence[OffloadBucket]], list[BaseException]]) -> None:
         self._receive = weakref.WeakMethod(receive)
-        self._left: dict[OffloadBucket, Future[None]] = {}
-        self._job: Future[None] | None = None
+        self._left: dict[OffloadBucket, Job] = {}
+        self._start: Callable[[], None] = _nothing
         self._owners: dict[Tensor, list[nn.Module]] = {}
         self._called: set[nn.Module] = set()
         self._handles: list[Any] = []
@@ -51,24 +50,15 @@ class Landing:
         """Whether a forward pass was seen, so that it is known who waits."""
         return bool(self._called)
 
-    def begin(self, buckets: Sequence[OffloadBucket]) -> Callable[[OffloadBucket], None]:
+    def begin(self, left: Mapping[OffloadBucket, Job], start: Callable[[], None]) -> None:
         """Buckets are going to be sent.
 
         Args:
-            buckets: All of them.
-
-        Returns:
-            To be called with each one that was sent.
+            left: Those that are, and what sends each.
+            start: Has these jobs done, if it was broken off before they were started.
         """
-        left: dict[OffloadBucket, Future[None]] = {bucket: Future() for bucket in buckets}
+        self._start = start
         self._left = dict(left)
-        return lambda bucket: left[bucket].set_result(None)
-
-    def follow(self, job: Future[None]) -> None:
-        """The job that sends them: if it fails, so do all that wait."""
-        self._job = job
-        for future in self._left.values():
-            job.add_done_callback(partial(_settle, future))
 
     def before_all(self) -> None:
         """Wait for the weights that no call of a module waits for."""
@@ -77,9 +67,6 @@ class Landing:
     def finish(self) -> None:
         """Wait for all that is left."""
         self._land(list(self._left))
-        job, self._job = self._job, None
-        if job is not None:
-            job.result()
 
     def close(self) -> None:
         """Wait no more."""
@@ -102,20 +89,20 @@ class Landing:
         return not any(owner in self._called for owner in self._owners.get(p, ()))
 
     def _land(self, buckets: Sequence[OffloadBucket]) -> None:
-        for bucket in buckets:
-            self._left.pop(bucket).result()
-        if buckets and (receive := self._receive()) is not None:
-            receive(buckets)
+        if not buckets:
+            return
+        self._start()
+        failed = [error for bucket in buckets if (error := self._left[bucket].exception()) is not None]
+        if (receive := self._receive()) is not None:
+            failed += receive(buckets)
+        for bucket in buckets:  # not before: if the waiting is broken off, the next one waits
+            self._left.pop(bucket, None)
+        if failed:
+            raise failed[0]
 
 
-def _settle(future: Future[None], done: Future[None]) -> None:
-    if future.done():
-        return
-    error = done.exception()
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
+def _nothing() -> None:
+    pass
 
 
 def _before_call(owner: weakref.ref[Landing], own: Sequence[Tensor], *, root: bool) -> Callable[..., None]:

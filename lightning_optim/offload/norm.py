@@ -36,3 +36,32 @@ def scaling_on_host(max_norm: float | None, loss: LossScale | None, squares: Ten
         scale = None if loss.scale is None else loss.scale.cpu()
         loss = LossScale(scale, loss.found_inf.cpu().clone(), loss.check)
     return Scaling(max_norm, loss, squares)
+
+
+class FixedScaling(Scaling):
+    """Multiplies gradients by a number that is known, and leaves no step out."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        object.__setattr__(self, "number", torch.tensor(number, dtype=torch.float64, device="cpu"))
+
+    number: Tensor
+
+    @classmethod
+    def of(cls, number: float | None) -> FixedScaling | None:
+        """By this number; None: as they are."""
+        return None if number is None else cls(number)
+
+    def skip(self) -> bool:
+        """See :meth:`Scaling.skip`."""
+        return False
+
+    def factor(self) -> Tensor | None:
+        """See :meth:`Scaling.factor`."""
+        return self.number
+
+
+def number_of(scaling: Scaling | None) -> float | None:
+    """What gradients are multiplied by; None: nothing."""
+    factor = None if scaling is None else scaling.factor()
+    return None if factor is None else float(factor)

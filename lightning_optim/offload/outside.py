@@ -39,7 +39,7 @@ class Outside:
 
     def changed(self, bucket: OffloadBucket) -> list[int]:
         """The weights of a bucket that are others."""
-        return [i for i, p in enumerate(bucket.params) if self._seen[p] != _version(p)]
+        return [i for i, p in enumerate(bucket.params) if self._seen.get(p) != _version(p)]
 
 
 def _version(p: Tensor) -> tuple[int, int]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 
@@ -29,6 +28,7 @@ from torch.optim import Optimizer
 from lightning_optim.engines.base import Decision
 from lightning_optim.engines.scaling import LossScale, Scaling, needs_squares
 from lightning_optim.offload.buckets import OffloadBucket
+from lightning_optim.offload.execution import Execution
 from lightning_optim.offload.host import HostSide
 from lightning_optim.offload.intake import Intake
 from lightning_optim.offload.landing import Landing
@@ -39,13 +39,16 @@ from lightning_optim.offload.outside import Outside
 from lightning_optim.offload.placing import Placement
 from lightning_optim.offload.replicas import Replicas
 from lightning_optim.offload.trace import Trace
-from lightning_optim.offload.transport import Ticket, Transport
+from lightning_optim.offload.transport import Transport
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.optimizers.shards import local
 
 
 class Detached:
     """Steps an optimizer's parameters from masters in host memory.
+
+    A step that fails, or is broken off by an interrupt, is either not done or done. If a bucket's update fails in the
+    middle of it, the others' are, and it is tried once more; the error comes up in any case.
 
     The optimizer stays what it is: its param groups with the weights in them, its schedules and hooks; its state is
     in host memory, in the format of always. Who wants a step calls :meth:`step` instead of ``optimizer.step()``.
@@ -108,13 +111,14 @@ class Detached:
         self._intake = Intake(self._host, self._placement, overlap=overlap, patient=self.options.clip == "none")
         self._intake.update_early(self._early_update)
         self._outside = Outside(optimizer)
-        self._unpublished: Future[None] | None = None
-        self._landing = Landing(module, self._receive) if module is not None and waits else None
+        self._awaited: dict[Tensor, Tensor] = {}
+        self._execution = Execution(self._host, self._placement, self.options, self._outside, replicas)
+        self._landing = Landing(module, self._execution.receive) if module is not None and waits else None
+        self._execution.landing = self._landing
         self._grow()
 
     # -- for users ----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, *, loss: LossScale | None = None, max_grad_norm: float | None = None) -> None:
         """Update all parameters that have a gradient.
 
@@ -126,77 +130,14 @@ class Detached:
             RuntimeError: A gradient that is sparse or of another type than its weight; what failed before the step.
             ValueError: Clipping or a loss scale with ``clip="none"``.
         """
-        optimizer = self.optimizer
-        max_norm = self._placement.max_grad_norm(optimizer) if max_grad_norm is None else max_grad_norm
-        self.options.check_step(max_norm, loss)
-        self._host.threads = torch.get_num_threads()
-        self.publish()
-        self._grow()
-        self._follow()
-        transport, delayed = self._placement.transport, self.options.delay_one_step
-        # Not where the next forward pass waits for them: it wants those first that were updated last.
-        if self.options.clip != "exact" and max_norm is None and loss is None and self._landing is None:
-            self._host.send_early(self._placement.buckets, GroupOptions(optimizer), transport, transport.fence())
-        self._intake.collect()
-        self._intake.measures = needs_squares(max_norm, loss)
-        work = [bucket for bucket in self._placement.buckets if bucket.mine and bucket.present]
-        if not work and not (self.replicas is not None and self._placement.has_gradients()):
-            self._end_window(None)
-            return
-        squares = self._total(work) if self._intake.measures else None
-        scaling = scaling_on_host(max_norm, loss, squares)
-        self._end_window(scaling)
-        if scaling is not None and scaling.skip():
-            if loss is not None:
-                loss.found_inf.fill_(1.0)
-            self._host.submit(self._host.leave_out, work).result()
-            return
-        options = GroupOptions(optimizer)
-        factor = None if scaling is None else scaling.factor()
-        number = None if factor is None else float(factor)
-        travelling = [bucket for bucket in work if not bucket.on_device]
-        fence = transport.fence()
-        landing = self._landing if self._landing is not None and self._landing.is_known else None
-        landed = None if landing is None else landing.begin(travelling)
-
-        def send(bucket: OffloadBucket) -> None:
-            self._host.send([bucket], transport, fence)
-            if landed is not None:
-                landed(bucket)
-
-        done = self._host.submit(self._host.step, optimizer, travelling, number, options, None if delayed else send)
-        # By this schedulers see that a step came before theirs.
-        optimizer._opt_called = True  # type: ignore[attr-defined] # torch sets it the same way, from outside
-        if delayed:
-            self._unpublished = done
-            return
-        if landing is not None:
-            landing.follow(done)
-        try:
-            self._host.step_here([bucket for bucket in work if bucket.on_device], scaling, options)
-            if landing is None:
-                done.result()
-        finally:
-            if landing is None:
-                done.exception()
-                self._receive(self._placement.buckets)
-            else:
-                self._receive([bucket for bucket in work if bucket.on_device])
+        with torch.inference_mode(False), torch.no_grad():
+            self._step(loss, max_grad_norm)
 
     def publish(self) -> None:
         """Wait for an update that was delayed, or is on its way, and have the weights be those after it."""
         if self._landing is not None:
             self._landing.finish()
-        if self._unpublished is None:
-            return
-        done, self._unpublished = self._unpublished, None
-        done.result()
-        # Weights that were changed meanwhile are what was wanted last.
-        for bucket in self._placement.buckets:
-            bucket.follow(self._outside.changed(bucket))
-        transport = self._placement.transport
-        self._host.submit(self._host.send, self._placement.buckets, transport, transport.fence()).result()
-        self._receive(self._placement.buckets)
+        self._execution.publish()
 
     def await_uncalled(self) -> None:
         """Before a forward pass that does not begin with a call of the module, where ``wait="forward"``."""
@@ -206,15 +147,18 @@ class Detached:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, on the device and on the host.
 
-        Those on the host are known to nobody else: ``optimizer.zero_grad()`` and ``module.zero_grad()`` leave them.
+        Those that have left for the host after the last backward pass of a window are known to nobody else:
+        ``optimizer.zero_grad()`` and ``module.zero_grad()`` leave them. (While :attr:`last` is False, something stands
+        in their places, by which they are dropped as well.)
 
         Args:
             set_to_none: Otherwise those that are still on the device become zeros.
         """
+        self._execution.finish()
         self._intake.forget()
         job = self._host.submit(self._host.forget, self._placement.buckets)
         landing = self._landing is not None and self._landing.is_pending
-        if self._unpublished is None and not landing:
+        if not self._execution.is_under_way and not landing:
             job.result()
         else:  # an update still reads them: whoever brings the next waits
             for bucket in self._placement.buckets:
@@ -227,6 +171,7 @@ class Detached:
         They are those of the last step; with ``clip="none"`` some may be ahead of it, from a backward pass to the step.
         """
         self.publish()
+        self._grow()
         self._settle()
         return {
             place.param: master
@@ -249,11 +194,21 @@ class Detached:
         Args:
             values: By parameter, what its master was, as a whole or as this process has it.
 
+        Those of parameters that require no gradients yet are kept until they do.
+
         Returns:
             The parameters whose weights are others than these masters would give; these masters are left alone.
         """
+        masters = self.masters()
+        if (optimizer := self._optimizer()) is not None:
+            frozen = (p for group in optimizer.param_groups for p in group["params"] if not p.requires_grad)
+            self._awaited |= {p: values[p] for p in frozen if p in values and p not in masters}
+        return self._set(masters, values)
+
+    @staticmethod
+    def _set(masters: Mapping[Tensor, Tensor], values: Mapping[Tensor, Tensor]) -> list[Tensor]:
         strange = []
-        for p, master in self.masters().items():
+        for p, master in masters.items():
             value = values.get(p)
             if value is None:
                 continue
@@ -284,11 +239,17 @@ class Detached:
         if self._landing is not None:
             self._landing.close()
         try:
-            self.publish()
-            self._settle()
+            if not self.closed:
+                self.publish()
+                self._settle()
         finally:
             self._host.close()
             self._placement.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more steps."""
+        return self._host.closed
 
     @property
     def last(self) -> bool:
@@ -313,17 +274,62 @@ class Detached:
 
     # -- a step -------------------------------------------------------------------------------------------------
 
+    def _step(self, loss: LossScale | None, max_grad_norm: float | None) -> None:
+        optimizer = self.optimizer
+        max_norm = self._placement.max_grad_norm(optimizer) if max_grad_norm is None else max_grad_norm
+        self.options.check_step(max_norm, loss)
+        self._host.threads = torch.get_num_threads()
+        self.publish()
+        self._grow()
+        self._follow()
+        transport = self._placement.transport
+        # Not where the next forward pass waits for them: it wants those first that were updated last.
+        if self.options.clip != "exact" and max_norm is None and loss is None and self._landing is None:
+            self._host.send_early(self._placement.buckets, GroupOptions(optimizer), transport, transport.fence())
+        self._intake.collect()
+        self._intake.measures = needs_squares(max_norm, loss)
+        work = [bucket for bucket in self._placement.buckets if bucket.mine and bucket.present]
+        if not work and not (self.replicas is not None and self._placement.has_gradients()):
+            self._end_window(None)
+            return
+        squares = self._total(work) if self._intake.measures else None
+        scaling = scaling_on_host(max_norm, loss, squares)
+        self._end_window(scaling)
+        if scaling is not None and scaling.skip():
+            if loss is not None:
+                loss.found_inf.fill_(1.0)
+            self._host.submit(self._host.leave_out, work).result()
+            return
+        self._execution.do(optimizer, work, scaling)
+
     def _grow(self) -> None:
-        """Take in the parameters that require gradients and are new: groups may be added, and unfrozen."""
-        made = self._placement.grow(self.optimizer)
-        self._placement.bring_state(self.optimizer, made)
-        for bucket in made:
-            self._outside.note(bucket.params)
-            self._intake.watch(bucket)
+        """Take in the parameters that require gradients and are new, and follow those that have changed places."""
+        optimizer = self._optimizer()
+        if optimizer is None or self._host.closed or self._placement.is_current(optimizer):
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            for bucket, places in self._placement.moved(optimizer):
+                self._host.submit(self._host.take_back, [bucket]).result()  # it was done with other groups' options
+                self._intake.unwatch([p for p, place in zip(bucket.params, places, strict=True) if place is None])
+                self._placement.rearrange(optimizer, bucket, places)
+            made = self._placement.grow(optimizer)
+            self._placement.bring_state(optimizer, made)
+            for bucket in made:
+                self._outside.note(bucket.params)
+                found = dict(zip(bucket.params, bucket.masters, strict=False))
+                self._set(found, self._awaited)
+                self._awaited = {p: value for p, value in self._awaited.items() if p not in found}
+            self._placement.admit(made)
+            for bucket in self._placement.buckets:
+                self._intake.watch(bucket)
+            self._placement.note(optimizer)
 
     def _early_update(self, bucket: OffloadBucket) -> Callable[[], None] | None:
         """An update before the step, as if nothing was to be clipped; none if the host has others' news to hear."""
-        if self.options.clip == "exact" or self._outside.changed(bucket) or self._outside.loaded(self.optimizer):
+        optimizer = self.optimizer
+        if self.options.clip == "exact" or self._outside.changed(bucket) or self._outside.loaded(optimizer):
+            return None
+        if not self._placement.is_current(optimizer):
             return None
         scale, max_norm = self.expects
         max_norm = self._placement.max_grad_norm(self.optimizer) if max_norm is None else max_norm
@@ -351,36 +357,13 @@ class Detached:
     def _total(self, work: list[OffloadBucket]) -> Tensor:
         """The sum of squares of all gradients: in order of the buckets, whatever came first."""
         unknown = [bucket for bucket in work if bucket.squares is None]
-        measured = self._host.submit(self._host.measure, [bucket for bucket in unknown if not bucket.on_device])
-        self._host.measure([bucket for bucket in unknown if bucket.on_device])
-        measured.result()
+        self._host.submit(self._host.measure, [bucket for bucket in unknown if not bucket.on_device]).result()
+        here, place = [bucket for bucket in unknown if bucket.on_device], self._placement.transport.place()
+        self._host.submit(self._host.measure, here, place).result()
         total = summed_squares(work)
         if self.replicas is not None and self._placement.whole is None:
             total = self.replicas.sum(total)
         return total.reshape(1)
-
-    def _receive(self, buckets: Sequence[OffloadBucket]) -> None:
-        """Have whatever comes next on the device come after these buckets' new weights.
-
-        Raises:
-            Exception: A copy failed. The weights are sent again with the next step.
-        """
-        errors: list[Exception] = []
-        for bucket in buckets:
-            try:
-                bucket.sent.wait_on_device()
-            except Exception as error:  # whatever a transport raises
-                errors.append(error)
-                bucket.sent = Ticket()
-                bucket.unsent |= set(bucket.under_way)
-        if self.replicas is not None:
-            self.replicas.spread(buckets)
-        params = [p for bucket in buckets for p in bucket.params]
-        # Behind torch's back: a later backward through an old weight must fail as after any in-place update.
-        torch.autograd.graph.increment_version([local(p) for p in params])
-        self._outside.note(params)
-        if errors:
-            raise errors[0]
 
     def _end_window(self, scaling: Scaling | None) -> None:
         self.scaling = scaling

@@ -54,7 +54,7 @@ class Placement:
         self._replicas = replicas
         self._transport = transport
         self._device: torch.device | None = None
-        self._known: set[Tensor] = set()
+        self._seen: tuple[Any, ...] = ()
         name = type(optimizer).__name__
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
@@ -92,25 +92,44 @@ class Placement:
             self._transport = transport_for(self._device or torch.device("cpu"))
         return self._transport
 
+    def is_current(self, optimizer: Optimizer) -> bool:
+        """Whether all parameters are in the param groups, and require gradients, as when :meth:`note` was called."""
+        return self._seen == _arrangement(optimizer)
+
+    def note(self, optimizer: Optimizer) -> None:
+        """The buckets are those of the param groups that there are now."""
+        self._seen = _arrangement(optimizer)
+
+    def moved(self, optimizer: Optimizer) -> list[tuple[OffloadBucket, list[Place | None]]]:
+        """The buckets some of whose parameters have left the param groups or their places there; where they are now."""
+        places = {place.param: place for place in _places(optimizer)}
+        now = [(bucket, [places.get(p) for p in bucket.params]) for bucket in self.buckets]
+        return [(bucket, found) for bucket, found in now if found != bucket.places]
+
+    def rearrange(self, optimizer: Optimizer, bucket: OffloadBucket, places: list[Place | None]) -> None:
+        """Have a bucket follow its parameters, and let go of those that are no longer the optimizer's."""
+        changes = bucket.moved(places)
+        if not changes["places"]:
+            self.buckets = [other for other in self.buckets if other is not bucket]
+            return
+        if bucket.mine and self.whole is None:
+            changes |= self._equipment(optimizer, changes["places"], changes["masters"])
+        bucket.__dict__.update(changes)  # at once: whatever breaks off, a bucket is of one kind or the other
+
     def grow(self, optimizer: Optimizer) -> list[OffloadBucket]:
-        """Make buckets of the parameters that require gradients and are in none yet.
+        """Make buckets of the parameters that require gradients and are in none yet. :meth:`admit` takes them in.
 
         Raises:
             ValueError: Weights on several devices.
         """
-        places = [
-            Place(p, row, index, 0)
-            for row, group in enumerate(optimizer.param_groups)
-            for index, p in enumerate(group["params"])
-        ]
-        places = [replace(place, number=number) for number, place in enumerate(places)]
-        new = [place for place in places if place.param.requires_grad and place.param not in self._known]
+        places = _places(optimizer)
+        known = {p for bucket in self.buckets for p in bucket.params}
+        new = [place for place in places if place.param.requires_grad and place.param not in known]
         if not new:
             return []
         self._check_devices(new)
-        known = self._known | {place.param for place in new}
+        known |= {place.param for place in new}
         check_memory([local(place.param) for place in places if place.param in known])
-        self._known = known
         new.reverse()  # as a backward pass goes
         limit = self._options.bucket_mb * 1e6
         if self._replicas is not None:
@@ -132,9 +151,12 @@ class Placement:
             if bucket.mine and bucket.on_device:
                 _stay(bucket, self._options.dtype)
             if bucket.mine and self.whole is None:
-                self._equip(optimizer, bucket)
-        self.buckets += made
+                bucket.__dict__.update(self._equipment(optimizer, bucket.places, bucket.masters))
         return made
+
+    def admit(self, made: Sequence[OffloadBucket]) -> None:
+        """Take new buckets in."""
+        self.buckets += made
 
     def bring_state(self, optimizer: Optimizer, buckets: Sequence[OffloadBucket]) -> None:
         """Have the state that there is for the weights of these buckets be one for their masters."""
@@ -192,6 +214,8 @@ class Placement:
 
     def _keep_on_device(self, made: list[OffloadBucket]) -> None:
         """Leave the buckets that come last on the device, up to the share that was asked for."""
+        if not self._options.device_fraction:
+            return  # nor buckets of empty parameters, for which there always is room
         total = sum(p.numel() for bucket in made for p in bucket.params)
         room = self._options.device_fraction * total
         for bucket in reversed(made):
@@ -200,20 +224,33 @@ class Placement:
                 break
             bucket.on_device = True
 
-    def _equip(self, optimizer: Optimizer, bucket: OffloadBucket) -> None:
-        """Give a bucket what steps it, as the optimizer would step its masters."""
-        places = [(place.row, place.index) for place in bucket.places]
-        bucket.view = view = View(optimizer, places, bucket.masters, bucket.params)
+    def _equipment(self, optimizer: Optimizer, places: Sequence[Place], masters: Sequence[Tensor]) -> dict[str, Any]:
+        """What steps the parameters of a bucket, as the optimizer would step its masters."""
+        where = [(place.row, place.index) for place in places]
+        view = View(optimizer, where, masters, [place.param for place in places])
         if isinstance(optimizer, RuleOptimizer):
             engine = optimizer.options.engine if self._options.engine == "auto" else self._options.engine
             options = replace(optimizer.options, engine=engine, max_grad_norm=None, capture=False)
-            bucket.stepper = optimizer.make_stepper(view, options)
+            stepper = optimizer.make_stepper(view, options)
         else:
-            bucket.stepper = stepper_for(optimizer, engine=self._options.engine, owner=view)
+            stepper = stepper_for(optimizer, engine=self._options.engine, owner=view)
         # Rounding noise is a parameter's own, whatever bucket it is in.
-        rows = list(dict.fromkeys(row for row, _ in places))
-        order = sorted(range(len(places)), key=lambda i: (rows.index(places[i][0]), i))
-        bucket.stepper.number_parameters([bucket.places[i].number for i in order])
+        rows = list(dict.fromkeys(row for row, _ in where))
+        order = sorted(range(len(places)), key=lambda i: (rows.index(where[i][0]), i))
+        stepper.number_parameters([places[i].number for i in order])
+        return {"view": view, "stepper": stepper}
+
+
+def _places(optimizer: Optimizer) -> list[Place]:
+    """Where all parameters are in the param groups."""
+    where = [(p, row, i) for row, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])]
+    return [Place(p, row, index, number) for number, (p, row, index) in enumerate(where)]
+
+
+def _arrangement(optimizer: Optimizer) -> tuple[Any, ...]:
+    """What :func:`_places` depends on, and which parameters require gradients: cheaper to compare."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    return [list(map(id, params)) for params in groups], [p.requires_grad for params in groups for p in params]
 
 
 def _stay(bucket: OffloadBucket, master_dtype: torch.dtype) -> None:
@@ -224,7 +261,7 @@ def _stay(bucket: OffloadBucket, master_dtype: torch.dtype) -> None:
         return
     storage = [torch.empty_like(local(p).detach(), dtype=dtype) for p in bucket.params]
     bucket.masters = [master_of(p, s) for p, s in zip(bucket.params, storage, strict=True)]
-    bucket.outgoing = [local(p).detach() for p in bucket.params]
+    bucket.outgoing = [local(p).detach() for p in bucket.params]  # see `OffloadBucket.aim`
 
 
 def _why_whole(optimizer: Optimizer) -> str | None:

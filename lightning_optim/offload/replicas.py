@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_optim.engines.memory import is_dense
+from lightning_optim.engines.memory import is_dense, is_lazy
 from lightning_optim.offload.buckets import OffloadBucket
 
 
@@ -47,7 +47,7 @@ class Replicas:
             for p in bucket.params if bucket.rank is not None else ():
                 flat = _flat(p)
                 if flat is None:
-                    flat = p.detach().reshape(-1).clone()
+                    flat = p.detach().resolve_conj().resolve_neg().reshape(-1).clone()
                     copied.append((p, flat))
                 flat = torch.view_as_real(flat) if flat.is_complex() else flat
                 works.append(dist.broadcast(flat, self._source(bucket), group=self._group, async_op=True))
@@ -71,8 +71,7 @@ class Replicas:
         for index, fields in enumerate(described[0]):
             values = {}
             for name, dtype, shape in fields:
-                mine = own[index][name].contiguous() if bucket.mine else None
-                tensor = torch.empty(shape, dtype=dtype, device="cpu") if mine is None else mine
+                tensor = own[index][name].contiguous() if bucket.mine else torch.empty(shape, dtype=dtype, device="cpu")
                 there = tensor.to(self._device(tensor))
                 dist.broadcast(there, self._source(bucket), group=self._group)
                 values[name] = there.cpu()
@@ -90,5 +89,5 @@ class Replicas:
 
 
 def _flat(p: Tensor) -> Tensor | None:
-    """A tensor's memory in its own order, which all processes have alike; None if it has gaps."""
-    return p.detach().as_strided((p.numel(),), (1,)) if is_dense(p) else None
+    """A tensor's memory in its own order, alike in all processes; None if it has gaps, or is lazily negated."""
+    return p.detach().as_strided((p.numel(),), (1,)) if is_dense(p) and not is_lazy(p) else None

@@ -9,7 +9,8 @@ for a device in tests of order and overlap.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,10 @@ class Transport(ABC):
     def fence(self) -> Any:
         """What has been launched so far: copies may be told to come after it."""
         return None
+
+    def place(self) -> Callable[[], AbstractContextManager[Any]]:
+        """For a thread: where who calls this would have its work done on the device."""
+        return nullcontext
 
     @abstractmethod
     def fetch(self, sources: Sequence[Tensor], targets: Sequence[Tensor], label: str) -> Ticket:

@@ -1,0 +1,114 @@
+"""What stands in a gradient's place while it is in host memory, and more of it is to come."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from lightning_optim.offload.buckets import OffloadBucket
+
+
+class Kept:
+    """A gradient that is on the host, and on the device as well once somebody has used it there.
+
+    Args:
+        bucket: Has it; not kept alive.
+        p: Whose gradient it is; not kept alive.
+    """
+
+    def __init__(self, bucket: OffloadBucket, p: Tensor) -> None:
+        self._bucket, self._param = weakref.ref(bucket), weakref.ref(p)
+        self._value: Tensor | None = None
+        self._seen = 0
+
+    def value(self) -> Tensor:
+        """The gradient, on the device.
+
+        Raises:
+            RuntimeError: It was forgotten.
+        """
+        if self._value is None:
+            bucket, p = self._bucket(), self._param()
+            if bucket is None or p is None or bucket.away_of(p) is not self:
+                raise RuntimeError(
+                    "detached: this gradient was in host memory, and has been forgotten since; valid: a copy of it, "
+                    "made while it was there (p.grad.clone())"
+                )
+            with torch.inference_mode(False), torch.no_grad():
+                for job in bucket.arrivals:
+                    job.result()
+                value = bucket.gradient(bucket.number_of[p])
+                self._value = torch.empty_like(p, requires_grad=False).copy_(value)
+            self._seen = self._value._version
+        return self._value
+
+    def changed(self) -> Tensor | None:
+        """The gradient, if somebody has changed it on the device."""
+        return self._value if self._value is not None and self._value._version != self._seen else None
+
+
+class Away(Tensor):
+    """Stands for a gradient that is on its way to the host, or there.
+
+    It has no memory of its own. Whoever uses it, reading or changing, gets the gradient fetched back; if it is changed,
+    or another is put in its place, or None, this is heeded, as it is where gradients stay.
+
+    Args:
+        kept: The gradient.
+        p: Whose it is.
+    """
+
+    kept: Kept
+
+    @staticmethod
+    def __new__(cls, kept: Kept, p: Tensor) -> Away:
+        """See the class."""
+        made: Any = Tensor._make_wrapper_subclass(cls, p.shape, strides=p.stride(), dtype=p.dtype, device=p.device)
+        made.kept = kept
+        return made  # type: ignore[no-any-return]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Do it with the gradient itself."""
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].kept, args[0])
+        return func(*tree_map(_found, args), **tree_map(_found, kwargs or {}))
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        """A copy is a tensor like any other."""
+        return self.kept.value().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """And so is what is pickled."""
+        return self.kept.value().__reduce_ex__(protocol)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """As of the gradient."""
+        return repr(self.kept.value())
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """As of the gradient."""
+        return self.kept.value().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """As of the gradient."""
+        return self.kept.value().tolist()
+
+    def data_ptr(self) -> int:
+        """As of the gradient."""
+        return self.kept.value().data_ptr()
+
+    def untyped_storage(self) -> Any:
+        """As of the gradient."""
+        return self.kept.value().untyped_storage()
+
+
+def _found(value: Any) -> Any:
+    return value.kept.value() if isinstance(value, Away) else value

@@ -1,0 +1,173 @@
+"""The step of buckets whose gradients are all here: begun once, and seen to its end, whatever breaks off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch.optim import Optimizer
+
+from lightning_optim.engines.scaling import Scaling
+from lightning_optim.offload.buckets import OffloadBucket
+from lightning_optim.offload.host import HostSide, Progress
+from lightning_optim.offload.landing import Landing
+from lightning_optim.offload.masters import GroupOptions
+from lightning_optim.offload.norm import FixedScaling, number_of
+from lightning_optim.offload.options import DetachedOptions
+from lightning_optim.offload.outside import Outside
+from lightning_optim.offload.placing import Placement
+from lightning_optim.offload.replicas import Replicas
+from lightning_optim.offload.transport import Ticket
+from lightning_optim.offload.worker import Job
+from lightning_optim.optimizers.shards import local
+
+
+class Execution:
+    """Does steps, one at a time.
+
+    Until all buckets are planned, what fails leaves the step undone. From there on it is done: the host's thread, which
+    no interrupt reaches, has its jobs, and whoever waits for them in vain waits again.
+
+    Args:
+        host: Does them.
+        placement: Has the buckets.
+        options: What was chosen.
+        outside: Notes what the weights are.
+        replicas: The processes that divide the masters among them.
+
+    Attributes:
+        landing: Has the next forward pass wait for the weights, if it is to.
+    """
+
+    def __init__(
+        self,
+        host: HostSide,
+        placement: Placement,
+        options: DetachedOptions,
+        outside: Outside,
+        replicas: Replicas | None,
+    ) -> None:
+        self.landing: Landing | None = None
+        self._host, self._placement, self._outside, self._replicas = host, placement, outside, replicas
+        self._delayed = options.delay_one_step
+        self._jobs: list[Job] = []  # of the step that is under way
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a step has begun whose end nobody has waited for."""
+        return bool(self._jobs)
+
+    def do(self, optimizer: Optimizer, work: Sequence[OffloadBucket], scaling: Scaling | None) -> None:
+        """The step of buckets, all of whose gradients are here.
+
+        Args:
+            optimizer: Whose step it is.
+            work: Those with gradients.
+            scaling: How these are unscaled and clipped.
+        """
+        options, transport, host = GroupOptions(optimizer), self._placement.transport, self._host
+        number = number_of(scaling)
+        known = FixedScaling.of(number)
+        here = [bucket for bucket in work if bucket.on_device]
+        travelling = [bucket for bucket in work if not bucket.on_device]
+        fence, place = transport.fence(), transport.place()
+
+        def send(bucket: OffloadBucket) -> None:
+            host.send([bucket], transport, fence)
+
+        host.submit(host.prepare, travelling, known, options).result()
+        if here:
+            host.submit(host.prepare, here, scaling, options, place).result()
+        then = None if self._delayed else send
+        progress = Progress()
+        at_once = [host.job(host.step, bucket, scaling, options, None, progress, place) for bucket in here]
+        if self._placement.whole is not None:
+            by_bucket = dict.fromkeys(travelling, host.job(host.step_all, optimizer, travelling, number, then))
+        else:
+            # The layers that the next forward pass begins with come first; where it has begun already, those whose
+            # gradients the next backward pass brings first.
+            order = travelling if self._delayed else travelling[::-1]
+            by_bucket = {b: host.job(host.step, b, known, options, then, progress) for b in order}
+        jobs = [*at_once, *dict.fromkeys(by_bucket.values())]
+        landing = self.landing if self.landing is not None and self.landing.is_known else None
+        self._jobs = jobs if landing is None else at_once
+        if landing is not None:
+            landing.begin(by_bucket, partial(host.start, jobs))
+        host.start(jobs)
+        # By this schedulers see that a step came before theirs.
+        optimizer._opt_called = True  # type: ignore[attr-defined] # torch sets it the same way, from outside
+        self.finish(None if landing is None else here)
+
+    def finish(self, buckets: Sequence[OffloadBucket] | None = None) -> None:
+        """See a step to its end that is not delayed; if the waiting is broken off, wait again before saying so.
+
+        Args:
+            buckets: Those whose weights are waited for; default: all.
+
+        Raises:
+            BaseException: What failed in the step.
+        """
+        if self._delayed or not self._jobs:
+            return
+        try:
+            failed = self._wait(buckets)
+        except BaseException:
+            self._wait(buckets)
+            raise
+        if failed:
+            raise failed[0]
+
+    def publish(self) -> None:
+        """See a step to its end, delayed or not.
+
+        Raises:
+            BaseException: What failed in it.
+        """
+        if not (self._delayed and self._jobs):
+            self.finish()
+            return
+        host, transport, buckets = self._host, self._placement.transport, self._placement.buckets
+        failed = self._failed()
+        if not failed:
+            # Weights that were changed meanwhile are what was wanted last.
+            for bucket in buckets:
+                bucket.follow(self._outside.changed(bucket))
+            host.submit(host.send, buckets, transport, transport.fence()).result()
+            failed = self.receive(buckets)
+        self._jobs = []
+        if failed:
+            raise failed[0]
+
+    def receive(self, buckets: Sequence[OffloadBucket]) -> list[BaseException]:
+        """Have whatever comes next on the device come after these buckets' new weights.
+
+        Returns:
+            What failed of the copies. These weights are sent again with the next step.
+        """
+        errors: list[BaseException] = []
+        for bucket in buckets:
+            try:
+                bucket.sent.wait_on_device()
+            except Exception as error:  # whatever a transport raises
+                errors.append(error)
+                bucket.sent = Ticket()
+                bucket.unsent |= set(bucket.under_way)
+        if self._replicas is not None:
+            self._replicas.spread(buckets)
+        params = [p for bucket in buckets for p in bucket.params]
+        # Behind torch's back: a later backward through an old weight must fail as after any in-place update.
+        torch.autograd.graph.increment_version([local(p) for p in params])
+        self._outside.note(params)
+        return errors
+
+    def _wait(self, buckets: Sequence[OffloadBucket] | None) -> list[BaseException]:
+        failed = self._failed()
+        failed += self.receive(self._placement.buckets if buckets is None else buckets)
+        self._jobs = []
+        return failed
+
+    def _failed(self) -> list[BaseException]:
+        """Wait for the jobs; those that were not started, as that was broken off, are started here."""
+        self._host.start(self._jobs)
+        return [error for job in self._jobs if (error := job.exception()) is not None]
