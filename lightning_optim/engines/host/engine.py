@@ -142,7 +142,7 @@ class HostEngine(CompiledEngine[Kernel]):
         data = bucket.addresses[field * count : (field + 1) * count]
         calls, norms = self._prepared(kernel, data, bucket.sizes, None, zeros, zeros, array("d", [0.0]))
         Progress().write(calls)
-        return torch.tensor([sum(x * x for x in norms)], dtype=torch.float64)
+        return torch.tensor([sum(x * x for x in norms)], dtype=torch.float64, device="cpu")
 
     def _prepared(
         self,
