@@ -204,7 +204,7 @@ class Stepper:
 
     @property
     def _has_begun(self) -> bool:
-        return any([progress.begun for progress in self._progress])
+        return any(progress.begun for progress in self._progress)
 
     def _start(self, scaling: Scaling | None) -> None:
         """Find all that a run needs, so that little is left to fail once it has begun to write."""

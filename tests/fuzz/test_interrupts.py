@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import torch
-
 from optimizers.common import assert_same, known_warnings
 from optimizers.two_buckets import Run
 

@@ -12,9 +12,12 @@ from .common import seeds
 def test_mutations_of_memory() -> None:
     """In a process of its own, whose end says which case it was."""
     cases = seeds(150)
-    script = Path(__file__).with_name("memory_cases.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(cases.start), str(len(cases))], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "fuzz.memory_cases", str(cases.start), str(len(cases))],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     last = done.stdout.splitlines()[-1] if done.stdout else "none"
     assert done.returncode == 0, f"ended with {done.returncode} in case {last}\n{done.stderr[-4000:]}"

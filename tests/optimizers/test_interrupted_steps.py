@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -114,8 +113,13 @@ def test_the_largest_part_comes_first() -> None:
         p.grad = torch.ones_like(p)
     found: list[Any] = []
     parts = foreach._parts
+
+    def noted(bucket: Any) -> Any:
+        found.append(parts(bucket))
+        return found[-1]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(foreach, "_parts", lambda bucket: found.append(parts(bucket)) or found[-1])
+        patch.setattr(foreach, "_parts", noted)
         optimizer.step()
     assert found == [[[1], [2], [0]]]
 

@@ -62,7 +62,12 @@ def test_plans_for_both_signs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     built: list[Any] = []
     build = Planner.build
-    monkeypatch.setattr(Planner, "build", lambda *args: built.append(args) or build(*args))
+
+    def counted(*args: Any) -> Any:
+        built.append(args)
+        return build(*args)
+
+    monkeypatch.setattr(Planner, "build", counted)
     weights = pair()
     optimizer = lightning_optim.SGD(weights, lr=0.1)
     for step in range(8):

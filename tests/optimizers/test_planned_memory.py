@@ -144,7 +144,7 @@ def test_counters_and_states_that_cannot_be_are_refused(engine: str) -> None:
     step(weights, optimizer)
     assert float(optimizer.state[weights[0]]["step"]) == 3
     optimizer.state[weights[1]] = None
-    with pytest.raises(RuntimeError, match="parameter 1 .*: its state is None; valid: a dict"):
+    with pytest.raises(RuntimeError, match=r"parameter 1 .*: its state is None; valid: a dict"):
         step(weights, optimizer)
 
 
@@ -160,7 +160,7 @@ def test_what_was_made_in_inference_mode_is_refused_or_copied(engine: str) -> No
         data = torch.zeros(8)
     weights[1].data = data
     kept = weights[0].detach().clone()
-    with pytest.raises(RuntimeError, match="parameter 1 .* cannot be stepped: it was made in inference mode"):
+    with pytest.raises(RuntimeError, match=r"parameter 1 .* cannot be stepped: it was made in inference mode"):
         step(weights, optimizer)
     assert torch.equal(weights[0].detach(), kept)
 
