@@ -205,7 +205,7 @@ class Stepper:
 
     @property
     def _has_begun(self) -> bool:
-        return any([progress.begun for progress in self._progress])
+        return any(progress.begun for progress in self._progress)
 
     def _start(self, scaling: Scaling | None) -> None:
         """Find all that a run needs, so that little is left to fail once it has begun to write."""
@@ -234,8 +234,9 @@ class Stepper:
 
     def _end(self) -> None:
         """After a run, or a failed one: keep what undoing needs, and the state that is in use now."""
-        if self._undo is not None and self.has_written:
-            written = [planned for planned, p in zip(self._plan, self._progress, strict=True) if p.begun]
+        if self._undo is not None:
+            begun = [planned for planned in self._plan if (p := planned.bucket.progress) is not None and p.begun]
+            written = [] if self._skip else begun
             states = {p: self.owner.state.get(p) for planned in written for p in planned.params}
             self._past = _Past(written, states, self._new, self._undo)
         self.abandon()  # of a step that was left out: the first one is still to come
