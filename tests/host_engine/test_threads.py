@@ -36,7 +36,9 @@ def test_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert thread_count() == 6
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", " "])
+@pytest.mark.parametrize(
+    "value", ["0", "-1", "two", "1.5", " ", " 2 ", "+2", "٣", "²", "1025", "1000000000", "9" * 5000]
+)
 def test_an_invalid_number_of_threads_is_named(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTNING_OPTIM_THREADS", value)
     with pytest.raises(ValueError, match=re.escape(f"LIGHTNING_OPTIM_THREADS={value!r}; valid: a positive integer")):
