@@ -72,7 +72,7 @@ def test_of_a_compiler_that_says_much_the_beginning_and_the_end_are_kept() -> No
 
 
 def test_a_compiler_that_says_much_and_never_ends_is_killed() -> None:
-    with pytest.raises(CompilerError, match="timed out after 0.5 seconds"):
+    with pytest.raises(CompilerError, match=r"timed out after 0\.5 seconds"):
         call(["yes"], 0.5)
 
 

@@ -105,7 +105,8 @@ def test_a_folder_that_others_could_exchange_is_not_used(way: str, fresh: pytest
         folder.symlink_to(tmp_path / "sticky" / "theirs" / "cache")
     assert cache.private_folder(folder) != folder
     assert private.not_private(folder) is not None
-    assert not libraries(folder) and not libraries(own)
+    assert not libraries(folder)
+    assert not libraries(own)
 
 
 def test_folders_and_links_of_this_users_own_are_used(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
