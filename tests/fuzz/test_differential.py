@@ -208,12 +208,14 @@ def test_engines_agree_where_values_are_not_ordinary(seed: int, one_thread: None
         ends = {engine: outcome(run, engine, starts, grads, saved) for engine in running_engines()}
         for engine, (_, end) in ends.items():
             for index, (value, expected) in enumerate(zip(end, ends["eager"][1], strict=True)):
-                torch.testing.assert_close(
-                    value,
-                    expected,
-                    rtol=1e-2,
-                    atol=1e-30,
-                    equal_nan=True,
-                    msg=lambda text, engine=engine, index=index: f"{run.name}, {engine}, tensor {index}: {text}",  # type: ignore[misc]
-                )
+                start = wide(starts[index]) if index < len(starts) else torch.zeros_like(expected)
+                assert_alike(value, expected, start, f"{run.name}, {engine}, tensor {index}")
         saved = ends["eager"][0].state_dict()
+
+
+def assert_alike(value: Tensor, expected: Tensor, start: Tensor, where: str) -> None:
+    """Equal up to what a few roundings do, also to the difference of two numbers; infinite and NaN in the same places."""
+    room = 1e-2 * expected.abs() + 1e-5 * start.abs() + 1e-30
+    same = (value == expected) | (value.isnan() & expected.isnan()) | ((value - expected).abs() <= room)
+    same &= value.isfinite() == expected.isfinite()
+    assert same.all(), f"{where}: {value[~same].tolist()[:3]}, right: {expected[~same].tolist()[:3]}"

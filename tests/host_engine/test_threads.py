@@ -113,7 +113,7 @@ def test_results_do_not_depend_on_the_number_of_threads(
 
 
 @needs_compiler
-def test_denormal_numbers_are_flushed_by_all_threads_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_denormal_numbers_are_flushed_by_all_threads_or_none(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch.set_flush_denormal has it in the calling thread: the others are not told."""
     ends = {}
     for flush in (True, False):
