@@ -182,8 +182,8 @@ def special(run: Run, like: Tensor) -> Tensor:
 
 def outcome(
     run: Run, engine: str, starts: Sequence[Tensor], grads: Sequence[Tensor | None], saved: Any
-) -> list[Tensor]:
-    """Weights and state after a step from a saved state by one engine."""
+) -> tuple[RuleOptimizer, list[Tensor]]:
+    """An optimizer after a step from a saved state by one engine, and its weights and state."""
     for p, start, g in zip(run.params, starts, grads, strict=True):
         p.data.copy_(start)
         give(p, g)
@@ -214,7 +214,7 @@ def test_engines_agree_where_values_are_not_ordinary(seed: int, one_thread: None
 
 
 def assert_alike(value: Tensor, expected: Tensor, start: Tensor, where: str) -> None:
-    """Equal up to what a few roundings do, also to the difference of two numbers; infinite and NaN in the same places."""
+    """Equal up to a few roundings, also of what a difference is taken of; infinite and NaN in the same places."""
     room = 1e-2 * expected.abs() + 1e-5 * start.abs() + 1e-30
     same = (value == expected) | (value.isnan() & expected.isnan()) | ((value - expected).abs() <= room)
     same &= value.isfinite() == expected.isfinite()
