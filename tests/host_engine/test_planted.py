@@ -238,3 +238,18 @@ def test_this_users_umask_does_not_matter(fresh: pytest.MonkeyPatch, tmp_path: P
     assert len(built) == 2
     assert [path.stat().st_mtime_ns for path in built] == stamps
     assert [path.stat().st_mode & 0o777 for path in (tmp_path / "a", tmp_path / "a" / "b")] == [0o700] * 2
+
+
+@as_root
+def test_in_a_container_without_root_the_systems_folders_are_anybodys(
+    fresh: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """There root's files have a number that is anybody's: good enough above a home, not in ``/tmp``."""
+    fresh.setattr(private, "_system_users", lambda: frozenset({0, STRANGER}))
+    folder = tmp_path / "home" / "me"
+    folder.mkdir(parents=True)
+    os.chown(tmp_path / "home", STRANGER, STRANGER)
+    assert private.not_private(folder) is None
+    (sticky(tmp_path / "sticky") / "home" / "me").mkdir(parents=True)
+    os.chown(tmp_path / "sticky" / "home", STRANGER, STRANGER)
+    assert private.not_private(tmp_path / "sticky" / "home" / "me") is not None
