@@ -10,7 +10,10 @@ import reference
 import torch
 from torch import nn
 
+from lightning_optim.engines.base import Layout
+from lightning_optim.engines.compiled import NORM
 from lightning_optim.engines.host.engine import CHUNK, SERIAL_ELEMENTS, _divide
+from lightning_optim.engines.host.printer import CPrinter
 from lightning_optim.engines.host.threads import thread_count
 from lightning_optim.registry import OPTIMIZERS
 
@@ -36,7 +39,9 @@ def test_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert thread_count() == 6
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", " "])
+@pytest.mark.parametrize(
+    "value", ["0", "-1", "two", "1.5", " ", " 2 ", "+2", "٣", "²", "1025", "1000000000", "9" * 5000]
+)
 def test_an_invalid_number_of_threads_is_named(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTNING_OPTIM_THREADS", value)
     with pytest.raises(ValueError, match=re.escape(f"LIGHTNING_OPTIM_THREADS={value!r}; valid: a positive integer")):
@@ -105,3 +110,48 @@ def test_results_do_not_depend_on_the_number_of_threads(
         ends.append([optimizer.grad_norm, *(p.detach() for p in params), *slots])
     for other in ends[1:]:
         assert_same(ends[0], other)
+
+
+@needs_compiler
+def test_denormal_numbers_are_flushed_by_all_threads_or_none(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch.set_flush_denormal has it in the calling thread: the others are not told."""
+    ends = {}
+    for flush in (True, False):
+        if not torch.set_flush_denormal(flush):
+            pytest.skip("this processor does not flush them")
+        try:
+            for threads in (1, 3):
+                monkeypatch.setenv("LIGHTNING_OPTIM_THREADS", str(threads))
+                p = nn.Parameter(torch.zeros(4 * SERIAL_ELEMENTS))
+                optimizer = OPTIMIZERS["sgd"].create([p], lr=0.5, engine="host")
+                p.grad = torch.full_like(p, 1.5e-38)
+                optimizer.step()
+                torch.set_flush_denormal(False)
+                ends[flush, threads] = (p.detach().double() * -1e38).unique().tolist()
+                torch.set_flush_denormal(flush)
+        finally:
+            torch.set_flush_denormal(False)
+    assert ends[True, 1] == ends[True, 3] == [0.0]
+    assert ends[False, 1] == ends[False, 3] == [pytest.approx(0.75, rel=1e-5)]
+
+
+def test_an_invalid_number_of_processes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LIGHTNING_OPTIM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "many")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    with pytest.raises(ValueError, match="LOCAL_WORLD_SIZE='many'; valid: a positive integer"):
+        thread_count()
+
+
+def test_an_invalid_number_of_threads_is_told_when_the_optimizer_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_OPTIM_THREADS", "1000000000")
+    with pytest.raises(ValueError, match="LIGHTNING_OPTIM_THREADS='1000000000'; valid: a positive integer up to 1024"):
+        OPTIMIZERS["sgd"].create([nn.Parameter(torch.ones(1))])
+
+
+def test_no_array_on_the_stack_is_sized_by_a_number_of_threads() -> None:
+    source = CPrinter(NORM, Layout(torch.float32, (("g", torch.float32),))).source()
+    declared = re.findall(r"^ *\w+ \w+\[(.*)\](?: = .*)?;", source, re.MULTILINE)
+    assert declared
+    assert all(size.isdecimal() for size in declared)

@@ -219,7 +219,8 @@ class Judge:
             if kahan:
                 # What is kept is rounded to the storage type itself, so the sum is right to a rounding of a rounding.
                 rest = wide(stored[KAHAN_SLOT])
-                rounded = rest.abs() * torch.finfo(p.dtype).eps / 2
+                unit = torch.finfo(p.dtype)
+                rounded = rest.abs().clamp(min=unit.smallest_normal) * unit.eps / 2  # below, numbers are equally spaced
                 error = (wide(p) + rest) - (new + compensation)
                 assert (error.abs() <= bound + rounded).all(), where
                 bound = bound + 2 * math_rounding(p) * compensation.abs()

@@ -244,8 +244,9 @@ class CPrinter(Printer):
         """The exported function."""
         width = self.width
         columns = max(len(self.table_scalars), 1)
-        # Whether denormal numbers are flushed, and how is rounded, is the calling thread's to say: torch sets it there
-        # alone, and what a chunk yields must not depend on who did it. The places of the parts are not on the stack, which a number of threads must not size.
+        # The places of the parts are not on the stack, which a number of threads must not size. Whether denormal
+        # numbers are flushed is for the calling thread to say, as torch sets it there alone: what a chunk yields must
+        # not depend on who did it.
         lines = [f"  int64_t *const next = (int64_t *)(work + {width} * n);  /* of each part; a cache line apart */"]
         lines += ["  fenv_t callers;", "  if (parts > 1) fegetenv(&callers);"]
         for stage, sweep in enumerate(self.program.passes):
