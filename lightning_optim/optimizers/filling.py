@@ -38,10 +38,12 @@ def fill(
     """
     bucket = planned.bucket
     update = bucket.update
-    states = [state[p] for p in planned.params]
+    counts = "step" in update.program.scalars
+    # Of a rule without state nothing is asked for: the answer would be an empty state, kept from then on.
+    states = [state[p] for p in planned.params] if update.slots or counts else []
     try:
         kept = {slot: [s[slot] for s in states] for slot in update.slots}
-        steps = [s["step"] for s in states] if "step" in update.program.scalars else []
+        steps = [s["step"] for s in states] if counts else []
     except KeyError:
         return False
     if undo is not None:
@@ -64,7 +66,7 @@ def fill(
         return False
     if not _as_planned(planned, tensors, steps, [*chain.from_iterable(kept.values()), *steps], reading):
         return False
-    bucket.tensors, bucket.steps = tensors, steps if "step" in update.program.scalars else None
+    bucket.tensors, bucket.steps = tensors, steps if counts else None
     if planned.engine.uses_addresses:
         end = len(bucket) * len(tensors)
         bucket.addresses = reading.addresses[:end]

@@ -245,7 +245,10 @@ class Planner:
         """
         new = []
         for member in members:
-            p, state = member.param, self.owner.state[member.param]
+            p, slots = member.param, self.slots(self.owner.param_groups[member.row], member.param)
+            if not slots and not self.counts_steps():
+                continue  # asking for its state would make an empty one, which torch's classes do not have
+            state = self.owner.state[p]
             if not state:
                 new.append(p)
             if self.counts_steps():
@@ -255,7 +258,7 @@ class Planner:
                 )
                 if not usable:
                     state["step"] = torch.tensor(float(step), dtype=torch.float32)
-            for slot in self.slots(self.owner.param_groups[member.row], p):
+            for slot in slots:
                 value = state.get(slot)
                 if value is None:
                     state[slot] = torch.zeros_like(
