@@ -95,7 +95,7 @@ def check_state(name: str, state: Mapping[int, Mapping[Any, Any]], layout: Signa
         return "torch"
     if not {"history", "sizes"} & set(first):
         keys = sorted({str(key) for s in state.values() for key in s})
-        raise ValueError(f"{name}: the state of another optimizer: it has {', '.join(keys) or 'no names'}")
+        raise ValueError(f"{name}: parameter 0: the state of another optimizer: it has {', '.join(keys) or 'no names'}")
     saved_sizes = first.get("sizes")
     if not isinstance(saved_sizes, list) or not _same(saved_sizes, _sizes(layout)):
         raise ValueError(

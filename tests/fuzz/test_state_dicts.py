@@ -65,7 +65,7 @@ class Case:
         given: list[Any] = [(f"w{i}", p) for i, p in enumerate(params)] if self.named else list(params)
         half = len(given) // self.groups
         two = self.groups == 2 and half > 0
-        groups = [{"params": given[:half], "tag": 1}, {"params": given[half:]}] if two else given
+        groups: Any = [{"params": given[:half], "tag": 1}, {"params": given[half:]}] if two else given
         options = dict(self.options)
         if self.kind == "lbfgs":
             return LBFGS(groups, **options), params
@@ -126,7 +126,7 @@ class Case:
                     yield name, partial(group.__setitem__, name, pick(options_instead(group[name])))
                     yield name, partial(group.pop, name)
             yield "", partial(group.__setitem__, "layer_id", pick([3, "x", [1], {}]))
-            yield "weight_deacy", lambda g=group: g.update(weight_deacy=g.pop("weight_decay", 0.0))
+            yield "weight_deacy", partial(rename, group, "weight_decay", "weight_deacy")
             yield "group", partial(groups.__setitem__, index, pick([None, [], 3, "group"]))
         for name in ("state", "param_groups"):
             yield (
@@ -137,6 +137,11 @@ class Case:
         yield "group", partial(groups.append, groups[0])
         yield "group", partial(groups.__setitem__, slice(None), [groups[0]] * len(groups))
         yield "group", partial(groups.pop)
+
+
+def rename(group: dict[str, Any], old: str, new: str) -> None:
+    """Another key for a value."""
+    group[new] = group.pop(old, 0.0)
 
 
 def steps_instead(choice: random.Random) -> list[Any]:

@@ -110,7 +110,7 @@ def test_options_of_the_constructor_may_be_repeated_and_not_contradicted(name: s
 
 def test_keys_that_are_no_strings() -> None:
     with pytest.raises(TypeError, match="a param group has the key 3, a int; valid: strings"):
-        AdamW([{"params": parameters(), 3: 1}])  # type: ignore[list-item]
+        AdamW([{"params": parameters(), 3: 1}])  # type: ignore[arg-type]
 
 
 class DavdasSAM(torch.optim.Optimizer):
@@ -230,7 +230,7 @@ def test_numpys_numbers_in_lbfgs_and_sam() -> None:
     assert kinds(optimizer.state_dict()) <= plain
     given: Any = [{"params": parameters(shapes=[(2,)]), "sam_rho": numpy.float32(0.5)}]
     assert type(SAM(given, SGD).param_groups[0]["sam_rho"]) is float
-    lbfgs = LBFGS(parameters(), lr=numpy.float64(0.1), weight_decay=numpy.float32(0.5))
+    lbfgs = LBFGS(parameters(), lr=numpy.float64(0.1), weight_decay=numpy.float64(0.5))
     lbfgs.param_groups[0]["lr"] = numpy.float64(0.2)
     assert kinds(lbfgs.state_dict()) <= plain
     schedule = lightning_optim.Cosine(AdamW(parameters(), lr=numpy.float64(0.1)), total_steps=5)

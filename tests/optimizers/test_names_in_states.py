@@ -52,7 +52,7 @@ def check_moments(
     a: torch.optim.Optimizer, left: nn.ModuleDict, b: torch.optim.Optimizer, right: nn.ModuleDict
 ) -> None:
     for name in left:
-        ours, theirs = a.state[left[name].weight], b.state[right[name].weight]
+        ours, theirs = a.state[left.get_parameter(f"{name}.weight")], b.state[right.get_parameter(f"{name}.weight")]
         assert ours.keys() == theirs.keys()
         for slot in ours:
             torch.testing.assert_close(ours[slot], theirs[slot], rtol=0, atol=0)
