@@ -95,7 +95,7 @@ def check_state(name: str, state: Mapping[int, Mapping[Any, Any]], layout: Signa
         return "torch"
     if not {"history", "sizes"} & set(first):
         keys = sorted({str(key) for s in state.values() for key in s})
-        raise ValueError(f"{name}: the state of another optimizer: it has {', '.join(keys) or 'no names'}")
+        raise ValueError(f"{name}: parameter 0: the state of another optimizer: it has {', '.join(keys) or 'no names'}")
     saved_sizes = first.get("sizes")
     if not isinstance(saved_sizes, list) or not _same(saved_sizes, _sizes(layout)):
         raise ValueError(
@@ -119,7 +119,9 @@ def check_state(name: str, state: Mapping[int, Mapping[Any, Any]], layout: Signa
 def _check_values(name: str, first: Mapping[Any, Any], elements: int) -> None:
     for key in ("history", "sy", "yy"):
         _check_tensor(f"{name}: {key}", first[key])
-    size = first["history"].shape[1] // 2 if first["history"].ndim == 3 else 0
+    if first["history"].ndim != 3:
+        raise ValueError(f"{name}: history has shape {tuple(first['history'].shape)}; valid: three dimensions")
+    size = first["history"].shape[1] // 2
     order = first["order"]
     if not (
         isinstance(order, list)

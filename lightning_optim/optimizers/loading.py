@@ -232,7 +232,8 @@ def _load_step(where: str, value: Any) -> Tensor:
     number = value
     try:
         if isinstance(value, Tensor):
-            number = value.item() if value.dtype != torch.bool and not value.is_complex() else value
+            readable_as_one = value.layout == torch.strided and not (value.is_quantized or value.is_complex())
+            number = value.item() if readable_as_one and value.dtype != torch.bool else value
         number = primitive(number)
         if isinstance(number, bool) or not isinstance(number, Real):
             raise TypeError(f"a {type(number).__name__}")
