@@ -17,6 +17,7 @@ from lightning_optim.optimizers.lbfgs_state import check_state, own_state, torch
 from lightning_optim.optimizers.line_search import LineSearch
 from lightning_optim.optimizers.loading import load_groups
 from lightning_optim.optimizers.options import check_group
+from lightning_optim.optimizers.outside_of_graphs import stay_outside
 from lightning_optim.optimizers.places import owners
 from lightning_optim.optimizers.quasi_newton import Closure, QuasiNewton, Record
 from lightning_optim.optimizers.shards import is_distributed
@@ -24,6 +25,19 @@ from lightning_optim.warnings import warn_once
 
 #: What ``torch.optim.LBFGS`` keeps in its param group and ours in :class:`LBFGSOptions`.
 _OF_TORCHS_GROUP = {"max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size", "line_search_fn"}
+
+#: What a step runs beside the closure.
+_OWN_CODE = (
+    __name__,
+    *(
+        f"lightning_optim.optimizers.{name}"
+        for name in ("byrd_nocedal", "closure", "iterate", "lbfgs_options", "line_search", "memory_budget", "places")
+    ),
+    "lightning_optim.engines.host_memory",
+    "lightning_optim.engines.memory",
+    "lightning_optim.optimizers.quasi_newton",
+    "lightning_optim.optimizers.shards",
+)
 
 
 class LBFGSOptim(ClosureOptimizer):
@@ -171,6 +185,7 @@ class LBFGSOptim(ClosureOptimizer):
                 "loss (Lightning's automatic optimization does, except with precision='16-mixed', whose scaler steps "
                 "without: use one of our strategies there)"
             )
+        stay_outside(*_OWN_CODE)
         work = self._prepare()
         if work is None:  # nothing is trained
             with torch.enable_grad():

@@ -14,6 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optimizers.ascent import ADAPTIVE, RHO, Ascent
+from lightning_optim.optimizers.outside_of_graphs import stay_outside
 
 
 class _Shared:
@@ -145,6 +146,7 @@ class SAM(Optimizer):
             RuntimeError: The weights are perturbed; there is no closure, and nobody has called :meth:`perturb` and
                 :meth:`restore`; or the closure computes no gradients the second time.
         """
+        stay_outside(__name__, "lightning_optim.optimizers.ascent", "lightning_optim.optimizers.shards")
         ascent = self._ascent
         if ascent.perturbed:
             raise RuntimeError("SAM: step() while the weights are perturbed; call restore() first")
