@@ -7,19 +7,17 @@ thread (torch's copies release the interpreter lock), on CUDA in a stream of the
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from lightning_optim.control.learning_rates import GROUP_RATES, all_groups, with_inner
 from lightning_optim.engines.host_memory import host_memory
-from lightning_optim.engines.memory import is_dense
+from lightning_optim.engines.memory import is_dense, is_lazy
 from lightning_optim.optimizers.shards import is_distributed, local
 from lightning_optim.warnings import warn_once
 
@@ -191,164 +189,17 @@ class Snapshots:
             ) from error
 
 
-class StepSnapshot:
-    """Everything that steps of an optimizer change: weights, state, counters, options but the learning rate.
-
-    Args:
-        optimizer: The optimizer; those that it wraps are included.
-        more: Gives further tensors that a step changes, such as masters.
-        where: As of :class:`Snapshots`.
-
-    Example:
-        >>> weight = torch.nn.Parameter(torch.ones(1))
-        >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
-        >>> snapshot = StepSnapshot(optimizer)
-        >>> snapshot.begin()
-        >>> snapshot.wait()
-        >>> weight.grad = torch.ones(1)
-        >>> optimizer.step()
-        >>> snapshot.restore()
-        >>> weight.item(), dict(optimizer.state)
-        (1.0, {})
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        more: Callable[[], Iterable[Tensor]] = tuple,
-        where: Where = "device",
-    ) -> None:
-        self._optimizer = weakref.ref(optimizer)
-        self._more = more
-        self._leaves: list[Tensor] = []
-        self._states: list[dict[Any, Any]] = []
-        self._groups: list[dict[str, Any]] = []
-        self.snapshots = Snapshots(self._collected, where)
-        self.taken = False
-
-    def begin(self, *, background: bool = True) -> None:
-        """As of :class:`Snapshots`.
-
-        Raises:
-            MemoryError: There is no room for the buffers.
-            TypeError: The state has something that is neither a tensor nor a primitive.
-        """
-        self.taken = False
-        self.snapshots.begin(background=background)
-        self._leaves = []
-        self.taken = True
-
-    def wait(self) -> None:
-        """As of :class:`Snapshots`."""
-        self.snapshots.wait()
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put everything back, bit for bit; slots that did not exist then are gone."""
-        tensors = self.snapshots.restore()
-        optimizer = self._live()
-        states = {id(one.state): one.state for one in with_inner(optimizer)}.values()
-        for state, then in zip(states, self._states, strict=True):
-            _put(then, state, tensors)
-        for group, then in zip(all_groups(optimizer), self._groups, strict=False):  # others were added since
-            _put(then, group, tensors, keep=("params", *GROUP_RATES))
-
-    def release(self) -> None:
-        """As of :class:`Snapshots`."""
-        self.snapshots.release()
-        self.taken, self._states, self._groups = False, [], []
-
-    def _live(self) -> Optimizer:
-        optimizer = self._optimizer()
-        assert optimizer is not None  # noqa: S101 # who asks holds it
-        return optimizer
-
-    def _collected(self) -> list[Tensor]:
-        optimizer = self._live()
-        groups = all_groups(optimizer)
-        unique = {id(p): p for group in groups for p in group["params"] if p.requires_grad or p.grad is not None}
-        leaves = [*unique.values(), *self._more()]
-        states = {id(one.state): one.state for one in with_inner(optimizer)}.values()
-        name = type(optimizer).__name__
-        self._states = [_taken(state, leaves, f"{name}'s state") for state in states]
-        self._groups = [
-            {
-                key: _taken(value, leaves, None)
-                for key, value in group.items()
-                if key != "params" and key not in GROUP_RATES
-            }
-            for group in groups
-        ]
-        return leaves
-
-
-class _Leaf:
-    """The place of a tensor among those of a snapshot."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-
-def _taken(value: Any, leaves: list[Tensor], owner: str | None) -> Any:
-    """A copy of containers and primitives, with :class:`_Leaf` for tensors, which go to ``leaves``.
-
-    Args:
-        value: The value.
-        leaves: Where tensors are put.
-        owner: Whose it is, for the message; None: what is of other types is kept as it is.
-    """
-    if isinstance(value, Tensor):
-        leaves.append(value)
-        return _Leaf(len(leaves) - 1)
-    if isinstance(value, dict):
-        return {key: _taken(inner, leaves, owner) for key, inner in value.items()}
-    if type(value) in (list, tuple, deque):
-        return type(value)(_taken(inner, leaves, owner) for inner in value)
-    primitive = value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype)
-    if owner is not None and not primitive and not isinstance(value, torch.device | torch.Size):
-        raise TypeError(
-            f"{owner} has a {type(value).__name__}, which a snapshot cannot copy; valid: tensors, numbers, strings, "
-            "None, and lists, tuples, deques and dicts of them"
-        )
-    return value
-
-
-def _put(then: Any, now: Any, tensors: Sequence[Tensor], keep: Sequence[str] = ()) -> Any:
-    """The value of a snapshot, in the very containers that there are now where these are of the same kind.
-
-    Args:
-        then: Of :func:`_taken`.
-        now: What is in its place.
-        tensors: Those of the snapshot.
-        keep: Keys of a dict that are left alone.
-    """
-    if isinstance(then, _Leaf):
-        return tensors[then.index]
-    if isinstance(then, dict):
-        into: dict[Any, Any] = now if isinstance(now, dict) else {}
-        for key in [key for key in into if key not in then and key not in keep]:
-            del into[key]
-        into.update({key: _put(inner, into.get(key), tensors) for key, inner in then.items()})
-        return into
-    if type(then) in (list, deque):
-        old = list(now) if type(now) is type(then) else []
-        values = [_put(inner, old[i] if i < len(old) else None, tensors) for i, inner in enumerate(then)]
-        row = now if type(now) is type(then) else type(then)()
-        row.clear()
-        row.extend(values)
-        return row
-    if type(then) is tuple:
-        return tuple(_put(inner, None, tensors) for inner in then)
-    return then
-
-
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
 @torch.no_grad()  # in a thread of its own, gradients would be recorded again
 def _copy(to: list[Tensor], of: list[Tensor]) -> None:
-    torch._foreach_copy_(to, of, non_blocking=True)
+    if not any(map(is_lazy, to)):
+        torch._foreach_copy_(to, of, non_blocking=True)
+        return
+    for one, other in zip(to, of, strict=True):  # what lists of tensors cannot do
+        one.copy_(other, non_blocking=True)
 
 
 def _pinned_like(sources: Sequence[Tensor]) -> Iterator[Tensor]:

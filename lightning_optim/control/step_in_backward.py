@@ -28,8 +28,8 @@ CLIPS: tuple[Clip, ...] = get_args(Clip)
 class _One:
     """An optimizer as it looks if it had this one parameter."""
 
-    def __init__(self, optimizer: RuleOptimizer, row: int, p: Tensor) -> None:
-        self._optimizer, self._row, self._param = weakref.ref(optimizer), row, p
+    def __init__(self, optimizer: RuleOptimizer, group: Group, p: Tensor) -> None:
+        self._optimizer, self.group, self._param = weakref.ref(optimizer), group, p
 
     def _whole(self) -> RuleOptimizer:
         if (optimizer := self._optimizer()) is None:
@@ -38,7 +38,7 @@ class _One:
 
     @property
     def param_groups(self) -> list[Group]:
-        return [{**self._whole().param_groups[self._row], "params": [self._param]}]
+        return [{**self.group, "params": [self._param]}]
 
     @property
     def state(self) -> Any:
@@ -112,24 +112,33 @@ class StepInBackward:
         self._squares: list[Tensor] = []
         self._previous: Tensor | None = None
         self._steppers: dict[Tensor, Stepper] = {}
-        self._views: list[_One] = []  # steppers do not own their owners
-        self._handles: list[Any] = []
-        self._watch()
+        self._views: dict[Tensor, _One] = {}  # steppers do not own their owners
+        self._handles: dict[Tensor, Any] = {}
+        self.watch()
 
-    def _watch(self) -> None:
-        """Follow all parameters that require gradients and are not followed yet: groups may be added, and unfrozen."""
+    def watch(self) -> None:
+        """Follow the parameters that require gradients: groups are added and unfrozen, come, go and change places.
+
+        A window ends with it. To be called before a backward pass as well, if the optimizer may have changed since.
+        """
         options = replace(self.optimizer.options, capture=False)  # there is no one step to record
         hook = partial(_on_gradient, weakref.ref(self))
         number = 0
-        for row, group in enumerate(self.optimizer.param_groups):
+        gone = set(self._steppers)
+        for group in self.optimizer.param_groups:
             for p in group["params"]:
-                if p.requires_grad and p not in self._steppers:
-                    view = _One(self.optimizer, row, p)
-                    self._views.append(view)
+                if p in self._steppers:
+                    self._views[p].group = group  # loading makes new ones
+                    gone.discard(p)
+                elif p.requires_grad:
+                    self._views[p] = view = _One(self.optimizer, group, p)
                     self._steppers[p] = stepper = Stepper(view, type(self.optimizer), options)
                     stepper.number_parameters([number])
-                    self._handles.append(p.register_post_accumulate_grad_hook(hook))
+                    self._handles[p] = p.register_post_accumulate_grad_hook(hook)
                 number += 1
+        for p in gone:
+            self._handles.pop(p).remove()
+            del self._steppers[p], self._views[p]
 
     def discard(self) -> None:
         """Forget a window that was interrupted; what it has stepped stays so."""
@@ -143,7 +152,7 @@ class StepInBackward:
             RuntimeError: A gradient came after its parameter had been stepped: the graph is not that of the first
                 window. The parameter's update is not undone.
         """
-        self._watch()
+        self.watch()
         late = [p for p in self._stepped if p.grad is not None]
         left = [p for p in self._steppers if p.grad is not None and p not in self._stepped]
         whole = self._expected is None
@@ -167,7 +176,7 @@ class StepInBackward:
 
     def remove(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
 
     @torch.no_grad()

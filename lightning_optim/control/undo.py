@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_optim.control.learning_rates import all_groups, multiply_learning_rates, with_inner
-from lightning_optim.control.snapshots import Snapshots, StepSnapshot
+from lightning_optim.control.snapshots import Snapshots
+from lightning_optim.control.step_snapshot import StepSnapshot
 from lightning_optim.control.undo_policy import Decision, UndoJudge, UndoPolicy
 from lightning_optim.optimizers.shards import is_distributed
 
@@ -105,10 +106,13 @@ class Undo:
         decision = self._judge.judge(loss, step)
         if self._judge.off:
             self.release()
-        elif not decision.leaves_out and self._judge.pending == 0:
-            self._before, self._now = self._now, self._before
+        elif not decision.leaves_out:
             try:
-                self._stepped.begin(background=background)
+                if self._judge.pending == 0:
+                    self._before, self._now = self._now, self._before
+                    self._stepped.begin(background=background)
+                else:  # earlier steps may be undone yet, and this one with them
+                    self._stepped.extend()
             except MemoryError as error:
                 parts = snapshot_bytes(self._module, self.optimizer)
                 sums = " + ".join(f"{count / 2**20:.1f} of {part}" for part, count in parts.items())

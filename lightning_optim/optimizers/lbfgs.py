@@ -20,6 +20,7 @@ from lightning_optim.optimizers.lbfgs_state import Kind, by_position, check_stat
 from lightning_optim.optimizers.line_search import LineSearch
 from lightning_optim.optimizers.loading import load_groups, readable
 from lightning_optim.optimizers.options import check_options, each_once
+from lightning_optim.optimizers.outside_of_graphs import stay_outside
 from lightning_optim.optimizers.places import owners
 from lightning_optim.optimizers.primitives import primitives
 from lightning_optim.optimizers.quasi_newton import Closure, QuasiNewton, Record
@@ -28,6 +29,19 @@ from lightning_optim.warnings import warn_once
 
 #: What ``torch.optim.LBFGS`` keeps in its param group and ours in :class:`LBFGSOptions`.
 _OF_TORCHS_GROUP = {"max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size", "line_search_fn"}
+
+#: What a step runs beside the closure.
+_OWN_CODE = (
+    __name__,
+    *(
+        f"lightning_optim.optimizers.{name}"
+        for name in ("byrd_nocedal", "closure", "iterate", "lbfgs_options", "line_search", "memory_budget", "places")
+    ),
+    "lightning_optim.engines.host_memory",
+    "lightning_optim.engines.memory",
+    "lightning_optim.optimizers.quasi_newton",
+    "lightning_optim.optimizers.shards",
+)
 
 
 @known_as("LBFGS")
@@ -178,6 +192,7 @@ class LBFGSOptim(ClosureOptimizer):
                 "loss (Lightning's automatic optimization does, except with precision='16-mixed', whose scaler steps "
                 "without: use one of our strategies there)"
             )
+        stay_outside(*_OWN_CODE)
         work = self._prepare()
         if work is None:  # nothing is trained
             with torch.enable_grad():

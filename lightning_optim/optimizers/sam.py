@@ -16,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 from lightning_optim.optimizers.ascent import ADAPTIVE, RHO, Ascent
 from lightning_optim.optimizers.divided import refuse_a_part
 from lightning_optim.optimizers.loading import readable
+from lightning_optim.optimizers.outside_of_graphs import stay_outside
 from lightning_optim.optimizers.primitives import primitive, primitives
 
 
@@ -150,6 +151,7 @@ class SAM(Optimizer):
             RuntimeError: The weights are perturbed; there is no closure, and nobody has called :meth:`perturb` and
                 :meth:`restore`; or the closure computes no gradients the second time.
         """
+        stay_outside(__name__, "lightning_optim.optimizers.ascent", "lightning_optim.optimizers.shards")
         ascent = self._ascent
         if ascent.perturbed:
             raise RuntimeError("SAM: step() while the weights are perturbed; call restore() first")

@@ -137,6 +137,7 @@ class Drive:
         optimizer.step = MethodType(Optimizer.profile_hook_step(self._step), optimizer)  # type: ignore[method-assign]
         self.stepping = True
         if self.backward is not None:
+            self.backward.watch()
             self.backward.last = True
         try:
             yield

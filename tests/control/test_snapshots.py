@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lightning_optim import optimizer_info
 from lightning_optim.control import snapshots as module
-from lightning_optim.control.snapshots import Snapshots, StepSnapshot
+from lightning_optim.control.snapshots import Snapshots
+from lightning_optim.control.step_snapshot import StepSnapshot
 from lightning_optim.engines.host_memory import HostMemory
 from lightning_optim.registry import OPTIMIZERS
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import lightning_optim
 from lightning_optim.control.step_in_backward import StepInBackward
 from lightning_optim.registry import OPTIMIZERS, create_optimizer
 
@@ -175,3 +176,21 @@ def test_an_interrupted_window_is_forgotten() -> None:
         else:
             backward.finish()
     assert weight.tolist() == [-1.0, -1.0]
+
+
+def test_groups_that_change_places_or_go() -> None:
+    """Each parameter is stepped with the options of the group that it is in, or not at all."""
+    params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = lightning_optim.SGD([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)], lr=1.0)
+    backward = StepInBackward(optimizer)
+    for number in range(3):
+        if number == 1:
+            optimizer.param_groups.reverse()
+        if number == 2:
+            del optimizer.param_groups[0]
+        backward.watch()
+        torch.stack(params).sum().backward()
+        backward.finish()
+    for p, expected in zip(params, (0.7, 0.4, 0.4), strict=True):
+        torch.testing.assert_close(p.detach(), torch.full((2,), expected))
+    assert [p.grad is None for p in params] == [True, True, False]
