@@ -53,7 +53,8 @@ def make_model(root: str, schedule: Any, optimizer: Any = None, **config: Any) -
                 assert one.scheduler.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
 
         def train_dataloader(self) -> Any:
-            return DataLoader(torch.ones(BATCHES, 1))
+            data: Any = torch.ones(BATCHES, 1)
+            return DataLoader(data)
 
         def configure_optimizers(self) -> Any:
             made = (optimizer or (lambda params: torch.optim.SGD(params, lr=1.0)))(self.parameters())
@@ -226,7 +227,7 @@ def test_groups_that_a_callback_unfreezes_join_the_schedule(tmp_path: Path) -> N
                 self.unfreeze_and_add_param_group(pl_module.layer, optimizer, lr=0.5)
 
     def make() -> Any:
-        model = make_model(
+        model: Any = make_model(
             "lightning.pytorch",
             lambda optimizer: Linear(optimizer),
             lambda params: torch.optim.SGD(model.head.parameters(), lr=1.0),

@@ -1,7 +1,7 @@
 """Puts the callbacks that work without being asked for into those trainings that have something of ours.
 
-Lightning has no way for an optimizer or a schedule to say that its training needs a callback; what it has, entry points,
-is for every Trainer in the environment, also of people who never heard of this package. So with the import of
+Lightning has no way for an optimizer or a schedule to say that its training needs a callback; what it has, entry
+points, is for every Trainer in the environment, also of people who never heard of this package. So with the import of
 ``lightning_optim``, Lightning's function that calls the callbacks is wrapped: when a fit starts, and its optimizers are
 there, the Trainer gets what these need. Any other Trainer is left exactly as it is.
 """
@@ -32,8 +32,8 @@ def join_trainings(call: ModuleType) -> None:
     stock = getattr(call, "_call_callback_hooks", None)
     if stock is None:
         _log.warning(
-            "lightning-optim does not know this version of Lightning: give Trainers whose schedules lack total_steps, or "
-            "with SAM or L-BFGS, callbacks=[FillTotalSteps(), RefuseWithoutReplay()] of lightning_optim.callbacks"
+            "lightning-optim does not know this version of Lightning: give Trainers whose schedules lack total_steps, "
+            "or with SAM or L-BFGS, callbacks=[FillTotalSteps(), RefuseWithoutReplay()] of lightning_optim.callbacks"
         )
         return
     if hasattr(stock, "_joins_trainings"):

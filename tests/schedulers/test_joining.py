@@ -177,7 +177,8 @@ def test_rates_of_groups_that_were_added_are_told_at_once() -> None:
 
 @pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), np.array(0.5)])
 def test_numpy_numbers_stay_out_of_checkpoints(number: Any) -> None:
-    schedule = Cosine(sgd(number), np.int64(2), np.int32(10), np.float32(0.0))
+    options: dict[str, Any] = {"warmup_steps": np.int64(2), "total_steps": np.int32(10), "min_lr_ratio": np.float32(0)}
+    schedule = Cosine(sgd(number), **options)
     advance(schedule, 3)
     schedule.optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "lr": number})
     advance(schedule, 1)
