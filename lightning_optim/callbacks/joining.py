@@ -2,8 +2,8 @@
 
 Lightning has no way for an optimizer or a schedule to say that its training needs a callback; what it has, entry
 points, is for every Trainer in the environment, also of people who never heard of this package. So with the import of
-``lightning_optim``, Lightning's function that calls the callbacks is wrapped: when a fit starts, and its optimizers are
-there, the Trainer gets what these need. Any other Trainer is left exactly as it is.
+``lightning_optim``, Lightning's function that calls the callbacks is wrapped: when a fit starts and its optimizers are
+there, or where others take their place later, the Trainer gets what these need. Any other Trainer is left as it is.
 """
 
 from __future__ import annotations
@@ -41,12 +41,21 @@ def join_trainings(call: ModuleType) -> None:
 
     @wraps(stock)
     def _call_callback_hooks(trainer: Any, hook_name: str, *args: Any, **kwargs: Any) -> Any:
-        if hook_name == "on_fit_start":
+        if hook_name == "on_fit_start" or (hook_name == "on_train_batch_start" and _lacks_a_total(trainer)):
             _join(trainer, HOMES[call.__name__])
         return stock(trainer, hook_name, *args, **kwargs)
 
     _call_callback_hooks._joins_trainings = True  # type: ignore[attr-defined]
     call._call_callback_hooks = _call_callback_hooks  # type: ignore[attr-defined]
+
+
+def _lacks_a_total(trainer: Any) -> bool:
+    """Whether a schedule of ours has come into a training under way, with which a callback has replaced another."""
+    for config in trainer.lr_scheduler_configs:
+        for one in (config.scheduler, *getattr(config.scheduler, "_schedulers", ())):  # of torch's wrappers
+            if getattr(one, "total_steps", 0) is None and not getattr(one, "awaits_total", True):
+                return True
+    return False
 
 
 def _join(trainer: Any, homes: dict[str, str]) -> None:

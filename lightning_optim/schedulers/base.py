@@ -77,6 +77,11 @@ class Schedule(LRScheduler, ABC):
         "warmup_start": optional(partial(check_ratio, "warmup_start")),
     }
 
+    #: ``last_epoch`` after construction; None where a state has been loaded since.
+    _joined_at: int | None = None
+    #: The steps of the run in all for which the total was filled in.
+    filled_for: int | None = None
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -98,13 +103,13 @@ class Schedule(LRScheduler, ABC):
         self.warmup_start = None if warmup_start is None else check_ratio("warmup_start", warmup_start)
         self.total_is_filled = False
         self.awaits_total = False
-        self.filled_for: int | None = None  # the run's steps in all when the total was filled in
+        self.filled_for = None
         if self.total_steps is not None and (misfit := self._misfit(self.total_steps)):
             raise ValueError(misfit)
         make_rates_plain(optimizer)
         # The base class makes step 0 at once, so every option has to be in place.
         super().__init__(optimizer, last_epoch)
-        self._joined_at: int | None = self.last_epoch
+        self._joined_at = self.last_epoch
         LoadedRates.watch(self, optimizer)
 
     @property
@@ -207,7 +212,8 @@ class Schedule(LRScheduler, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The position, the options, and the learning rates in force, as ``rates``; for :meth:`load_state_dict`."""
-        state = {key: value for key, value in super().state_dict().items() if key != "_joined_at"}
+        passing = ("_joined_at", "awaits_total")
+        state = {key: value for key, value in super().state_dict().items() if key not in passing}
         return {**state, "rates": read_rates(self.optimizer)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -249,6 +255,7 @@ class Schedule(LRScheduler, ABC):
         write_rates(self.optimizer, rates)
         self._adopt_new_groups()
         if self.total_steps is not None:
+            self.awaits_total = False
             self._reapply()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -270,6 +277,8 @@ class Schedule(LRScheduler, ABC):
             **{name: partial(check_rates, name) for name in ("base_lrs", "_last_lr")},
             **self.checks,
         }
+        if methods := sorted(key for key in state if callable(getattr(type(self), key, None))):
+            raise ValueError(f"{name}: {', '.join(methods)} cannot be part of a schedule's state")
         for key in checks.keys() & state.keys():
             state[key] = checks[key](state[key])
         self._check_groups(len(state.get("base_lrs", self.base_lrs)))

@@ -203,6 +203,7 @@ def test_numpy_numbers_stay_out_of_checkpoints(number: Any) -> None:
         ({"total_steps": 0}, ValueError, "total_steps=0 must be at least 1"),
         ({"warmup_steps": None}, TypeError, "warmup_steps=None must be an int"),
         ({"min_lr_ratio": 7}, ValueError, r"min_lr_ratio=7 must be in \[0, 1\]"),
+        ({"factor": 1.0, "step": 2}, ValueError, "factor, step cannot be part of a schedule's state"),
         ({"decay": "exp"}, ValueError, "decay='exp' must be one of"),
     ],
 )
