@@ -41,8 +41,12 @@ def join_trainings(call: ModuleType) -> None:
 
     @wraps(stock)
     def _call_callback_hooks(trainer: Any, hook_name: str, *args: Any, **kwargs: Any) -> Any:
-        if hook_name == "on_fit_start" or (hook_name == "on_train_batch_start" and _lacks_a_total(trainer)):
-            _join(trainer, HOMES[call.__name__])
+        if hook_name in ("on_fit_start", "on_train_batch_start"):
+            try:
+                if hook_name == "on_fit_start" or _lacks_a_total(trainer):
+                    _join(trainer, HOMES[call.__name__])
+            except Exception:  # whatever it is, a Trainer that does not use this package has to run
+                _log.warning("lightning-optim adds no callbacks to this Trainer", exc_info=True)
         return stock(trainer, hook_name, *args, **kwargs)
 
     _call_callback_hooks._joins_trainings = True  # type: ignore[attr-defined]
@@ -60,11 +64,7 @@ def _lacks_a_total(trainer: Any) -> bool:
 
 def _join(trainer: Any, homes: dict[str, str]) -> None:
     """Put the callbacks that a training needs before all others, which then see schedules that are ready."""
-    try:
-        needed = [_of_trainer(trainer, name) or _new(name, homes) for name in _needs(trainer)]
-    except Exception:  # whatever it is, a Trainer that does not use this package has to run
-        _log.warning("lightning-optim adds no callbacks to this Trainer", exc_info=True)
-        return
+    needed = [_of_trainer(trainer, name) or _new(name, homes) for name in _needs(trainer)]
     if needed:
         others = [callback for callback in trainer.callbacks if not any(callback is one for one in needed)]
         trainer.callbacks = [*needed, *others]
