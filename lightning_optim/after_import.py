@@ -52,9 +52,8 @@ class _Finder:
     ) -> ModuleSpec | None:
         self.catch_up()
         asking: set[str] = self._asking.__dict__.setdefault("names", set())
-        if (
-            name not in self.actions or name in asking
-        ):  # a finder that asks all others, as this one does, comes back here
+        # A finder that asks all others, as this one does, comes back here.
+        if name not in self.actions or name in asking:
             return None
         asking.add(name)
         try:

@@ -54,7 +54,8 @@ def model_of(root: str, configure: Any = None, callbacks: Any = None) -> Any:
 
 
 def data() -> Any:
-    return DataLoader(torch.ones(4, 1))
+    ones: Any = torch.ones(4, 1)
+    return DataLoader(ones)
 
 
 def trainer_of(root: str, **options: Any) -> Any:

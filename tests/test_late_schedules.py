@@ -53,7 +53,8 @@ def make_model(root: str, schedule: Any, optimizer: Any = None, **config: Any) -
                 assert one.scheduler.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
 
         def train_dataloader(self) -> Any:
-            return DataLoader(torch.ones(BATCHES, 1))
+            data: Any = torch.ones(BATCHES, 1)
+            return DataLoader(data)
 
         def configure_optimizers(self) -> Any:
             made = (optimizer or (lambda params: torch.optim.SGD(params, lr=1.0)))(self.parameters())
@@ -131,8 +132,10 @@ def test_added_in_the_middle_of_a_run_and_then_resumed_itself(schedule: Any, sav
     assert joined.lrs == alone.lrs
     assert len(joined.lrs) == left
     resumed = make_model("lightning.pytorch", schedule)
-    trainer_of(max_epochs=2).fit(resumed, ckpt_path=second, weights_only=False)
+    trainer_of(max_epochs=2).fit(resumed, ckpt_path=second, weights_only=True)
     assert resumed.lrs == joined.lrs[4:]
+    states = [model.trainer.lr_scheduler_configs[0].scheduler.state_dict() for model in (resumed, joined)]
+    assert states[0] == states[1]
 
 
 @pytest.mark.parametrize(
@@ -200,6 +203,28 @@ def test_by_epochs_and_by_frequency(tmp_path: Path) -> None:
         assert model.lrs == [lr for lr in curve(rates, Linear) for _ in range(repeat)]
 
 
+@pytest.mark.parametrize("schedule", [warmed, sequence_of_ours])
+@pytest.mark.parametrize("begins", [warmed, lambda optimizer: Cosine(optimizer, total_steps=99)])
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_batch_end"])
+def test_optimizers_that_a_callback_replaces_in_the_middle(schedule: Any, begins: Any, hook: str) -> None:
+    made = iter([begins, schedule])
+    model = make_model("lightning.pytorch", lambda optimizer: next(made)(optimizer))
+    at = BATCHES if hook == "on_train_epoch_start" else 5
+
+    class Replace(import_module("lightning.pytorch").Callback):  # type: ignore[misc]
+        pass
+
+    def replace(self: Any, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == at:
+            trainer.strategy.setup_optimizers(trainer)
+
+    setattr(Replace, hook, replace)
+    trainer_of(max_epochs=2, callbacks=[Replace()]).fit(model)
+    alone = make_model("lightning.pytorch", schedule)
+    trainer_of(max_steps=2 * BATCHES - at).fit(alone)
+    assert model.lrs[at:] == alone.lrs
+
+
 def test_the_same_schedule_in_another_trainer_goes_on_to_the_new_end() -> None:
     optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=1.0)
     schedule = Linear(optimizer)
@@ -226,7 +251,7 @@ def test_groups_that_a_callback_unfreezes_join_the_schedule(tmp_path: Path) -> N
                 self.unfreeze_and_add_param_group(pl_module.layer, optimizer, lr=0.5)
 
     def make() -> Any:
-        model = make_model(
+        model: Any = make_model(
             "lightning.pytorch",
             lambda optimizer: Linear(optimizer),
             lambda params: torch.optim.SGD(model.head.parameters(), lr=1.0),

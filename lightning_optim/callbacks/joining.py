@@ -1,9 +1,9 @@
 """Puts the callbacks that work without being asked for into those trainings that have something of ours.
 
-Lightning has no way for an optimizer or a schedule to say that its training needs a callback; what it has, entry points,
-is for every Trainer in the environment, also of people who never heard of this package. So with the import of
-``lightning_optim``, Lightning's function that calls the callbacks is wrapped: when a fit starts, and its optimizers are
-there, the Trainer gets what these need. Any other Trainer is left exactly as it is.
+Lightning has no way for an optimizer or a schedule to say that its training needs a callback; what it has, entry
+points, is for every Trainer in the environment, also of people who never heard of this package. So with the import of
+``lightning_optim``, Lightning's function that calls the callbacks is wrapped: when a fit starts and its optimizers are
+there, or where others take their place later, the Trainer gets what these need. Any other Trainer is left as it is.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def join_trainings(call: ModuleType) -> None:
     stock = getattr(call, "_call_callback_hooks", None)
     if stock is None:
         _log.warning(
-            "lightning-optim does not know this version of Lightning: give Trainers whose schedules lack total_steps, or "
-            "with SAM or L-BFGS, callbacks=[FillTotalSteps(), RefuseWithoutReplay()] of lightning_optim.callbacks"
+            "lightning-optim does not know this version of Lightning: give Trainers whose schedules lack total_steps, "
+            "or with SAM or L-BFGS, callbacks=[FillTotalSteps(), RefuseWithoutReplay()] of lightning_optim.callbacks"
         )
         return
     if hasattr(stock, "_joins_trainings"):
@@ -41,21 +41,30 @@ def join_trainings(call: ModuleType) -> None:
 
     @wraps(stock)
     def _call_callback_hooks(trainer: Any, hook_name: str, *args: Any, **kwargs: Any) -> Any:
-        if hook_name == "on_fit_start":
-            _join(trainer, HOMES[call.__name__])
+        if hook_name in ("on_fit_start", "on_train_batch_start"):
+            try:
+                if hook_name == "on_fit_start" or _lacks_a_total(trainer):
+                    _join(trainer, HOMES[call.__name__])
+            except Exception:  # whatever it is, a Trainer that does not use this package has to run
+                _log.warning("lightning-optim adds no callbacks to this Trainer", exc_info=True)
         return stock(trainer, hook_name, *args, **kwargs)
 
     _call_callback_hooks._joins_trainings = True  # type: ignore[attr-defined]
     call._call_callback_hooks = _call_callback_hooks  # type: ignore[attr-defined]
 
 
+def _lacks_a_total(trainer: Any) -> bool:
+    """Whether a schedule of ours has come into a training under way, with which a callback has replaced another."""
+    for config in trainer.lr_scheduler_configs:
+        for one in (config.scheduler, *getattr(config.scheduler, "_schedulers", ())):  # of torch's wrappers
+            if getattr(one, "total_steps", 0) is None and not getattr(one, "awaits_total", True):
+                return True
+    return False
+
+
 def _join(trainer: Any, homes: dict[str, str]) -> None:
     """Put the callbacks that a training needs before all others, which then see schedules that are ready."""
-    try:
-        needed = [_of_trainer(trainer, name) or _new(name, homes) for name in _needs(trainer)]
-    except Exception:  # whatever it is, a Trainer that does not use this package has to run
-        _log.warning("lightning-optim adds no callbacks to this Trainer", exc_info=True)
-        return
+    needed = [_of_trainer(trainer, name) or _new(name, homes) for name in _needs(trainer)]
     if needed:
         others = [callback for callback in trainer.callbacks if not any(callback is one for one in needed)]
         trainer.callbacks = [*needed, *others]

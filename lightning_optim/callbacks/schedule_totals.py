@@ -10,9 +10,9 @@ class FillTotalSteps(TotalsFiller, Callback):
 
     It does so when training starts: the data is set up then, a checkpoint is restored, and no step has been
     made. A total filled by an earlier run is replaced, so that resuming with a larger ``max_steps`` stretches
-    the schedule; one that joins a run under way gets the steps that remain. A Trainer gets this callback, before its
-    others, when a fit with such a schedule starts (see :mod:`lightning_optim.callbacks.joining`); adding it by hand does
-    no harm.
+    the schedule; one that joins a run under way gets the steps that remain. A Trainer gets this callback,
+    before its others, when a fit with such a schedule starts (see :mod:`lightning_optim.callbacks.joining`);
+    adding it by hand does no harm.
 
     Raises:
         ValueError: (when training starts) The run has no end that can be known; the message names the limits.

@@ -7,11 +7,14 @@ learning rates that groups and schedules know of are multiplied together: the cu
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_optim.schedulers.group_rates import plain
 
 #: Options of a param group that are learning rates: torch's, as OneCycleLR, SWALR and all schedules keep them.
 GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
@@ -43,6 +46,7 @@ def multiply_learning_rates(groups: Iterable[dict[str, Any]], schedules: Iterabl
         >>> optimizer.param_groups[0]["lr"]
         0.25
     """
+    factor = float(factor)
     in_place: dict[int, Tensor] = {}  # groups may share one
     for group in groups:
         for name in GROUP_RATES:
@@ -51,7 +55,7 @@ def multiply_learning_rates(groups: Iterable[dict[str, Any]], schedules: Iterabl
             if name == "lr" and isinstance(group[name], Tensor):
                 in_place[id(group[name])] = group[name]
             else:
-                group[name] = group[name] * factor
+                group[name] = plain(group[name] * factor)
     for lr in in_place.values():
         lr.mul_(factor)
     for schedule in _each(schedules):
@@ -59,10 +63,10 @@ def multiply_learning_rates(groups: Iterable[dict[str, Any]], schedules: Iterabl
             values = getattr(schedule, name, None)
             if isinstance(values, list | tuple):
                 # New lists: a state_dict that was made earlier holds the old ones.
-                setattr(schedule, name, [value * factor for value in values])
+                setattr(schedule, name, [plain(value * factor) for value in values])
         for name in _SINGLE:
-            if isinstance(value := getattr(schedule, name, None), int | float | Tensor):
-                setattr(schedule, name, value * factor)
+            if isinstance(value := getattr(schedule, name, None), numbers.Real | Tensor):
+                setattr(schedule, name, plain(value * factor))
 
 
 def unknown_schedules(schedules: Iterable[object]) -> list[str]:

@@ -120,6 +120,12 @@ class TotalsFiller:
         # stateful data loader.
         fill_trainer_totals(trainer)
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Fill the totals of schedules that have come in the middle, as where a callback replaces the optimizers."""
+        schedules = (one for config in trainer.lr_scheduler_configs for one in schedules_in(config.scheduler))
+        if any(schedule.total_steps is None and not schedule.awaits_total for schedule in schedules):
+            fill_trainer_totals(trainer)
+
 
 def configs_to_fill(trainer: Any) -> list[Any]:
     """The configurations of a Lightning ``Trainer``'s schedules of which some need a total."""

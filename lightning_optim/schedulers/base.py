@@ -20,8 +20,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_optim.schedulers.group_rates import LoadedRates, Rate, make_rates_plain, plain, read_rates, write_rates
 from lightning_optim.schedulers.options import (
     check_position,
-    check_ratio,
     check_rates,
+    check_ratio,
     check_steps,
     check_total,
     optional,
@@ -44,9 +44,9 @@ class Schedule(LRScheduler, ABC):
     is an error. A total that was filled in is not part of the user's configuration, so it is refilled when a
     run resumes: extending ``max_steps`` stretches the schedule. :meth:`load_state_dict` states the rules.
 
-    **Joining a run.** A schedule that is new in a run under way (made for a second ``fit``, or added on resume) begins at
-    its step 0, and a total that is filled in is the number of steps that remain. Where its optimizer's state is loaded,
-    the learning rate stays the schedule's own, in whatever order the two are made.
+    **Joining a run.** A schedule that is new in a run under way (made for a second ``fit``, or added on
+    resume) begins at its step 0, and a total that is filled in is the number of steps that remain. Where its
+    optimizer's state is loaded, the learning rate stays the schedule's own, in whatever order this is done.
 
     **Groups added later** (``optimizer.add_param_group``) join at the next ``step()``; the ``lr`` that they
     came with is their base learning rate.
@@ -77,6 +77,11 @@ class Schedule(LRScheduler, ABC):
         "warmup_start": optional(partial(check_ratio, "warmup_start")),
     }
 
+    #: ``last_epoch`` after construction; None where a state has been loaded since.
+    _joined_at: int | None = None
+    #: The steps of the run in all for which the total was filled in.
+    filled_for: int | None = None
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -98,13 +103,13 @@ class Schedule(LRScheduler, ABC):
         self.warmup_start = None if warmup_start is None else check_ratio("warmup_start", warmup_start)
         self.total_is_filled = False
         self.awaits_total = False
-        self.filled_for: int | None = None  # the run's steps in all when the total was filled in
+        self.filled_for = None
         if self.total_steps is not None and (misfit := self._misfit(self.total_steps)):
             raise ValueError(misfit)
         make_rates_plain(optimizer)
         # The base class makes step 0 at once, so every option has to be in place.
         super().__init__(optimizer, last_epoch)
-        self._joined_at: int | None = self.last_epoch
+        self._joined_at = self.last_epoch
         LoadedRates.watch(self, optimizer)
 
     @property
@@ -206,8 +211,9 @@ class Schedule(LRScheduler, ABC):
         return [base_lr * factor for base_lr in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, the options, and ``rates``: the learning rates that are in force; for :meth:`load_state_dict`."""
-        state = {key: value for key, value in super().state_dict().items() if key != "_joined_at"}
+        """The position, the options, and the learning rates in force, as ``rates``; for :meth:`load_state_dict`."""
+        passing = ("_joined_at", "awaits_total")
+        state = {key: value for key, value in super().state_dict().items() if key not in passing}
         return {**state, "rates": read_rates(self.optimizer)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -263,11 +269,16 @@ class Schedule(LRScheduler, ABC):
         missing = sorted(self.checks.keys() - state.keys())
         if missing:
             warn_once(
-                f"{name}: the state is another schedule's, since it has no {', '.join(missing)}: of it, only the position "
-                "and the base learning rates are of use"
+                f"{name}: the state is another schedule's, since it has no {', '.join(missing)}: of it, only the "
+                "position and the base learning rates are of use"
             )
-        checks = {name: partial(check_rates, name) for name in ("base_lrs", "_last_lr")}
-        checks |= {"last_epoch": partial(check_position, "last_epoch"), **self.checks}
+        checks: dict[str, Callable[[Any], Any]] = {
+            "last_epoch": partial(check_position, "last_epoch"),
+            **{name: partial(check_rates, name) for name in ("base_lrs", "_last_lr")},
+            **self.checks,
+        }
+        if methods := sorted(key for key in state if callable(getattr(type(self), key, None))):
+            raise ValueError(f"{name}: {', '.join(methods)} cannot be part of a schedule's state")
         for key in checks.keys() & state.keys():
             state[key] = checks[key](state[key])
         self._check_groups(len(state.get("base_lrs", self.base_lrs)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -62,7 +62,7 @@ class LoadedRates:
     the schedules whose state is loaded too. A schedule that is new in the run has set its own, and keeps it.
     """
 
-    _of: weakref.WeakKeyDictionary[Optimizer, LoadedRates] = weakref.WeakKeyDictionary()
+    _of: ClassVar[weakref.WeakKeyDictionary[Optimizer, LoadedRates]] = weakref.WeakKeyDictionary()
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._schedules: weakref.WeakSet[Joining] = weakref.WeakSet()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -122,3 +123,13 @@ def test_which_schedules_are_known() -> None:
     stock = [make(optimizer) for name, make in SCHEDULES.items() if name not in ("lambdas", "one cycle", "plateau")]
     assert unknown_schedules(stock) == []
     assert unknown_schedules([Own(optimizer)]) == [f"{__name__}.{Own.__qualname__}"]
+
+
+def test_numpy_numbers_are_multiplied_and_stay_out_of_checkpoints() -> None:
+    numbers: Any = {"lr": np.float64(1.0), "eta_min": np.float32(0.5), "factor": np.float64(0.5)}
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=numbers["lr"])
+    schedule = torch_schedules.CosineAnnealingLR(optimizer, 6, eta_min=numbers["eta_min"])
+    multiply_learning_rates(optimizer.param_groups, [schedule], numbers["factor"])
+    found = [optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["initial_lr"], *schedule.base_lrs]
+    assert [*found, schedule.eta_min] == [0.5, 0.5, 0.5, 0.25]
+    assert {type(number) for number in [*found, schedule.eta_min]} == {float}

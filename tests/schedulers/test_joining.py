@@ -177,7 +177,8 @@ def test_rates_of_groups_that_were_added_are_told_at_once() -> None:
 
 @pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), np.array(0.5)])
 def test_numpy_numbers_stay_out_of_checkpoints(number: Any) -> None:
-    schedule = Cosine(sgd(number), np.int64(2), np.int32(10), np.float32(0.0))
+    options: dict[str, Any] = {"warmup_steps": np.int64(2), "total_steps": np.int32(10), "min_lr_ratio": np.float32(0)}
+    schedule = Cosine(sgd(number), **options)
     advance(schedule, 3)
     schedule.optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "lr": number})
     advance(schedule, 1)
@@ -202,6 +203,7 @@ def test_numpy_numbers_stay_out_of_checkpoints(number: Any) -> None:
         ({"total_steps": 0}, ValueError, "total_steps=0 must be at least 1"),
         ({"warmup_steps": None}, TypeError, "warmup_steps=None must be an int"),
         ({"min_lr_ratio": 7}, ValueError, r"min_lr_ratio=7 must be in \[0, 1\]"),
+        ({"factor": 1.0, "step": 2}, ValueError, "factor, step cannot be part of a schedule's state"),
         ({"decay": "exp"}, ValueError, "decay='exp' must be one of"),
     ],
 )

@@ -51,10 +51,18 @@ ORDERS = {
     "ours first, for either": """
         import lightning_optim
         assert not {"lightning", "pytorch_lightning", "triton"} & set(sys.modules), "import lightning_optim is light"
-        import lightning_optim.strategies
-        import pytorch_lightning, lightning.pytorch
-        pytorch_lightning.Trainer(strategy="in_graph", accelerator="cpu", logger=False)
+        import lightning.pytorch
         lightning.pytorch.Trainer(strategy="in_graph_ddp", accelerator="cpu", devices=1, logger=False)
+        # The other root would take the messages of this one over to its own logger.
+        from lightning_utilities.core import rank_zero
+        log = rank_zero.log
+        import lightning_optim.strategies
+        ours = lightning_optim.strategies.InGraphStrategy()
+        lightning.pytorch.Trainer(strategy=ours, accelerator="cpu", logger=False)
+        assert "pytorch_lightning" not in sys.modules
+        assert rank_zero.log is log
+        import pytorch_lightning
+        pytorch_lightning.Trainer(strategy="in_graph", accelerator="cpu", logger=False)
     """,
 }
 
