@@ -11,6 +11,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("jsonargparse")
 
 from lightning_optim.cli.complaints import in_one_line
+from lightning_optim.cli.optim_cli import OptimCLI
 
 from .common import error_of, fit, known_warnings
 
@@ -104,6 +105,11 @@ def test_a_flag(arguments: list[str], line: str, capsys: pytest.CaptureFixture[s
 def test_a_file(content: object, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     assert line in _last_line(capsys, f"--config={tmp_path / 'config.yaml'}")
+
+
+def test_a_missing_model(capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_of(capsys, lambda: OptimCLI(args=["fit", "--optimizer=AdamW"], save_config_callback=None))
+    assert message.splitlines()[-1] == "error: missing: --model"
 
 
 def test_a_message_of_another_form_stays() -> None:
