@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 pytest.importorskip("lightning")
 pytest.importorskip("jsonargparse")
@@ -25,7 +26,7 @@ class OwnMistake(Model):
 
 
 class FailsInTraining(Model):
-    def training_step(self, *args: object) -> None:
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         raise ValueError("in the training step")
 
 
