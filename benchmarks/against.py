@@ -21,9 +21,6 @@ from typing import Any
 #: How long the timed steps of one turn take, at least one step.
 BURST_SECONDS = 0.01
 
-#: Pairs of processes, one after the other, for each size.
-STARTS = 3
-
 #: Rounds of each start, whatever time they take; an even number, so that each is first as often as the other.
 LEAST_ROUNDS = 4
 
@@ -79,7 +76,7 @@ class Checkout:
         return json.loads(line)
 
 
-def report(ours: Path, other: Path, sizes: list[str], rounds: int, seconds: float) -> str:
+def report(ours: Path, other: Path, sizes: list[str], *, rounds: int, seconds: float, starts: int) -> str:
     """Compare two checkouts.
 
     Args:
@@ -88,6 +85,7 @@ def report(ours: Path, other: Path, sizes: list[str], rounds: int, seconds: floa
         sizes: Labels of numbers of weights.
         rounds: At most so many for each size.
         seconds: About how long each size may take.
+        starts: Pairs of processes for each size, one after the other.
 
     Returns:
         A table.
@@ -102,15 +100,15 @@ def report(ours: Path, other: Path, sizes: list[str], rounds: int, seconds: floa
     ]
     for size in sizes:
         found: dict[Row, list[list[tuple[float, float]]]] = {}
-        for _ in range(STARTS):
+        for _ in range(starts):
             with ExitStack() as stack:
                 pair = [stack.enter_context(Checkout(path, weights(size))) for path in (other, ours)]
-                for row, times in _take_turns(pair, max(1, rounds // STARTS), seconds / STARTS).items():
+                for row, times in _take_turns(pair, max(1, rounds // starts), seconds / starts).items():
                     found.setdefault(row, []).append(times)
-        for (job, name), starts in found.items():
-            before, after = zip(*(pair for start in starts for pair in start), strict=True)
-            ratios = [statistics.median(b / a for a, b in start) for start in starts]
-            together = statistics.median(b / a for start in starts for a, b in start)
+        for (job, name), columns in found.items():
+            before, after = zip(*(turn for column in columns for turn in column), strict=True)
+            ratios = [statistics.median(b / a for a, b in column) for column in columns]
+            together = statistics.median(b / a for a, b in zip(before, after, strict=True))
             lines.append(
                 f"| {size} | {job} | {name} | {statistics.median(before) * 1e3:.3f} "
                 f"| {statistics.median(after) * 1e3:.3f} | {together:.3f} | {min(ratios):.3f} to {max(ratios):.3f} |"

@@ -185,12 +185,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="about how long each case may take")
     parser.add_argument("--rules", nargs="*", choices=OPTIMIZERS, default=list(OPTIMIZERS), help="whose build is timed")
     parser.add_argument("--against", type=Path, help="another checkout of this repository, to take turns with")
+    parser.add_argument("--starts", type=int, default=3, help="pairs of processes for each size, with --against")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON and the Markdown")
     parser.add_argument("--readme", action="store_true", help="also put the table into the README")
     arguments = parser.parse_args()
     if arguments.against is not None:
         ours = Path(__file__).parent.parent
-        print(against.report(ours, arguments.against, arguments.sizes, arguments.rounds, arguments.seconds))
+        limits = {"rounds": arguments.rounds, "seconds": arguments.seconds, "starts": arguments.starts}
+        print(against.report(ours, arguments.against, arguments.sizes, **limits))
         return
     cases = []
     for label in arguments.sizes:

@@ -23,6 +23,7 @@ _PARSER_KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS_PATH = re.compile(r"(?:given class_path |class_path=)'([^']+)'")
 _NO_OPTION = re.compile(r"Option '([^']+)' is not accepted")
 _NO_KEY = re.compile(r"(Group|Subcommand) '([^']+)' does not accept option '([^']+)'")
+_REQUIRED = re.compile(r"the following arguments are required: (.*)")
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (.*)", re.DOTALL)
 _NO_IMPORT = re.compile(
     r"given class_path '([^']+)':\s+(No module named '[^']+'|module '([^']+)' has no attribute '[^']+')"
@@ -52,7 +53,16 @@ def in_one_line(message: str, keys: Iterable[str], hint: Hint) -> str:
     >>> in_one_line("unrecognized arguments: --trainer.max_step 3", ["trainer.max_steps"], lambda option, name: "")
     "unknown option --trainer.max_step (did you mean '--trainer.max_steps'?)"
     """
-    for read in (_of_help, _of_unrecognized, _of_unknown_key, _of_unknown_option, _of_import, _of_name, _of_value):
+    for read in (
+        _of_help,
+        _of_required,
+        _of_unrecognized,
+        _of_unknown_key,
+        _of_unknown_option,
+        _of_import,
+        _of_name,
+        _of_value,
+    ):
         if (line := read(message, list(keys), hint)) is not None:
             return line
     return message
@@ -68,6 +78,13 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 def _of_help(message: str, keys: list[str], hint: Hint) -> str | None:
     found = _HELP.search(message)
     return hint(found[1], found[2]) or None if found else None
+
+
+def _of_required(message: str, keys: list[str], hint: Hint) -> str | None:
+    found = _REQUIRED.match(message)
+    if found is None:
+        return None
+    return f"missing: {', '.join(f'--{_without_command(key)}' for key in found[1].split(', '))}"
 
 
 def _of_unrecognized(message: str, keys: list[str], hint: Hint) -> str | None:
@@ -188,3 +205,16 @@ def _readable(types: str) -> str:
     """Types as jsonargparse lists them, in the words of who writes them down."""
     words = re.sub(r"<class '([^']+)'>", r"\1", types).replace("NoneType", "null")
     return re.sub(r"typing\.Literal\[([^\]]*)\]", r"\1", words)
+
+
+#: In the order in which they are asked: the text of one form may be a part of another's.
+_READERS = (
+    _of_help,
+    _of_required,
+    _of_unrecognized,
+    _of_unknown_key,
+    _of_unknown_option,
+    _of_import,
+    _of_name,
+    _of_value,
+)

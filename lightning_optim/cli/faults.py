@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from types import TracebackType
-from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_optim.cli.complaints import in_one_line
 from lightning_optim.strategy_names import STRATEGIES
 
 #: Whose checks of their arguments speak for themselves, and by which exceptions.
@@ -36,16 +37,17 @@ def is_of_the_user(error: Exception) -> bool:
     return any(_is_in(modules[-1], home) and isinstance(error, kinds) for home, kinds in _CHECKING.items())
 
 
-def told(error: Exception, strategy: Any) -> str:
-    """The message of such an exception, with a hint if the name of the strategy is wrong.
+def in_words(error: Exception) -> str:
+    """The message of such an exception; of one that jsonargparse has wrapped into its own, the line that counts."""
+    return in_one_line(str(error), (), lambda option, name: "")
 
-    Args:
-        error: The exception.
-        strategy: What the Trainer was given.
-    """
-    message = str(error)
-    if not isinstance(strategy, str) or "invalid strategy name" not in message:
-        return message
+
+def of_strategy(message: str) -> str | None:
+    """Lightning's message about a strategy's name, with the names that we have; None for any other message."""
+    found = re.search(r"invalid strategy name: `strategy='([^']*)'`", message)
+    if found is None:
+        return None
+    strategy = found[1]
     # Lightning knows its classes, and others, by names alone.
     known = {name: name for name in ("auto", *StrategyRegistry.available_strategies())}
     known |= {cls: f"lightning_optim.strategies.{cls}" for cls in STRATEGIES.values()}
@@ -53,7 +55,7 @@ def told(error: Exception, strategy: Any) -> str:
     close = difflib.get_close_matches(strategy.lower(), by_lower, n=1)
     hint = f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
     return (
-        f"--trainer.strategy {strategy} is no strategy{hint}; valid: {', '.join(STRATEGIES)}; a name of Lightning's, "
+        f"strategy={strategy!r} is no strategy{hint}; valid: {', '.join(STRATEGIES)}; a name of Lightning's, "
         "such as auto, ddp or fsdp; or the path of a class"
     )
 

@@ -18,6 +18,9 @@ usage: lightning-optim [--help | --version] COMMAND ...
 
 `lightning-optim COMMAND --help` explains a command."""
 
+#: jsonargparse's; it asks for the traceback of an error in the arguments, here too.
+DEBUG_VARIABLE = "JSONARGPARSE_DEBUG"
+
 #: What a shell reports of a program that was ended by Ctrl-C, or because nobody reads its output.
 INTERRUPTED, BROKEN_PIPE = 128 + 2, 128 + 13
 
@@ -100,7 +103,14 @@ def can_use_lightning(command: str) -> bool:
 def _run_trainer(command: str, arguments: list[str]) -> int:
     if not can_use_lightning(command):
         return 1
+    from lightning_optim.cli.faults import in_words, is_of_the_user
     from lightning_optim.cli.optim_cli import OptimCLI
 
-    OptimCLI(args=arguments, parser_kwargs={"prog": "lightning-optim"})
+    try:
+        OptimCLI(args=arguments, parser_kwargs={"prog": "lightning-optim"})
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE) or not is_of_the_user(error):
+            raise
+        print(f"lightning-optim {command}: error: {in_words(error)}", file=sys.stderr)
+        return 2
     return 0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import Namespace, get_loader, set_loader
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_optim.cli.complaints import in_one_line
 from lightning_optim.cli.configure import Interval, OptimizerOptions, ParamGroupOptions
 from lightning_optim.cli.exchanged import exchanges
-from lightning_optim.cli.faults import is_of_the_user, told
+from lightning_optim.cli.faults import of_strategy
 from lightning_optim.cli.names import LR_SCHEDULER, OPTIMIZER, short_names
 from lightning_optim.strategy_names import register
 
@@ -150,8 +150,16 @@ class OptimCLI(LightningCLI):
         """Make data, model and Trainer."""
         if self._automatic:
             self._tell_of_exchanges()
-        with self._faults_in_one_line():
-            super().instantiate_classes()
+        super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the Trainer; where its strategy's name is wrong, the error knows our names, too."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            if (better := of_strategy(str(error))) is None:
+                raise
+            raise ValueError(better) from None
 
     def after_instantiate_classes(self) -> None:
         """Give the model its ``configure_optimizers``, when there is an ``--optimizer``."""
@@ -176,27 +184,8 @@ class OptimCLI(LightningCLI):
             groups=chosen["param_groups"],
             interval=chosen["lr_interval"],
         )
-        with self._faults_in_one_line():
-            options.check()
+        options.check()
         options.attach(self.model)
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        with self._faults_in_one_line():
-            super()._run_subcommand(subcommand)
-
-    @contextmanager
-    def _faults_in_one_line(self) -> Iterator[None]:
-        """End with the one line of an exception that is about what the user wrote, under no page of traceback.
-
-        ``JSONARGPARSE_DEBUG=1`` shows the page.
-        """
-        try:
-            yield
-        except Exception as error:
-            if not is_of_the_user(error):
-                raise
-            strategy = self._get(self.config, "trainer.strategy")
-            self._parser(self.subcommand).error(told(error, strategy), error)
 
 
 def _as_dict(spec: Namespace) -> dict[str, Any]:

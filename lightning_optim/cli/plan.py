@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import inspect
 import json
@@ -150,6 +151,10 @@ def _training(options: argparse.Namespace, rest: list[str]) -> tuple[Footprint, 
             raise UsageError("what is to be trained? --weights N, or --config FILE or --model CLASS as for `fit`")
         if options.dtype is not None:
             raise UsageError("--dtype goes with --weights; a model's is that of --trainer.precision")
+        for flag in (word.partition("=")[0] for word in rest):
+            # Nearer than `--weights_only` of `fit`, which is none of ours.
+            if close := difflib.get_close_matches(flag, _flags(), n=1, cutoff=0.85):
+                raise UsageError(f"unknown argument {flag!r} (did you mean {close[0]!r}?)")
         from lightning_optim.cli.main import can_use_lightning
 
         if not can_use_lightning("plan"):
@@ -174,7 +179,10 @@ def _optimizer(arguments: Sequence[str]) -> Maker:
     while waiting:
         flag, equals, value = waiting.pop(0).partition("=")
         if flag != "--optimizer" and not flag.startswith("--optimizer."):
-            raise UsageError(f"unknown argument {flag!r}; beside --weights: --optimizer NAME, --optimizer.OPTION VALUE")
+            hint = did_you_mean(flag, _flags())
+            raise UsageError(
+                f"unknown argument {flag!r}{hint}; beside --weights: --optimizer NAME, --optimizer.OPTION VALUE"
+            )
         if not equals and not waiting:
             raise UsageError(f"{flag} needs a value")
         values[flag.removeprefix("--optimizer").removeprefix(".")] = value if equals else waiting.pop(0)
@@ -188,6 +196,11 @@ def _optimizer(arguments: Sequence[str]) -> Maker:
     # Wrappers have an optimizer in them: `--optimizer.base adamw`.
     given: dict[str, Any] = {name: _class(text) if name == "base" else _value(text) for name, text in values.items()}
     return partial(cls, **given)
+
+
+def _flags() -> list[str]:
+    """Of this command itself."""
+    return [flag for action in _parser()._actions for flag in action.option_strings if flag.startswith("--")]
 
 
 def _class(name: str) -> type[Optimizer]:

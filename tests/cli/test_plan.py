@@ -176,7 +176,9 @@ def test_this_machine_is_saved_and_loaded(tmp_path: Path, capsys: pytest.Capture
         ([f"--model={HERE}.Two"], ["Two has 2 optimizers; a plan is for one"]),
         ([f"--model={HERE}.NeedsTrainer"], ["cannot be called without a Trainer", "--optimizer"]),
         ([f"--model={HERE}.Huge", "--optimizer=AdamW", "--optimizer.lrr=1"], ["lrr"]),
-        ([f"--model={HERE}.Huge", "--optimizr=AdamW"], ["optimizr"]),
+        ([f"--model={HERE}.Huge", "--optimizr=AdamW"], ["optimizr", "did you mean '--optimizer'"]),
+        (["--weigths=1e9"], ["unknown argument '--weigths' (did you mean '--weights'?)"]),
+        (["--weights=1e9", "--shardng=ddp"], ["unknown argument '--shardng' (did you mean '--sharding'?)"]),
     ],
 )
 def test_errors(arguments: list[str], named: list[str], machine: str, capsys: pytest.CaptureFixture[str]) -> None:
