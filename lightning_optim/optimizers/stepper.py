@@ -207,6 +207,11 @@ class Stepper:
             for p in self._fresh:  # their first step is still to come
                 self.owner.state.pop(p, None)
 
+    @property
+    def has_written(self) -> bool:
+        """Whether what was last planned has been run."""
+        return bool(self._written)
+
     def abandon(self) -> None:
         """Forget what was planned and not run: parameters that had no state have none."""
         written = {id(p) for planned in self._written for p in planned.params}
