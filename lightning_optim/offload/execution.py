@@ -130,12 +130,11 @@ class Execution:
             return
         host, transport, buckets = self._host, self._placement.transport, self._placement.buckets
         failed = self._failed()
-        if not failed:
-            # Weights that were changed meanwhile are what was wanted last.
-            for bucket in buckets:
-                bucket.follow(self._outside.changed(bucket))
-            host.submit(host.send, buckets, transport, transport.fence()).result()
-            failed = self.receive(buckets)
+        # Weights that were changed meanwhile are what was wanted last.
+        for bucket in buckets:
+            bucket.follow(self._outside.changed(bucket))
+        host.submit(host.send, buckets, transport, transport.fence()).result()
+        failed += self.receive(buckets)
         self._jobs = []
         if failed:
             raise failed[0]
