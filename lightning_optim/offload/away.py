@@ -25,6 +25,7 @@ class Kept:
         self._bucket, self._param = weakref.ref(bucket), weakref.ref(p)
         self._value: Tensor | None = None
         self._seen = 0
+        self.is_lent = False  # to what may change it, or gives it to others who may
 
     def value(self) -> Tensor:
         """The gradient, on the device.
@@ -44,12 +45,13 @@ class Kept:
                     job.result()
                 value = bucket.gradient(bucket.number_of[p])
                 self._value = torch.empty_like(p, requires_grad=False).copy_(value)
-            self._seen = self._value._version
+                self._seen = self._value._version
         return self._value
 
     def changed(self) -> Tensor | None:
-        """The gradient, if somebody has changed it on the device."""
-        return self._value if self._value is not None and self._value._version != self._seen else None
+        """The gradient, if somebody may have changed it on the device."""
+        value = self._value
+        return value if value is not None and (self.is_lent or value._version != self._seen) else None
 
 
 class Away(Tensor):
@@ -70,16 +72,27 @@ class Away(Tensor):
         """See the class."""
         made: Any = Tensor._make_wrapper_subclass(cls, p.shape, strides=p.stride(), dtype=p.dtype, device=p.device)
         made.kept = kept
-        return made  # type: ignore[no-any-return]
+        return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override] # torch declares it as a method of instances
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Do it with the gradient itself."""
         if func is torch.ops.aten.detach.default:
             return cls(args[0].kept, args[0])
-        return func(*tree_map(_found, args), **tree_map(_found, kwargs or {}))
+        # Here versions do not count, and views are not known to be such.
+        lent = func._schema.is_mutable or func.is_view
+
+        def found(value: Any) -> Any:
+            if not isinstance(value, Away):
+                return value
+            value.kept.is_lent |= lent
+            return value.kept.value()
+
+        return func(*tree_map(found, args), **tree_map(found, kwargs or {}))
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         """A copy is a tensor like any other."""
@@ -95,7 +108,7 @@ class Away(Tensor):
 
     def numpy(self, *, force: bool = False) -> Any:
         """As of the gradient."""
-        return self.kept.value().numpy(force=force)
+        return self._lent().numpy(force=force)
 
     def tolist(self) -> Any:
         """As of the gradient."""
@@ -103,12 +116,12 @@ class Away(Tensor):
 
     def data_ptr(self) -> int:
         """As of the gradient."""
-        return self.kept.value().data_ptr()
+        return self._lent().data_ptr()
 
     def untyped_storage(self) -> Any:
         """As of the gradient."""
-        return self.kept.value().untyped_storage()
+        return self._lent().untyped_storage()
 
-
-def _found(value: Any) -> Any:
-    return value.kept.value() if isinstance(value, Away) else value
+    def _lent(self) -> Tensor:
+        self.kept.is_lent = True
+        return self.kept.value()

@@ -88,6 +88,7 @@ class OffloadBucket:
         away: What stands in the places of gradients that have left, while more of them is to come.
         dropped: The parameters whose gradients on the host are no longer wanted.
         planned: The options that the step to come is planned with.
+        stepped: Those that the last update was done with.
         squares: The sums of squares of its gradients, if they are known.
         early: The update that was done before the step, if it was.
         unsent: The parameters whose new weights have not left for the device.
@@ -123,6 +124,7 @@ class OffloadBucket:
     away: dict[int, Away] = field(default_factory=dict)
     dropped: set[int] = field(default_factory=set)
     planned: GroupOptions | None = None
+    stepped: GroupOptions | None = None
     squares: LocalSquares | None = None
     early: Early | None = None
     unsent: set[int] = field(default_factory=set)

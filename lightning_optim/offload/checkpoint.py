@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -50,6 +51,10 @@ def own_entries(detached: Detached, optimizer: Optimizer, state_dict: Mapping[st
     others = {p for bucket in detached.buckets if not bucket.mine for p in bucket.params}
     params = [p for group in optimizer.param_groups for p in group["params"]]
     saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+    names, saved_names = _names(optimizer.param_groups), _names(state_dict["param_groups"])
+    if names is not None and saved_names is not None and set(names) == set(saved_names):
+        numbers = dict(zip(saved_names, saved, strict=True))  # by which it is going to be matched
+        saved = [numbers[name] for name in names]
     dropped = {number for number, p in zip(saved, params, strict=False) if p in others}
     return {**state_dict, "state": {key: value for key, value in state_dict["state"].items() if key not in dropped}}
 
@@ -76,6 +81,50 @@ def gathered_masters(detached: Detached, names: Mapping[Tensor, str]) -> dict[st
             masters = [values["master"] for values in gathered]
         found |= {names[p]: master for p, master in zip(bucket.params, masters, strict=True) if p in names}
     return found
+
+
+def checked_masters(saved: Any, params: Mapping[str, Tensor], optimizers: int) -> list[Mapping[str, Tensor]]:
+    """The masters of a checkpoint, for each optimizer, if they can be those of these parameters.
+
+    Args:
+        saved: What the checkpoint has, which may be anything.
+        params: By name.
+        optimizers: How many there are.
+
+    Raises:
+        ValueError: They cannot; the message has the parameter's name.
+    """
+    if not isinstance(saved, (list, tuple)) or len(saved) != optimizers:
+        what = f"{len(saved)} entries" if isinstance(saved, (list, tuple)) else type(saved).__name__
+        raise ValueError(
+            f"the checkpoint's detached_masters are {what}; valid: one dict for each of {optimizers} optimizers"
+        )
+    for masters in saved:
+        if not isinstance(masters, Mapping):
+            raise ValueError(f"the checkpoint's detached_masters have a {type(masters).__name__}; valid: dicts")
+        for name, master in masters.items():
+            if (p := params.get(name)) is not None and (problem := _problem(master, p)) is not None:
+                raise ValueError(f"the checkpoint's detached_masters[{name!r}] is {problem}")
+    return list(saved)
+
+
+def _problem(master: Any, p: Tensor) -> str | None:
+    if not isinstance(master, Tensor):
+        return f"a {type(master).__name__}; valid: a tensor"
+    if master.layout != torch.strided or master.device.type == "meta":
+        return f"of layout {master.layout} on {master.device}; valid: a dense tensor with memory"
+    if master.shape != p.shape:
+        return f"of shape {tuple(master.shape)}; valid: {tuple(p.shape)}"
+    if master.is_complex() != p.is_complex() or not (master.is_floating_point() or master.is_complex()):
+        return f"of {master.dtype}; valid: float32 or float64, or complex as the weight is"
+    return None
+
+
+def _names(groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    if not all(isinstance(group.get("param_names"), (list, tuple)) for group in groups):
+        return None
+    names = [name for group in groups for name in group["param_names"]]
+    return names if len(set(names)) == len(names) else None
 
 
 def _whole(master: Tensor) -> Tensor:

@@ -81,14 +81,15 @@ class Execution:
             host.submit(host.prepare, here, scaling, options, place).result()
         then = None if self._delayed else send
         progress = Progress()
-        at_once = [host.job(host.step, bucket, scaling, options, None, progress, place) for bucket in here]
-        if self._placement.whole is not None:
-            by_bucket = dict.fromkeys(travelling, host.job(host.step_all, optimizer, travelling, number, then))
+        at_once = [host.job(host.step, b, scaling, options, None, progress, place, twice=True) for b in here]
+        if self._placement.whole is not None and travelling:
+            whole = host.job(host.step_all, optimizer, travelling, number, options, then, twice=True)
+            by_bucket = dict.fromkeys(travelling, whole)
         else:
             # The layers that the next forward pass begins with come first; where it has begun already, those whose
             # gradients the next backward pass brings first.
             order = travelling if self._delayed else travelling[::-1]
-            by_bucket = {b: host.job(host.step, b, known, options, then, progress) for b in order}
+            by_bucket = {b: host.job(host.step, b, known, options, then, progress, twice=True) for b in order}
         jobs = [*at_once, *dict.fromkeys(by_bucket.values())]
         landing = self.landing if self.landing is not None and self.landing.is_known else None
         self._jobs = jobs if landing is None else at_once
@@ -129,12 +130,11 @@ class Execution:
             return
         host, transport, buckets = self._host, self._placement.transport, self._placement.buckets
         failed = self._failed()
-        if not failed:
-            # Weights that were changed meanwhile are what was wanted last.
-            for bucket in buckets:
-                bucket.follow(self._outside.changed(bucket))
-            host.submit(host.send, buckets, transport, transport.fence()).result()
-            failed = self.receive(buckets)
+        # Weights that were changed meanwhile are what was wanted last.
+        for bucket in buckets:
+            bucket.follow(self._outside.changed(bucket))
+        host.submit(host.send, buckets, transport, transport.fence()).result()
+        failed += self.receive(buckets)
         self._jobs = []
         if failed:
             raise failed[0]

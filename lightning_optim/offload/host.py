@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,6 @@ from lightning_optim.offload.transport import Ticket, Transport
 from lightning_optim.offload.whole import step_whole
 from lightning_optim.offload.worker import Job, Worker
 from lightning_optim.optimizers.shards import is_distributed, local, shards_of
-from lightning_optim.optimizers.stepper import Stepper
 
 #: Where a job is to run: entered by the thread, as where streams are concerned who called is meant.
 Place = Callable[[], AbstractContextManager[Any]]
@@ -31,11 +30,13 @@ class Progress:
 
     Attributes:
         begun: Whether a weight has changed.
+        failed: The buckets whose update has failed.
         refused: Why no other bucket is to be stepped: the first one could not be.
     """
 
     def __init__(self) -> None:
         self.begun = False
+        self.failed: set[OffloadBucket] = set()
         self.refused: BaseException | None = None
 
 
@@ -64,9 +65,9 @@ class HostSide:
         """Whether no job is done any more."""
         return self._worker.closed
 
-    def job(self, work: Callable[..., None], *args: Any) -> Job:
+    def job(self, work: Callable[..., None], *args: Any, twice: bool = False) -> Job:
         """A job that is still to be started: who keeps it first can see to its end, whatever breaks off."""
-        return Job(partial(_in_its_place, self.threads, work, *args))
+        return Job(partial(_in_its_place, self.threads, work, *args), twice=twice)
 
     def start(self, jobs: Sequence[Job]) -> None:
         """Have jobs done, after all that were started before them; those that were started already stay so."""
@@ -113,13 +114,17 @@ class HostSide:
                         part = torch.linalg.vector_norm(mine.double()).square()
                         bucket.squares.setdefault(where, []).append(part)
                 else:
-                    self._plan(bucket, bucket.present, scaled=True)
+                    self._plan(bucket, scaled=True)
                     bucket.squares = bucket.stepper.local_squares()
 
     def update_early(self, bucket: OffloadBucket, number: float | None, options: GroupOptions) -> None:
         """Do the step of a bucket before that of the others, as if it would be the same then."""
-        self._update(bucket, FixedScaling.of(number), options)
-        bucket.early = Early(options, number, bucket.present)
+        early = Early(options, number, bucket.present)
+        try:
+            self._update(bucket, FixedScaling.of(number), options)
+        finally:
+            if bucket.stepped is options:
+                bucket.early = early
 
     def take_back(self, buckets: list[OffloadBucket]) -> None:
         """As if nothing had been updated early."""
@@ -178,7 +183,9 @@ class HostSide:
         progress: Progress,
         place: Place = nullcontext,
     ) -> None:
-        """The step of a bucket that was prepared. What fails is tried once more, as the others' steps are not undone.
+        """The step of a bucket that was prepared.
+
+        If it fails it is to be called once more, as the others' steps are not undone: it goes on where it was.
 
         Args:
             bucket: It has gradients.
@@ -187,55 +194,58 @@ class HostSide:
             then: Called with the bucket when it is done.
             progress: Of the step that this is part of.
             place: Where to run.
-
-        Raises:
-            BaseException: What failed, also if it then went well.
         """
         if progress.refused is not None:
             self._abandon([bucket])
             raise progress.refused
-        failed: BaseException | None = None
-        with place():
-            early = self._forget_early(bucket)
-            if early is not None:
-                bucket.unsent = set() if early.sent else bucket.unsent | bucket.present
-            else:
-                try:
-                    self._update(bucket, scaling, options)
-                    bucket.unsent |= bucket.present
-                except BaseException as error:
-                    failed = error
-                    bucket.unsent |= self._try_again(bucket, scaling, options)
-                    if not (progress.begun or bucket.unsent):
-                        progress.refused = error
-                        raise
-            progress.begun = True
-            failed = _again(then, bucket) or failed
-        if failed is not None:
-            raise failed
+        try:
+            with place():
+                self._step(bucket, scaling, options)
+                progress.begun = True
+                bucket.land()
+                if then is not None:
+                    then(bucket)
+        except BaseException as error:
+            if bucket.stepped is not options and bucket in progress.failed and not progress.begun:
+                progress.refused = error
+            progress.failed.add(bucket)
+            raise
+
+    def _step(self, bucket: OffloadBucket, scaling: Scaling | None, options: GroupOptions) -> None:
+        if bucket.stepped is options:  # and something failed after that
+            bucket.unsent |= bucket.present
+        elif (early := bucket.early) is None:
+            self._update(bucket, scaling, options)
+            bucket.unsent |= bucket.present
+        else:
+            unsent = set() if early.sent else bucket.unsent | bucket.present
+            bucket.unsent, bucket.early, bucket.stepped = unsent, None, options
 
     def step_all(
         self,
         optimizer: Optimizer,
         buckets: Sequence[OffloadBucket],
         number: float | None,
+        options: GroupOptions,
         then: Callable[[OffloadBucket], None] | None,
     ) -> None:
-        """The step of all buckets by the optimizer's own.
+        """The step of all buckets by the optimizer's own. If it fails it is to be called once more.
 
         Args:
             optimizer: Whose step it is.
             buckets: Those with gradients.
             number: What gradients are multiplied by.
+            options: Of the param groups.
             then: Called with each bucket when all are done.
         """
-        with self._recorded("update", "all"):
-            step_whole(optimizer, buckets, number)
-        for bucket in buckets:
+        if buckets[0].stepped is not options:
+            with self._recorded("update", "all"):
+                step_whole(optimizer, buckets, number)
+            buckets[0].stepped = options
+        for bucket in reversed(buckets):
             bucket.unsent |= bucket.present
-        failed = [error for bucket in reversed(buckets) if (error := _again(then, bucket)) is not None]
-        if failed:
-            raise failed[0]
+            if then is not None:
+                then(bucket)
 
     def send(self, buckets: list[OffloadBucket], transport: Transport, fence: Any) -> None:
         """Have new weights leave for the device: only new ones, as the others are there, and not where they leave."""
@@ -280,25 +290,19 @@ class HostSide:
 
     # -- parts of jobs ------------------------------------------------------------------------------------------
 
-    def _plan(self, bucket: OffloadBucket, members: Iterable[int], *, scaled: bool) -> None:
+    def _plan(self, bucket: OffloadBucket, *, scaled: bool) -> None:
         assert bucket.stepper is not None  # noqa: S101 # who calls knows
         bucket.planned = None
-        grads = {bucket.masters[i]: bucket.gradient(i) for i in members}
+        grads = {bucket.masters[i]: bucket.gradient(i) for i in bucket.present}
         undo = bucket.undo if self._keeps_old(bucket) else None
         bucket.stepper.plan(grads, bucket.copies(), scaled=scaled, undo=undo)
 
-    def _plan_update(
-        self,
-        bucket: OffloadBucket,
-        scaling: Scaling | None,
-        options: GroupOptions,
-        members: Iterable[int] | None = None,
-    ) -> None:
+    def _plan_update(self, bucket: OffloadBucket, scaling: Scaling | None, options: GroupOptions) -> None:
         assert bucket.view is not None  # noqa: S101 # who calls knows
         bucket.view.options = options
         bucket.aim()
         scaled = scaling is not None and scaling.factor() is not None
-        self._plan(bucket, bucket.present if members is None else members, scaled=scaled)
+        self._plan(bucket, scaled=scaled)
         bucket.planned = options
 
     @staticmethod
@@ -321,40 +325,24 @@ class HostSide:
         return self._options.clip == "speculative" and not bucket.on_device
 
     def _update(self, bucket: OffloadBucket, scaling: Scaling | None, options: GroupOptions) -> None:
-        assert bucket.stepper is not None  # noqa: S101 # who calls knows
+        """Update a bucket. If this raises, it is as before, or ``bucket.stepped`` is ``options``."""
+        stepper = bucket.stepper
+        assert stepper is not None  # noqa: S101 # who calls knows
+        runs = False
         with self._recorded("update", bucket.label):
-            past = bucket.stepper._past
             try:
                 bucket.sent.wait()  # the last weights may still be on their way
                 if bucket.planned is not options:
                     self._plan_update(bucket, scaling, options)
-                bucket.planned = None
-                bucket.stepper.run(scaling)
+                bucket.planned, runs = None, True
+                stepper.run(scaling)
+                bucket.stepped = options
             except BaseException:
-                if bucket.stepper._past not in (None, past):
-                    bucket.stepper.undo()
-                self._abandon([bucket])
+                if runs and stepper.has_written:
+                    bucket.stepped = options
+                else:
+                    self._abandon([bucket])
                 raise
-            bucket.land()
-
-    def _try_again(self, bucket: OffloadBucket, scaling: Scaling | None, options: GroupOptions) -> set[int]:
-        """Step those of a bucket's parameters that a failed step has left as they were.
-
-        Returns:
-            The parameters that have been stepped.
-        """
-        stepper = bucket.stepper
-        assert stepper is not None  # noqa: S101 # who calls knows
-        written = set() if self._keeps_old(bucket) else {p for planned in stepper._written for p in planned.params}
-        if type(stepper) is not Stepper and (written or getattr(stepper, "_direct", stepper)._written):
-            return set()  # a step of several passes cannot be taken up in the middle
-        done = {i for i in bucket.present if bucket.masters[i] in written}
-        try:
-            self._plan_update(bucket, scaling, options, bucket.present - done)
-            self._update(bucket, scaling, options)
-        except BaseException:  # told the first time
-            return done
-        return set(bucket.present)
 
     def _undo(self, bucket: OffloadBucket) -> None:
         if self._options.clip == "none":
@@ -370,19 +358,6 @@ class HostSide:
 
     def _recorded(self, kind: str, label: str) -> Any:
         return nullcontext() if self._trace is None else self._trace.record(kind, label)
-
-
-def _again(then: Callable[[OffloadBucket], None] | None, bucket: OffloadBucket) -> BaseException | None:
-    """Do it, and if it fails once more; returns what failed."""
-    if then is None:
-        return None
-    try:
-        then(bucket)
-    except BaseException as error:
-        with suppress(BaseException):  # told the first time
-            then(bucket)
-        return error
-    return None
 
 
 def _in_its_place(threads: int, job: Callable[..., None], *args: Any) -> None:

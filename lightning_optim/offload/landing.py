@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,13 +32,11 @@ class Landing:
         self._owners: dict[Tensor, list[nn.Module]] = {}
         self._called: set[nn.Module] = set()
         self._handles: list[Any] = []
-        for part in module.modules():
-            own = list(part.parameters(recurse=False))
+        for part, own in _callers(module):
             for p in own:
                 self._owners.setdefault(p, []).append(part)
             if own or part is module:
-                hook = _before_call(weakref.ref(self), own, root=part is module)
-                self._handles.append(part.register_forward_pre_hook(hook))
+                self._handles.append(part.register_forward_pre_hook(_Hook(self, own, root=part is module)))
 
     @property
     def is_pending(self) -> bool:
@@ -105,11 +103,58 @@ def _nothing() -> None:
     pass
 
 
-def _before_call(owner: weakref.ref[Landing], own: Sequence[Tensor], *, root: bool) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any) -> None:
-        del args
-        # A hook that held its owner would keep masters alive as long as the model.
-        if (landing := owner()) is not None:
-            landing.on_call(module, own, root=root)
+class _Hook:
+    """What a module calls first. It stays where it is: a copy of the module, or a pickle, has one that does nothing."""
 
-    return hook
+    def __init__(self, owner: Landing, own: Sequence[Tensor], *, root: bool) -> None:
+        # A hook that held its owner would keep masters alive as long as the model.
+        self._owner, self._own, self._root = weakref.ref(owner), own, root
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        del args
+        if (landing := self._owner()) is not None:
+            _outside_of_graphs(landing, module, self._own, self._root)
+
+    def __reduce__(self) -> Any:
+        return _copied, ()
+
+
+def _outside_of_graphs(landing: Landing, module: nn.Module, own: Sequence[Tensor], root: bool) -> None:
+    landing.on_call(module, own, root=root)
+
+
+# What was compiled, and calls modules, cannot have the waiting in its graph: the graph breaks there. This is what
+# `torch.compiler.disable` sets, which would import the compiler.
+_outside_of_graphs._torchdynamo_disable = True  # type: ignore[attr-defined]
+_outside_of_graphs._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    "lightning-optim: with wait='forward' modules wait for their weights when they are called; valid: wait='step'"
+)
+
+
+def _copied() -> Callable[..., None]:
+    return _does_nothing
+
+
+def _does_nothing(module: nn.Module, args: Any) -> None:
+    del module, args
+
+
+def _callers(module: nn.Module) -> Iterator[tuple[nn.Module, list[Tensor]]]:
+    """The modules whose calls can wait for weights, and the weights of each.
+
+    What is compiled waits as a whole, before its graph begins; what cannot even do that waits for nothing, so that its
+    weights are waited for before everything else.
+    """
+    if _compiled_in_place(module):
+        return
+    if type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod"):
+        yield module, list(module.parameters())
+        return
+    yield module, list(module.parameters(recurse=False))
+    for child in module.children():
+        yield from _callers(child)
+
+
+def _compiled_in_place(module: nn.Module) -> bool:
+    """By ``module.compile()``, or by Lightning, which compiles ``training_step``: hooks would be part of the graph."""
+    return module._compiled_call_impl is not None or getattr(module, "_compiler_ctx", None) is not None

@@ -111,6 +111,9 @@ class MasterState:
     def __getitem__(self, master: Tensor) -> Any:
         return self._state()[self._weights[master]]
 
+    def __setitem__(self, master: Tensor, values: Any) -> None:
+        self._state()[self._weights[master]] = values
+
     def __contains__(self, master: object) -> bool:
         return isinstance(master, Tensor) and self._weights.get(master) in self._state()
 

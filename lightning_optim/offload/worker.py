@@ -21,10 +21,13 @@ class Job:
 
     Args:
         work: What is done.
+        twice: Do it once more if it fails: it goes on where it was, for others that depend on it. The error that is
+            told is the first.
     """
 
-    def __init__(self, work: Callable[[], None]) -> None:
+    def __init__(self, work: Callable[[], None], *, twice: bool = False) -> None:
         self._work: Callable[[], None] | None = work
+        self._twice = twice
         self._error: BaseException | None = None
         self._ended = self._opened = False
         self._gate = threading.Lock()  # held until the end: who waits, waits for it
@@ -41,11 +44,20 @@ class Job:
                 self._error = self._error or RuntimeError("a job was broken off")
         except BaseException as error:  # who waits for it must know
             self._error = error
+            if work is not None and self._twice:
+                self._go_on(work, error)
         self._ended = True
         if not self._opened:
             with suppress(RuntimeError):  # opened already, and broken off before that was noted
                 self._gate.release()
             self._opened = True
+
+    @staticmethod
+    def _go_on(work: Callable[[], None], first: BaseException) -> None:
+        try:
+            work()
+        except BaseException as again:
+            first.add_note(f"It was tried once more, in vain: {type(again).__name__}: {again}")
 
     def done(self) -> bool:
         """Whether it has ended."""

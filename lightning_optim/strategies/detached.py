@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_optim.control.undo_policy import UndoPolicy
 from lightning_optim.control.window import needs_closure, needs_replay
 from lightning_optim.offload import Detached, DetachedOptions
-from lightning_optim.offload.checkpoint import gathered_masters, gathered_state, own_entries
+from lightning_optim.offload.checkpoint import checked_masters, gathered_masters, gathered_state, own_entries
 from lightning_optim.offload.options import Clip, Wait
 from lightning_optim.offload.replicas import Replicas
 from lightning_optim.optimizers.sam import stepped
@@ -53,6 +53,10 @@ class DetachedBase(Driven):
         self.options = options
         self._ended: WeakKeyDictionary[Optimizer, Detached] | None = None  # of the last training, for who saves it
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes into copies and to other processes: neither pipelines, with threads and hooks, nor a window."""
+        return {**super().__getstate__(), "_drives": None, "_ended": None, "_window": None, "_undo": None}
+
     # -- what Lightning calls -----------------------------------------------------------------------------------
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -66,7 +70,13 @@ class DetachedBase(Driven):
         return super().optimizer_state(optimizer)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load states where the masters are, and the masters, if the checkpoint has some."""
+        """Load states where the masters are, and the masters, if the checkpoint has some.
+
+        Raises:
+            ValueError: Masters that cannot be those of the parameters: before anything is loaded.
+        """
+        by_name = dict(self.lightning_module.named_parameters())
+        saved = checked_masters(checkpoint[MASTERS], by_name, len(self.optimizers)) if MASTERS in checkpoint else []
         if not self._loads_with_the_model:
             for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
                 detached = self._detached_of(optimizer)
@@ -76,8 +86,8 @@ class DetachedBase(Driven):
                 detached.read_weights()
                 with detached.masters_in_place():
                     optimizer.load_state_dict(own_entries(detached, optimizer, state))
-        for optimizer, masters in zip(self.optimizers, checkpoint.get(MASTERS, ()), strict=False):
-            self._load_masters(optimizer, masters)
+        for optimizer, masters in zip(self.optimizers, saved, strict=False):
+            self._load_masters(optimizer, masters, by_name)
 
     def on_train_start(self) -> None:
         """Have masters be those of the weights that were loaded, which does not always leave a trace at the weights."""
@@ -225,7 +235,7 @@ class DetachedBase(Driven):
             return None, None
         return (scaler.get_scale() if scaler is not None else None), self._trainer.gradient_clip_val or None
 
-    def _load_masters(self, optimizer: Optimizer, masters: Mapping[str, Tensor]) -> None:
+    def _load_masters(self, optimizer: Optimizer, masters: Mapping[str, Tensor], by_name: Mapping[str, Tensor]) -> None:
         detached = self._detached_of(optimizer)
         if not masters:
             return
@@ -235,7 +245,11 @@ class DetachedBase(Driven):
                 "the step is where the weights are"
             )
             return
-        by_name = dict(self.lightning_module.named_parameters())
+        if unknown := [name for name in masters if name not in by_name]:
+            warn_once(
+                f"{self.strategy_name}: the checkpoint has masters of {', '.join(unknown)}, and the module has no such "
+                "parameters: they are not used"
+            )
         strange = detached.set_masters({by_name[name]: value for name, value in masters.items() if name in by_name})
         if strange:
             warn_once(
