@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ClassVar
 
 import torch

@@ -242,11 +242,6 @@ class Stepper:
         self.abandon()  # of a step that was left out: the first one is still to come
         self._let_go()
 
-    @property
-    def has_written(self) -> bool:
-        """Whether what was last planned has been run."""
-        return bool(self._written)
-
     def abandon(self) -> None:
         """Forget what was planned and not run: parameters that had no state have none."""
         if not self._has_begun:
