@@ -7,8 +7,6 @@
 """
 
 from lightning_optim._version import __version__
-from lightning_optim.after_import import after_import as _after_import
-from lightning_optim.callbacks.joining import HOMES as _CALLS
 from lightning_optim.callbacks.joining import join_trainings as _join_trainings
 from lightning_optim.optimizers import (
     LAMB,
@@ -71,5 +69,4 @@ __all__ = [
 
 # With the Lightning that is imported already, or will be, if any; neither imports anything itself.
 _register_strategies()
-for _call in _CALLS:
-    _after_import(_call, _join_trainings)
+_join_trainings()
