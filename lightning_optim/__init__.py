@@ -10,8 +10,6 @@ import sys as _sys
 
 from lightning_optim._commands import only_usage_is_wanted as _only_usage_is_wanted
 from lightning_optim._version import __version__
-from lightning_optim.after_import import after_import as _after_import
-from lightning_optim.callbacks.joining import HOMES as _CALLS
 from lightning_optim.callbacks.joining import join_trainings as _join_trainings
 from lightning_optim.strategy_names import register as _register_strategies
 
@@ -77,5 +75,4 @@ __all__ = [
 
 # With the Lightning that is imported already, or will be, if any; neither imports anything itself.
 _register_strategies()
-for _call in _CALLS:
-    _after_import(_call, _join_trainings)
+_join_trainings()

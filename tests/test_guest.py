@@ -202,14 +202,14 @@ def test_no_fault_of_ours_ends_a_fit(monkeypatch: pytest.MonkeyPatch, caplog: py
 
 def test_a_lightning_that_calls_callbacks_otherwise(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, joining.__name__):
-        joining.join_trainings(ModuleType("lightning.pytorch.trainer.call"))
+        joining.wrap_calls(ModuleType("lightning.pytorch.trainer.call"))
     assert "callbacks=[FillTotalSteps(), RefuseWithoutReplay()]" in caplog.text
 
 
 def test_it_is_done_once() -> None:
     call = import_module("lightning.pytorch.trainer.call")
     before = call._call_callback_hooks
-    joining.join_trainings(call)
+    joining.wrap_calls(call)
     assert call._call_callback_hooks is before
     assert before.__name__ == "_call_callback_hooks"
 

@@ -85,7 +85,8 @@ def test_a_fit_whose_hooks_are_called_by_lightning() -> None:
             optimizer = torch.optim.SGD(self.layer.parameters(), lr=1.0)
             return [optimizer], [lightning_optim.Linear(optimizer, warmup_steps=9)]
 
-    data: Any = [torch.ones(1), torch.ones(1)]
+    ones: Any = torch.ones(2, 1)
+    data = torch.utils.data.DataLoader(ones)
 
     def act() -> None:
         trainer = pl.Trainer(

@@ -14,6 +14,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from lightning_optim.after_import import after_import
+
 #: Where each root of Lightning calls its callbacks -> where the classes for it are.
 HOMES = {
     "lightning.pytorch.trainer.call": {"FillTotalSteps": "schedule_totals", "RefuseWithoutReplay": "replay_guard"},
@@ -23,8 +25,14 @@ HOMES = {
 _log = logging.getLogger(__name__)
 
 
-def join_trainings(call: ModuleType) -> None:
-    """Have each fit of a root of Lightning get the callbacks that it needs.
+def join_trainings() -> None:
+    """Have each fit get the callbacks that it needs, under each Lightning that is imported or will be."""
+    for name in HOMES:
+        after_import(name, wrap_calls)
+
+
+def wrap_calls(call: ModuleType) -> None:
+    """Have each fit of one root of Lightning get the callbacks that it needs.
 
     Args:
         call: The module ``trainer.call`` of that root.

@@ -69,8 +69,10 @@ class LoadedRates:
         self._before: list[Rate] | None = None
         #: The learning rates that came with the state, where a schedule has kept its own.
         self.rates: list[Rate] | None = None
-        optimizer.register_load_state_dict_pre_hook(self._keep)
-        optimizer.register_load_state_dict_post_hook(self._put_back)
+        # Wrappers in wide use (Lookahead) are optimizers that have not called torch's constructor: without hooks.
+        if hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):
+            optimizer.register_load_state_dict_pre_hook(self._keep)
+            optimizer.register_load_state_dict_post_hook(self._put_back)
 
     @classmethod
     def watch(cls, schedule: Joining, optimizer: Optimizer) -> LoadedRates:

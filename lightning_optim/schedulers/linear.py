@@ -46,8 +46,8 @@ class Linear(Schedule):
     of 0.
 
     Args:
-        optimizer: The optimizer whose groups are scheduled; their present ``lr`` is the base (peak) learning
-            rate.
+        optimizer: The optimizer whose groups are scheduled. Their ``initial_lr``, which an earlier schedule or a
+            checkpoint has left there, or else their present ``lr``, is the base (peak) learning rate.
         warmup_steps: Warmup length: an int counts steps, a float in [0, 1) is a fraction of ``total_steps``.
         total_steps: ``step()`` calls in the whole run, warmup included; ``None`` to have it filled in from
             the Lightning Trainer, or by :meth:`set_total_steps`.

@@ -79,7 +79,7 @@ def test_every_order_of_making_and_loading(owner: str, kind: str) -> None:
     def make() -> LRScheduler:
         return SCHEDULES[kind](OPTIMIZERS[owner]())
 
-    for at, order in itertools.product((0, 1, 4, 5, TOTAL - 2), ORDERS):
+    for at, order in itertools.product((0, 4, TOTAL - 2), ORDERS):
         first = make()
         advance(first, at)
         states = through_a_file({"O": first.optimizer.state_dict(), "S": first.state_dict()})
@@ -223,6 +223,25 @@ def test_the_state_of_another_schedule_gives_its_position_with_a_warning() -> No
         schedule.load_state_dict(other.state_dict())
     assert schedule.last_epoch == 3
     assert schedule.get_last_lr() == [schedule.factor(3)] == [schedule.optimizer.param_groups[0]["lr"]]
+
+
+class Lookahead(Optimizer):
+    """As wrappers in wide use are: torch's constructor is not called, and the groups are the inner optimizer's."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner, self.defaults = inner, inner.defaults
+        self.param_groups, self.state = inner.param_groups, inner.state
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+def test_optimizers_that_have_no_hooks_are_scheduled_too() -> None:
+    schedule = Cosine(Lookahead(sgd(0.3)), 2, 10)
+    assert advance(schedule, 10) == advance(Cosine(sgd(0.3), 2, 10), 10)
+    resumed = Cosine(Lookahead(sgd(0.3)), 2, 10)
+    resumed.load_state_dict(schedule.state_dict())
+    assert resumed.get_last_lr() == schedule.get_last_lr()
 
 
 def test_schedules_that_are_gone_leave_nothing_behind() -> None:
