@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 pytest.importorskip("lightning")
@@ -127,3 +129,17 @@ def test_an_interrupt_and_a_closed_pipe_end_quietly(
     with (tmp_path / "out").open("w") as file:
         monkeypatch.setattr(sys, "stdout", file)
         assert main(["list"]) == 141
+
+
+class OfSomebodyElse(torch.optim.SGD):
+    """Knows what it will be given."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float = 0.1) -> None:
+        weights = list(params)
+        assert len(weights) == 6, "the model's"
+        super().__init__(weights, lr)
+
+
+@pytest.mark.parametrize("flags", ["--optimizer={}", "--optimizer=SAM --optimizer.base={}"])
+def test_classes_of_others_are_made_for_the_model_alone(flags: str, tmp_path: Path) -> None:
+    assert _run(flags.format(f"{__name__}.OfSomebodyElse"), tmp_path) == 0
