@@ -71,11 +71,11 @@ class OptimizerOptions:
             ValueError: A value that the optimizer or the schedule does not take.
             TypeError: One of another type.
         """
-        if not _is_of(self.optimizer, "lightning_optim", "torch.optim"):
+        if not all(_is_in(cls, "lightning_optim", "torch.optim") for cls in _classes(self.optimizer)):
             return
         weight = ("weight", torch.nn.Parameter(torch.zeros(2, 2)))
         optimizer = instantiate_class([weight], self.optimizer)
-        if self.lr_scheduler is not None and _is_of(self.lr_scheduler, "lightning_optim"):
+        if self.lr_scheduler is not None and _is_in(_class(self.lr_scheduler), "lightning_optim"):
             instantiate_class(optimizer, self.lr_scheduler)
 
     def attach(self, model: LightningModule) -> None:
@@ -131,14 +131,14 @@ def _parameters(model: LightningModule, options: OptimizerOptions) -> Any:
     return groups
 
 
-def _is_of(spec: dict[str, Any], *packages: str) -> bool:
-    """Whether a class is of one of these packages, and so is every one within its arguments."""
-    home = f"{_class(spec).__module__}."
-    return home.startswith(tuple(f"{package}." for package in packages)) and all(
-        _is_of(value, *packages)
-        for value in spec.get("init_args", {}).values()
-        if isinstance(value, dict) and "class_path" in value
-    )
+def _is_in(cls: Any, *packages: str) -> bool:
+    home = f"{getattr(cls, '__module__', '')}."
+    return home.startswith(tuple(f"{package}." for package in packages))
+
+
+def _classes(spec: dict[str, Any]) -> tuple[Any, Any]:
+    """The class of an optimizer, and that of the one within it, or once more its own."""
+    return _class(spec), _stepped(spec)[0]
 
 
 def _class(spec: dict[str, Any]) -> Any:

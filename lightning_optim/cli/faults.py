@@ -22,19 +22,22 @@ _CHECKING: dict[str, tuple[type[Exception], ...]] = {
 }
 
 #: What else an exception may pass through on its way. If code of anybody else's had a part in it, its author needs to
-#: see where; and once the loops run, it is the training that fails.
+#: see where; and once the loops advance, it is the training that fails.
 _PASSING = (*_CHECKING, "torch", "lightning_utilities", "contextlib", "functools")
-_RUNNING = "lightning.pytorch.loops"
+_LOOPS = "lightning.pytorch.loops"
 
 
 def is_of_the_user(error: Exception) -> bool:
     """Whether an exception was raised by a check of arguments, before the training began."""
-    modules = _modules(error.__traceback__)
-    if any(_is_in(module, _RUNNING) or not _is_in(module, *_PASSING) for module in modules):
+    frames = _frames(error.__traceback__)
+    if any(_is_in(module, _LOOPS) and function == "advance" for module, function in frames):
+        return False
+    if not all(_is_in(module, *_PASSING) for module, _ in frames):
         return False
     if isinstance(error, MisconfigurationException):
         return True
-    return any(_is_in(modules[-1], home) and isinstance(error, kinds) for home, kinds in _CHECKING.items())
+    raising, _ = frames[-1]
+    return any(_is_in(raising, home) and isinstance(error, kinds) for home, kinds in _CHECKING.items())
 
 
 def in_words(error: Exception) -> str:
@@ -60,11 +63,12 @@ def of_strategy(message: str) -> str | None:
     )
 
 
-def _modules(traceback: TracebackType | None) -> list[str]:
-    """Of the frames that an exception has passed, the last one where it was raised."""
+def _frames(traceback: TracebackType | None) -> list[tuple[str, str]]:
+    """Module and function of each that an exception has passed through, the last one where it was raised."""
     found = []
     while traceback is not None:
-        found.append(traceback.tb_frame.f_globals.get("__name__", ""))
+        frame = traceback.tb_frame
+        found.append((frame.f_globals.get("__name__", ""), frame.f_code.co_name))
         traceback = traceback.tb_next
     return found
 

@@ -109,7 +109,7 @@ def _run_trainer(command: str, arguments: list[str]) -> int:
     try:
         OptimCLI(args=arguments, parser_kwargs={"prog": "lightning-optim"})
     except Exception as error:
-        if os.environ.get(DEBUG_VARIABLE) or not is_of_the_user(error):
+        if os.environ.get(DEBUG_VARIABLE, "").lower() == "true" or not is_of_the_user(error):
             raise
         print(f"lightning-optim {command}: error: {in_words(error)}", file=sys.stderr)
         return 2

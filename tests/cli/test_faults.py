@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 pytest.importorskip("lightning")
@@ -45,6 +47,10 @@ def _run(flags: str, folder: Path, model: str = f"{MODULE}.Model") -> int:
         ("--optimizer=SAM --optimizer.base=Lion --optimizer.rho=-1", "SAM: rho=-1.0; valid: a finite number >= 0"),
         ("--optimizer=torch.optim.AdamW --optimizer.lr=-1", "Invalid learning rate: -1.0"),
         ("--optimizer=AdamW --lr_scheduler=Cosine --lr_scheduler.warmup_steps=-3", "warmup_steps=-3 must be 0 or more"),
+        (
+            "--optimizer=AdamW --lr_scheduler=Cosine --trainer.max_steps=-1 --trainer.max_epochs=-1",
+            "Cannot fill total_steps of Cosine: the run has no end",
+        ),
         ("--optimizer=AdamW --param_groups.layer_decay=3", "layer_decay=3.0 must be in (0, 1]"),
         ("--optimizer=AdamW --param_groups.no_decay=[x.*]", "the pattern 'x.*' matches no parameter; the names are:"),
         ("--optimizer=AdamW --ckpt_path=/none.ckpt", "Checkpoint file not found: /none.ckpt"),
@@ -123,3 +129,17 @@ def test_an_interrupt_and_a_closed_pipe_end_quietly(
     with (tmp_path / "out").open("w") as file:
         monkeypatch.setattr(sys, "stdout", file)
         assert main(["list"]) == 141
+
+
+class OfSomebodyElse(torch.optim.SGD):
+    """Knows what it will be given."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float = 0.1) -> None:
+        weights = list(params)
+        assert len(weights) == 6, "the model's"
+        super().__init__(weights, lr)
+
+
+@pytest.mark.parametrize("flags", ["--optimizer={}", "--optimizer=SAM --optimizer.base={}"])
+def test_classes_of_others_are_made_for_the_model_alone(flags: str, tmp_path: Path) -> None:
+    assert _run(flags.format(f"{__name__}.OfSomebodyElse"), tmp_path) == 0
