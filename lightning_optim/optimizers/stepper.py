@@ -176,6 +176,10 @@ class Stepper:
         self.planner.prepare(members, self._new)
         self._plan = self.planner.build(members, gradients, copies, scaled, self._undo is not None, self._new)
         if not self._fill(gradients, copies):
+            if copies is None:
+                raise RuntimeError(
+                    "a parameter's tensors have changed while their step was planned: by another thread?"
+                )
             raise ValueError(
                 "a copy must have its parameter's shape and device, and its elements in the same order in memory"
             )
