@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from lightning_optim.engines.progress import Progress, Write, carry_through
 from lightning_optim.optimizers.new_state import NewState
 from lightning_optim.optimizers.plan import Planned
 from lightning_optim.optimizers.undo import UndoBuffers
@@ -22,28 +24,38 @@ class Past:
         states: Of each parameter, as it was then.
         new: What of it the step has made.
         undo: Where the old values are.
+        progress: How far they are back.
     """
 
     written: list[Planned]
     states: dict[Tensor, Any]
     new: NewState
     undo: UndoBuffers
+    progress: Progress = field(default_factory=Progress)
 
     def take_back(self, current: Mapping[Any, Any]) -> None:
-        """Give weights and state their old values.
+        """Give weights and state their old values; once it has begun, it is finished before an interrupt leaves it.
 
         Args:
             current: The optimizer's state. What was loaded since is left alone.
         """
+        carry_through(partial(self._go_on, current), lambda: self.progress.begun)
+
+    def _go_on(self, current: Mapping[Any, Any]) -> None:
+        if self.progress.begun:
+            self.progress.finish()
+        else:
+            self.progress.write([*self._writes(current), partial(self.new.forget, current)])
+
+    def _writes(self, current: Mapping[Any, Any]) -> Iterator[Write]:
         for planned in reversed(self.written):  # weights that share memory were updated one after the other
             slots = planned.bucket.update.slots
             for p in reversed(planned.params):
-                self.undo.give_back(p, "p", p)
+                yield partial(self.undo.give_back, p, "p", p)
                 state = self.states[p]
                 if state is None or current.get(p) is not state:
                     continue  # another was loaded since
                 for slot in slots:
-                    self.undo.give_back(p, slot, state[slot])
+                    yield partial(self.undo.give_back, p, slot, state[slot])
                 if "step" in planned.bucket.update.program.scalars:
-                    state["step"] -= 1
-        self.new.forget(current)
+                    yield partial(state["step"].sub_, 1)

@@ -249,8 +249,12 @@ class Stepper:
         """
         if self._past is None:
             raise RuntimeError("there is no step to take back: it must be planned with undo=UndoBuffers()")
-        past, self._past = self._past, None
-        past.take_back(self.owner.state)
+        past = self._past
+        try:
+            past.take_back(self.owner.state)
+        finally:
+            if past.progress.begun:
+                self._past = None
 
     def _let_go(self) -> None:
         """After a step, or a failed one, tensors are their owner's to free or to move."""
