@@ -52,7 +52,7 @@ class Past:
             slots = planned.bucket.update.slots
             for p in reversed(planned.params):
                 yield partial(self.undo.give_back, p, "p", p)
-                state = self.states[p]
+                state: dict[str, Any] | None = self.states[p]
                 if state is None or current.get(p) is not state:
                     continue  # another was loaded since
                 for slot in slots:

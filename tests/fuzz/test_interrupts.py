@@ -88,5 +88,5 @@ def case(seed: int) -> None:
 
 
 def test_an_interrupt_at_any_call() -> None:
-    for seed in seeds(60):
+    for seed in seeds(40):
         case(seed)

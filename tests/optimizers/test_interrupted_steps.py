@@ -134,7 +134,8 @@ def test_an_undoing_that_is_interrupted_is_finished(monkeypatch: pytest.MonkeyPa
         with torch.no_grad():
             stepper.plan(undo=buffers)
             stepper.run(None)
-        give_back, calls = UndoBuffers.give_back, []
+        calls: list[int] = []
+        give_back = UndoBuffers.give_back
 
         def cut_short(*args: Any, at: int = at, give_back: Any = give_back, calls: list[int] = calls) -> None:
             calls.append(1)
