@@ -53,7 +53,7 @@ class Past:
             for p in reversed(planned.params):
                 yield partial(self.undo.give_back, p, "p", p)
                 state: dict[str, Any] | None = self.states[p]
-                if state is None or current.get(p) is not state:
+                if current.get(p) is not state or state is None:
                     continue  # another was loaded since
                 for slot in slots:
                     yield partial(self.undo.give_back, p, slot, state[slot])
