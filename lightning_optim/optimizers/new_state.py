@@ -18,6 +18,13 @@ class NewState:
 
     def __init__(self) -> None:
         self._made: dict[tuple[int, str], tuple[Tensor, dict[str, Any], list[Tensor]]] = {}
+        self._begun: list[Tensor] = []
+
+    def of(self, state: Mapping[Any, Any], p: Tensor) -> Any:
+        """What a parameter has in the optimizer's state: an empty dict if it had nothing."""
+        if p not in state:
+            self._begun.append(p)
+        return state[p]
 
     def put(self, p: Tensor, values: dict[str, Any], name: str, tensor: Tensor) -> None:
         """Give a parameter's state a slot that it had not."""
@@ -41,5 +48,6 @@ class NewState:
         for (_, name), (p, values, made) in self._made.items():
             if state.get(p) is values and any(values.get(name) is tensor for tensor in made):
                 del values[name]
-                if not values:
-                    state.pop(p)  # type: ignore[attr-defined] # a dict, whatever else its owner may be
+        for p in self._begun:
+            if state.get(p) == {}:
+                state.pop(p)  # type: ignore[attr-defined] # a dict, whatever else its owner may be

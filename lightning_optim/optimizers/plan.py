@@ -271,7 +271,7 @@ class Planner:
             slots = self.slots(self.owner.param_groups[member.row], p)
             if not slots and not self.counts_steps():
                 continue  # no state, also no empty one: as torch has it
-            values = self.owner.state.get(p, {})
+            values = new.of(self.owner.state, p)
             if not isinstance(values, dict):
                 raise RuntimeError(f"{label}: its state is {values!r}; valid: a dict")
             if self.counts_steps():
@@ -287,14 +287,13 @@ class Planner:
                     new.put(p, values, slot, zeros)
                     continue
                 check_slot(label, p, slot, value)
-                if is_dense(p):
+                if is_plain(local(p)) and is_dense(p):
                     value = in_order_of(value, p)
                 elif is_lazy(value) or (is_plain(value) and overlaps_itself(value)):
                     value = torch.empty_like(value, memory_format=torch.contiguous_format).copy_(value)
                 if value.is_inference() and not torch.is_inference_mode_enabled():
                     value = value.clone()  # which can be written here
                 values[slot] = value
-            self.owner.state[p] = values  # last: there is never an empty one
 
     def build(
         self,
@@ -331,7 +330,8 @@ class Planner:
                 math=torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32,
                 dtypes=tuple((name, dtype.to_real()) for name, dtype in dtypes.items()),
             )
-            dense = is_dense(p if view is not local else view(p))
+            seen = p if view is not local else view(p)
+            dense = is_plain(seen) and is_dense(seen)  # of other classes, the order in memory is not seen
             plain = self._plain(p, g if view is not local else view(g), update, copies)
             key = (update, layout, p.device, dense, plain, view, shards)
             same.setdefault(key, []).append(member)

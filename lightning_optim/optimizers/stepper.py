@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -20,6 +19,7 @@ from lightning_optim.engines.progress import IncompleteStepError, Progress, carr
 from lightning_optim.engines.scaling import LossScale, Scaling, needs_squares
 from lightning_optim.optimizers.filling import fill
 from lightning_optim.optimizers.new_state import NewState
+from lightning_optim.optimizers.past import Past
 from lightning_optim.optimizers.plan import Group, Method, Options, Owner, Part, Planned, Planner
 from lightning_optim.optimizers.shards import LocalSquares, local, total_squares
 from lightning_optim.optimizers.structure import Structure, describe
@@ -36,16 +36,6 @@ PLANS = 4
 
 #: Of the noise of stochastic rounding. The same in all processes: replicas must round alike.
 NOISE_SEED = 0.0
-
-
-@dataclass(frozen=True)
-class _Past:
-    """A step that can be taken back: what it has written, with which states, and those that it has made."""
-
-    written: list[Planned]
-    states: dict[Tensor, Any]
-    new: NewState
-    undo: UndoBuffers
 
 
 class Stepper:
@@ -84,7 +74,7 @@ class Stepper:
         self._skip, self._tables = False, list[list[Scalars]]()  # of the step that runs
         self._undo: UndoBuffers | None = None
         #: What can be taken back; not the plan's, as a norm may be planned between a step and its undoing.
-        self._past: _Past | None = None
+        self._past: Past | None = None
         self._captured: Any = None
 
     def step(
@@ -177,6 +167,10 @@ class Stepper:
         self.planner.prepare(members, self._new)
         self._plan = self.planner.build(members, gradients, copies, scaled, self._undo is not None, self._new)
         if not self._fill(gradients, copies):
+            if copies is None:
+                raise RuntimeError(
+                    "a parameter's tensors have changed while their step was planned: by another thread?"
+                )
             raise ValueError(
                 "a copy must have its parameter's shape and device, and its elements in the same order in memory"
             )
@@ -238,7 +232,7 @@ class Stepper:
             begun = [planned for planned in self._plan if (p := planned.bucket.progress) is not None and p.begun]
             written = [] if self._skip else begun
             states = {p: self.owner.state.get(p) for planned in written for p in planned.params}
-            self._past = _Past(written, states, self._new, self._undo)
+            self._past = Past(written, states, self._new, self._undo)
         self.abandon()  # of a step that was left out: the first one is still to come
         self._let_go()
 
@@ -256,19 +250,12 @@ class Stepper:
         """
         if self._past is None:
             raise RuntimeError("there is no step to take back: it must be planned with undo=UndoBuffers()")
-        past, self._past = self._past, None
-        for planned in reversed(past.written):  # weights that share memory were updated one after the other
-            slots = planned.bucket.update.slots
-            for p in reversed(planned.params):
-                past.undo.give_back(p, "p", p)
-                state = past.states[p]
-                if state is None or self.owner.state.get(p) is not state:
-                    continue  # another was loaded since
-                for slot in slots:
-                    past.undo.give_back(p, slot, state[slot])
-                if "step" in planned.bucket.update.program.scalars:
-                    counting.step_back(state["step"])
-        past.new.forget(self.owner.state)
+        past = self._past
+        try:
+            past.take_back(self.owner.state)
+        finally:
+            if past.progress.begun:
+                self._past = None
 
     def _let_go(self) -> None:
         """After a step, or a failed one, tensors are their owner's to free or to move."""

@@ -37,16 +37,14 @@ def _neighbour(step: float) -> float:
     return float(struct.unpack("<f", struct.pack("<I", float_bits(step) + 1))[0])
 
 
-def step_back(counter: Tensor) -> None:
-    """Take one step from a counter, on any device and without waiting for it: the inverse of :func:`next_step`.
+def previous(counter: Tensor) -> Tensor:
+    """The counter one step ago, on any device and without waiting for it: the inverse of :func:`next_step`.
 
     >>> for step in (4.0, 2.0**24, 2.0**24 + 2, 2.0**25 + 4):
-    ...     counter = torch.tensor(step)
-    ...     step_back(counter)
-    ...     assert next_step(counter.item()) == step
+    ...     assert next_step(previous(torch.tensor(step)).item()) == step
     """
     before = torch.nextafter(counter, torch.zeros_like(counter))
-    counter.copy_(torch.where(counter > COUNTABLE, before, counter - 1))
+    return torch.where(counter > COUNTABLE, before, counter - 1)
 
 
 def advancing(counters: Sequence[Tensor]) -> list[Callable[[], object]]:

@@ -208,7 +208,7 @@ class World:
         t = self.random.choice(candidates)
         if type(t) is not Tensor or not t.numel() or not t.is_contiguous() or t.untyped_storage().nbytes() == 0:
             return
-        kind, values = self.random.randrange(4), t.clone()
+        kind = self.random.randrange(4)
         storage, whole = t.untyped_storage(), t.untyped_storage().nbytes()
         if kind < 2:
             storage.resize_(kind * whole // 2)
@@ -216,9 +216,10 @@ class World:
         elif kind == 2:
             storage.resize_(whole * 2)
         else:
+            old = storage.clone()
             storage.resize_(0)
             storage.resize_(whole)
-            t.copy_(values)
+            storage.copy_(old)
 
     def gradient_in_another_guise(self) -> None:
         p = self.one()

@@ -33,6 +33,7 @@ class Interrupter:
     def __exit__(self, *_: object) -> None:
         self.at = 0
         sys.setprofile(None)
+        torch.set_grad_enabled(True)  # an interrupt in the end of torch's own `no_grad` leaves it off
 
     def __call__(self, frame: Any, event: str, argument: Any) -> None:
         if event in ("call", "c_call") and self.at:
@@ -87,5 +88,5 @@ def case(seed: int) -> None:
 
 
 def test_an_interrupt_at_any_call() -> None:
-    for seed in seeds(60):
+    for seed in seeds(40):
         case(seed)

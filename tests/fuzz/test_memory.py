@@ -11,7 +11,7 @@ from .common import seeds
 
 def test_mutations_of_memory() -> None:
     """In a process of its own, whose end says which case it was."""
-    cases = seeds(150)
+    cases = seeds(80)
     done = subprocess.run(
         [sys.executable, "-m", "fuzz.memory_cases", str(cases.start), str(len(cases))],
         cwd=Path(__file__).parents[1],

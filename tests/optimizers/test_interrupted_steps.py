@@ -15,6 +15,7 @@ from lightning_optim.control.step_in_backward import StepInBackward
 from lightning_optim.engines.foreach import ForeachEngine
 from lightning_optim.engines.progress import IncompleteStepError
 from lightning_optim.optimizers.stepper import Stepper
+from lightning_optim.optimizers.undo import UndoBuffers
 
 from .common import assert_same, known_warnings
 from .two_buckets import Run
@@ -122,6 +123,33 @@ def test_the_largest_part_comes_first() -> None:
         patch.setattr(foreach, "_parts", noted)
         optimizer.step()
     assert found == [[[1], [2], [0]]]
+
+
+def test_an_undoing_that_is_interrupted_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, buffers = Run("adamw", "eager"), UndoBuffers()
+    run.step(0)
+    before = run.contents()
+    stepper = run.optimizer._stepper
+    for at in range(12):
+        with torch.no_grad():
+            stepper.plan(undo=buffers)
+            stepper.run(None)
+        calls: list[int] = []
+        give_back = UndoBuffers.give_back
+
+        def cut_short(*args: Any, at: int = at, give_back: Any = give_back, calls: list[int] = calls) -> None:
+            calls.append(1)
+            if len(calls) == at + 2:
+                raise Interrupt
+            give_back(*args)
+
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(UndoBuffers, "give_back", cut_short)
+            try:
+                stepper.undo()
+            except Interrupt:
+                assert len(calls) > at
+        assert_same(run.contents(), before)
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["in finish", "in the backward pass"])
