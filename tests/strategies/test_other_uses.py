@@ -170,7 +170,8 @@ def test_a_window_that_is_interrupted(name: str) -> None:
 
     class Watching(Callback):
         def __init__(self, interrupt: Interrupt | None) -> None:
-            self.interrupt, self.weights = interrupt, []
+            self.interrupt = interrupt
+            self.weights: list[list[Tensor]] = []
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             self.weights.append([p.detach().clone() for p in pl_module.parameters()])
