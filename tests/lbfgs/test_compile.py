@@ -25,8 +25,16 @@ def _fresh() -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:.*Profiler record function")
-@pytest.mark.parametrize("make", [lightning_optim.LBFGS, partial(lightning_optim.LBFGS, line_search="armijo"), sam])
-@pytest.mark.parametrize("compiled", ["closure", "step", "loop", "model"])
+@pytest.mark.parametrize(
+    ("compiled", "make"),
+    [
+        ("closure", lightning_optim.LBFGS),
+        ("loop", lightning_optim.LBFGS),
+        ("step", partial(lightning_optim.LBFGS, line_search="armijo")),
+        ("model", sam),
+        ("loop", sam),
+    ],
+)
 def test_graphs(compiled: str, make: Any) -> None:
     """More iterations than dynamo would recompile for. What it saw, and weights are those without."""
     losses, counter = [], CompileCounter()

@@ -140,8 +140,18 @@ USES: dict[str, Callable[[Any, Any], None]] = {
 }
 
 
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("name", MAKES)
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        *(("AdamW", use) for use in USES),
+        *(("SAM", use) for use in USES if use != "after a test"),
+        *(
+            (name, use)
+            for name in ("LBFGS", "torch AdamW")
+            for use in ("unfreezing", "reordering", "copying", "copied")
+        ),
+    ],
+)
 def test_as_with_lightnings_own(name: str, use: str) -> None:
     found = []
     for strategy in ("in_graph", "auto"):
