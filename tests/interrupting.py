@@ -20,26 +20,38 @@ class Interrupt:
     """
 
     def __init__(self, number: int, within: Callable[[Any], bool]) -> None:
-        self._left, self._within, self._raised = number, within, False
+        self._left, self._within = number, within
+        self.raised = False
 
     def __call__(self, run: Callable[[], Any]) -> bool:
         """Whether there are as many calls. (Python ignores what is raised where it frees a generator.)"""
-        before = sys.getprofile()
-        sys.setprofile(self._count)
+        self.begin()
+        self.run(run)
+        return self.raised
+
+    def run(self, run: Callable[[], Any]) -> None:
+        """Run something that calls :meth:`begin`, and perhaps :meth:`end`, by itself."""
         try:
             run()
         except Interrupted:
             pass
         finally:
-            sys.setprofile(before)
-        return self._raised
+            self.end()
+
+    def begin(self) -> None:
+        """Count from here on."""
+        sys.setprofile(self._count)
+
+    def end(self) -> None:
+        """Count no more."""
+        sys.setprofile(None)
 
     def _count(self, frame: Any, event: str, _: Any) -> None:
-        if self._raised or event not in ("call", "c_call") or not self._within(frame):
+        if self.raised or event not in ("call", "c_call") or not self._within(frame):
             return
         self._left -= 1
         if self._left < 0:
-            self._raised = True
+            self.raised = True
             raise Interrupted
 
 

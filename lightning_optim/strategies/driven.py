@@ -51,6 +51,10 @@ class Driven(Undoes, Replays, _Strategy):
         self._schedules = HeldSchedules()
         self._report = ""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies are of the strategy, not of a training that goes on: threads, hooks and plans are made anew."""
+        return {**super().__getstate__(), "_drives": None, "_window": None, "_undo": None}
+
     # -- what a subclass may say differently --------------------------------------------------------------------
 
     def _new_drive(self, optimizer: Optimizer) -> Drive:

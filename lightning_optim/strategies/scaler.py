@@ -47,6 +47,10 @@ class InStepScaler(torch.amp.GradScaler):
         self.may_be_dropped = may_be_dropped
         self.found_inf: Tensor | None = None
 
+    def __reduce__(self) -> Any:
+        """A copy is one of the user's scaler: it belongs to no training."""
+        return _itself, (self.scaler,)
+
     @staticmethod
     def accepts(scaler: object) -> bool:
         """Whether a scaler is one of torch's plain ones: not a subclass, whose methods may do more."""
@@ -107,6 +111,10 @@ class InStepScaler(torch.amp.GradScaler):
         flags = sum(flag.item() for flag in optimizer_state["found_inf_per_device"].values())
         self.found_inf = torch.tensor(float(flags), dtype=torch.float32, device="cpu")
         return optimizer.step(*args, **kwargs) if not flags else None
+
+
+def _itself(scaler: torch.amp.GradScaler) -> torch.amp.GradScaler:
+    return scaler
 
 
 def _has_no_gradients(optimizer: Optimizer) -> bool:

@@ -180,7 +180,7 @@ def test_an_interrupted_window_is_forgotten() -> None:
 
 def test_groups_that_change_places_or_go() -> None:
     """Each parameter is stepped with the options of the group that it is in, or not at all."""
-    params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    params: list[Tensor] = [nn.Parameter(torch.ones(2)) for _ in range(3)]
     optimizer = lightning_optim.SGD([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)], lr=1.0)
     backward = StepInBackward(optimizer)
     for number in range(3):

@@ -281,6 +281,7 @@ def test_statistics_of_averaged_weights(strategy: str, make: Any, precision: str
     swa = StochasticWeightAveraging(swa_lrs=5e-3, swa_epoch_start=2, annealing_epochs=2)
     model, plugins = Norm(), {"plugins": [scaled()]} if precision == "16-mixed" else {}
     fit(model, strategy, max_epochs=3, callbacks=[swa], **plugins)
+    assert swa._average_model is not None
     for p, average in zip(model.parameters(), swa._average_model.parameters(), strict=True):
         assert torch.equal(p, average)
 
