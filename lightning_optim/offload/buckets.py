@@ -70,7 +70,6 @@ class OffloadBucket:
         staging: Where gradients arrive, in their own type.
         outgoing: Where new weights are written in their own type; None if the masters themselves are of that type.
         sums: Gradients of several arrivals, in the masters' type; made when first needed.
-        detours: Where a step on the device writes weights that have gaps, or are lazily negated.
         view: The optimizer as if it had only these masters.
         stepper: What steps them; None if the optimizer's own step does.
         undo: Where old values are kept.
@@ -106,7 +105,6 @@ class OffloadBucket:
     staging: list[Tensor] = field(default_factory=list)
     outgoing: list[Tensor] | None = None
     sums: list[Tensor] | None = None
-    detours: dict[int, Tensor] = field(default_factory=dict)
     view: View | None = None
     stepper: Stepper | None = None
     undo: UndoBuffers = field(default_factory=UndoBuffers)
@@ -175,19 +173,21 @@ class OffloadBucket:
         return [local(master) for master in self.masters] if self.outgoing is None else self.outgoing
 
     def aim(self) -> None:
-        """Before a step on the device: it writes to the weights that there are now, where it can write to them."""
-        for i, p in enumerate(self.params if self.on_device and self.outgoing is not None else ()):
-            weight = local(p).detach()
-            if not is_dense(weight) or is_lazy(weight):
-                master = local(self.masters[i])
-                weight = self.detours.setdefault(i, torch.empty_like(master, dtype=weight.dtype, requires_grad=False))
-            assert self.outgoing is not None  # noqa: S101
-            self.outgoing[i] = weight
+        """Before a step on the device: it writes to the weights that there are now.
 
-    def land(self) -> None:
-        """After a step on the device: give the others their values."""
-        for i in self.present & self.detours.keys():
-            local(self.params[i]).detach().copy_(self.detours[i])
+        Raises:
+            RuntimeError: It cannot.
+        """
+        if not (self.on_device and self.outgoing is not None):
+            return
+        weights = [local(p).detach() for p in self.params]
+        for p in weights:
+            if is_lazy(p) or not is_dense(p):
+                raise RuntimeError(
+                    f"detached: a weight of shape {tuple(p.shape)} has been given memory with gaps, or of its negative "
+                    "or conjugate, since it was taken over; valid: what it had then"
+                )
+        self.outgoing = weights
 
     def discard(self) -> None:
         """Forget the gradients that were dropped."""
@@ -216,7 +216,7 @@ class OffloadBucket:
             name: [values[i] for i in kept] if (values := getattr(self, name)) else values for name in lists
         }
         left |= {name: {number[i] for i in getattr(self, name) if i in number} for name in sets}
-        for name in ("leaving", "away", "detours"):
+        for name in ("leaving", "away"):
             left[name] = {number[i]: value for i, value in getattr(self, name).items() if i in number}
         for name in ("fired", "usual"):
             counts = getattr(self, name)

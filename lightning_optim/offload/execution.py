@@ -51,12 +51,12 @@ class Execution:
         self.landing: Landing | None = None
         self._host, self._placement, self._outside, self._replicas = host, placement, outside, replicas
         self._delayed = options.delay_one_step
-        self._jobs: list[Job] = []  # of the step that is under way
+        self._jobs: list[Job] | None = None  # of the step that is under way: none where other processes have all of it
 
     @property
     def is_under_way(self) -> bool:
         """Whether a step has begun whose end nobody has waited for."""
-        return bool(self._jobs)
+        return self._jobs is not None
 
     def do(self, optimizer: Optimizer, work: Sequence[OffloadBucket], scaling: Scaling | None) -> None:
         """The step of buckets, all of whose gradients are here.
@@ -109,7 +109,7 @@ class Execution:
         Raises:
             BaseException: What failed in the step.
         """
-        if self._delayed or not self._jobs:
+        if self._delayed or self._jobs is None:
             return
         try:
             failed = self._wait(buckets)
@@ -125,7 +125,7 @@ class Execution:
         Raises:
             BaseException: What failed in it.
         """
-        if not (self._delayed and self._jobs):
+        if not self._delayed or self._jobs is None:
             self.finish()
             return
         host, transport, buckets = self._host, self._placement.transport, self._placement.buckets
@@ -135,7 +135,7 @@ class Execution:
             bucket.follow(self._outside.changed(bucket))
         host.submit(host.send, buckets, transport, transport.fence()).result()
         failed += self.receive(buckets)
-        self._jobs = []
+        self._jobs = None
         if failed:
             raise failed[0]
 
@@ -162,12 +162,15 @@ class Execution:
         return errors
 
     def _wait(self, buckets: Sequence[OffloadBucket] | None) -> list[BaseException]:
+        if self._jobs is None:
+            return []
         failed = self._failed()
         failed += self.receive(self._placement.buckets if buckets is None else buckets)
-        self._jobs = []
+        self._jobs = None
         return failed
 
     def _failed(self) -> list[BaseException]:
         """Wait for the jobs; those that were not started, as that was broken off, are started here."""
-        self._host.start(self._jobs)
-        return [error for job in self._jobs if (error := job.exception()) is not None]
+        jobs = self._jobs or []
+        self._host.start(jobs)
+        return [error for job in jobs if (error := job.exception()) is not None]

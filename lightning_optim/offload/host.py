@@ -202,7 +202,6 @@ class HostSide:
             with place():
                 self._step(bucket, scaling, options)
                 progress.begun = True
-                bucket.land()
                 if then is not None:
                     then(bucket)
         except BaseException as error:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.engines.base import Decision
+from lightning_optim.engines.memory import is_dense, is_lazy
 from lightning_optim.offload.buckets import OffloadBucket, Place, divide, lay_out, widened
 from lightning_optim.offload.masters import View, bring_state, master_of
 from lightning_optim.offload.options import DetachedOptions
@@ -219,6 +220,8 @@ class Placement:
         total = sum(p.numel() for bucket in made for p in bucket.params)
         room = self._options.device_fraction * total
         for bucket in reversed(made):
+            if not all(_writable(local(p)) for p in bucket.params):
+                continue
             room -= sum(p.numel() for p in bucket.params)
             if room < 0:
                 break
@@ -251,6 +254,11 @@ def _arrangement(optimizer: Optimizer) -> tuple[Any, ...]:
     """What :func:`_places` depends on, and which parameters require gradients: cheaper to compare."""
     groups = [group["params"] for group in optimizer.param_groups]
     return [list(map(id, params)) for params in groups], [p.requires_grad for params in groups for p in params]
+
+
+def _writable(p: Tensor) -> bool:
+    """Whether a step on the device can write a weight: a copy of a master goes to memory as it is."""
+    return is_dense(p) and not is_lazy(p)
 
 
 def _stay(bucket: OffloadBucket, master_dtype: torch.dtype) -> None:
