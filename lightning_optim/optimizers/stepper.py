@@ -24,7 +24,6 @@ from lightning_optim.optimizers.plan import Group, Method, Options, Owner, Part,
 from lightning_optim.optimizers.shards import LocalSquares, local, total_squares
 from lightning_optim.optimizers.structure import Structure, describe
 from lightning_optim.optimizers.undo import UndoBuffers
-from lightning_optim.rules import counting
 from lightning_optim.warnings import warn_once
 
 # Called for every parameter at every step: `map` over this is half the time of a comprehension.
