@@ -274,7 +274,7 @@ def plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, Fraction):
         return float(value)
-    return "a tensor" if isinstance(value, Tensor) else value
+    return type(value) if isinstance(value, Tensor) or type(value) is object else value
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
