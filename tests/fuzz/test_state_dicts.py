@@ -54,6 +54,8 @@ class Case:
         name = self.kind if self.kind in OPTIMIZERS else "adamw"
         if self.kind != "lbfgs":
             roundings = ["nearest", "kahan"] + ["stochastic"] * (self.dtype == torch.bfloat16)
+            # Most of them by the engine that compiles nothing: it is the loading that is tried.
+            self.options["engine"] = pick([*["eager"] * 9, "auto"])
             own = {"amsgrad": True, "momentum": 0.9, "rounding": pick(roundings), "max_grad_norm": 1.0}
             known = optimizer_info(name).options
             self.options |= {key: value for key, value in own.items() if key in known and pick([True, False])}
@@ -272,7 +274,7 @@ def plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, Fraction):
         return float(value)
-    return "a tensor" if isinstance(value, Tensor) else value
+    return type(value) if isinstance(value, Tensor) or type(value) is object else value
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
