@@ -214,9 +214,10 @@ class Stepper:
 
     def abandon(self) -> None:
         """Forget what was planned and not run: parameters that had no state have none."""
-        written = {id(p) for planned in self._written for p in planned.params}
-        self._forget([(p, made) for p, made in self._new if id(p) not in written])
-        self._new = []
+        if self._new:
+            written = {id(p) for planned in self._written for p in planned.params}
+            self._forget([(p, made) for p, made in self._new if id(p) not in written])
+            self._new = []
 
     def undo(self) -> None:
         """Take the last step back, which was planned with ``undo``: every bit is as before it.
