@@ -75,8 +75,8 @@ def test_views_of_weights_and_gradients_are_right_or_refused(kind: str, dtype: t
             try:
                 found = _run(weight, gradient, dtype, fraction, make)
             except ValueError as refused:  # when the optimizer is taken over
-                assert weight in ("negated", "conjugated")
-                assert "lazily" in str(refused)
+                if weight not in ("negated", "conjugated") or "lazily" not in str(refused):
+                    raise
                 continue
             assert torch.equal(found, expected), (weight, gradient)
 
