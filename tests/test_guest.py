@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import lightning_optim
-from lightning_optim.callbacks import factories, joining
+from lightning_optim.callbacks import joining
 
 ROOTS = ["lightning.pytorch", "pytorch_lightning"]
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -218,8 +218,6 @@ def test_the_package_has_no_entry_points_into_lightning() -> None:
     """Installed, but not imported, it does nothing at all."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert not [group for group in project.get("entry-points", {}) if "lightning" in group]
-    # Of an editable installation that is older than its code:
-    assert factories.for_lightning() == factories.for_pytorch_lightning() == []
 
 
 def test_what_a_fit_has_got_pickles() -> None:
