@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_optim.hints import did_you_mean
 from lightning_optim.optimizers import LAMB, LBFGS, SAM, SGD, Adam, AdamW, Lion, Muon, RuleOptimizer
 from lightning_optim.optimizers.group_keys import TORCH_SWITCHES
-from lightning_optim.optimizers.options import did_you_mean
 from lightning_optim.optimizers.sam import built_by
 from lightning_optim.param_groups import param_groups
 from lightning_optim.rules.policy import Policy, Update

@@ -6,7 +6,6 @@ a known form; anything else is left as it is.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 from lightning_optim._commands import COMMANDS
 from lightning_optim.cli.configure import ParamGroupOptions
+from lightning_optim.hints import closest, did_you_mean
 
 #: Tells what to write instead of a name that nobody has: of an option, and the name.
 Hint = Callable[[str, str], str]
@@ -53,26 +53,10 @@ def in_one_line(message: str, keys: Iterable[str], hint: Hint) -> str:
     >>> in_one_line("unrecognized arguments: --trainer.max_step 3", ["trainer.max_steps"], lambda option, name: "")
     "unknown option --trainer.max_step (did you mean '--trainer.max_steps'?)"
     """
-    for read in (
-        _of_help,
-        _of_required,
-        _of_unrecognized,
-        _of_unknown_key,
-        _of_unknown_option,
-        _of_import,
-        _of_name,
-        _of_value,
-    ):
+    for read in _READERS:
         if (line := read(message, list(keys), hint)) is not None:
             return line
     return message
-
-
-def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """A hint in brackets if ``name`` is close to a valid one, whatever its capitals, else nothing."""
-    by_lower = {one.lower(): one for one in valid}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 
 def _of_help(message: str, keys: list[str], hint: Hint) -> str | None:
@@ -178,8 +162,8 @@ def _meant(name: str, keys: list[str], dashes: str) -> str:
     heads = {key.partition(".")[0] for key in known}
     head, dot, rest = name.partition(".")
     if dot and head not in heads:
-        close = difflib.get_close_matches(head, heads, n=1)
-        return f" (did you mean {f'{dashes}{close[0]}.{rest}'!r}?)" if close else ""
+        close = closest(head, heads)
+        return f" (did you mean {f'{dashes}{close}.{rest}'!r}?)" if close else ""
     return did_you_mean(dashes + name, [dashes + key for key in known])
 
 

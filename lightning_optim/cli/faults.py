@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from types import TracebackType
 
@@ -10,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_optim.cli.complaints import in_one_line
+from lightning_optim.hints import closest
 from lightning_optim.strategy_names import STRATEGIES
 
 #: Whose checks of their arguments speak for themselves, and by which exceptions.
@@ -54,9 +54,8 @@ def of_strategy(message: str) -> str | None:
     # Lightning knows its classes, and others, by names alone.
     known = {name: name for name in ("auto", *StrategyRegistry.available_strategies())}
     known |= {cls: f"lightning_optim.strategies.{cls}" for cls in STRATEGIES.values()}
-    by_lower = {name.lower(): meant for name, meant in known.items()}
-    close = difflib.get_close_matches(strategy.lower(), by_lower, n=1)
-    hint = f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
+    close = closest(strategy, known)
+    hint = f" (did you mean {known[close]!r}?)" if close else ""
     return (
         f"strategy={strategy!r} is no strategy{hint}; valid: {', '.join(STRATEGIES)}; a name of Lightning's, "
         "such as auto, ddp or fsdp; or the path of a class"

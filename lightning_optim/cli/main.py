@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 
 from lightning_optim._commands import COMMANDS, TRAINER_COMMANDS, command_of
 from lightning_optim._version import __version__
+from lightning_optim.hints import did_you_mean
 
 USAGE = """\
 usage: lightning-optim [--help | --version] COMMAND ...
@@ -74,9 +74,7 @@ def _without_command(arguments: list[str]) -> int:
     if first == "--version":
         print(f"lightning-optim {__version__}")
         return 0
-    close = difflib.get_close_matches(first, COMMANDS, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    known = ", ".join(COMMANDS)
+    hint, known = did_you_mean(first, COMMANDS), ", ".join(COMMANDS)
     print(f"lightning-optim: unknown command {first!r}{hint}; choose one of: {known}", file=sys.stderr)
     return 2
 

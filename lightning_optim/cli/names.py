@@ -9,13 +9,13 @@ left to jsonargparse, which finds torch's.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
 from lightning_optim._commands import TRAINER_COMMANDS
+from lightning_optim.hints import closest
 
 OPTIMIZER = "optimizer"
 LR_SCHEDULER = "lr_scheduler"
@@ -99,8 +99,8 @@ class ShortNames:
         known = self._options.get(option)
         if known is None:
             return ""
-        close = difflib.get_close_matches(name.lower(), known, n=1)
-        meant = f" Did you mean {close[0]!r}?" if close else ""
+        close = closest(name, known)
+        meant = f" Did you mean {close!r}?" if close else ""
         return (
             f"There is no {option} {name!r}.{meant} Bare names are those of `lightning-optim list` and of torch;"
             " others are written as a full path."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import inspect
 import json
@@ -24,7 +23,7 @@ from lightning_optim.control.machine import Machine
 from lightning_optim.control.needs import SHARDINGS, Conditions, gibibytes
 from lightning_optim.control.placement import PlacementError, Plan, choose
 from lightning_optim.control.step_time import BUCKET_BYTES
-from lightning_optim.optimizers.options import did_you_mean
+from lightning_optim.hints import did_you_mean
 
 DTYPES = {
     "float32": torch.float32,
@@ -153,8 +152,8 @@ def _training(options: argparse.Namespace, rest: list[str]) -> tuple[Footprint, 
             raise UsageError("--dtype goes with --weights; a model's is that of --trainer.precision")
         for flag in (word.partition("=")[0] for word in rest):
             # Nearer than `--weights_only` of `fit`, which is none of ours.
-            if close := difflib.get_close_matches(flag, _flags(), n=1, cutoff=0.85):
-                raise UsageError(f"unknown argument {flag!r} (did you mean {close[0]!r}?)")
+            if hint := did_you_mean(flag, _flags(), cutoff=0.85):
+                raise UsageError(f"unknown argument {flag!r}{hint}")
         from lightning_optim.cli.main import can_use_lightning
 
         if not can_use_lightning("plan"):

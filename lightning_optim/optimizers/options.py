@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
@@ -116,12 +115,6 @@ def check_options(optimizer: str, group: Mapping[str, Any], defaults: Mapping[st
     for name, default in defaults.items():
         if name in group:
             check_option(optimizer, name, group[name], default)
-
-
-def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """A hint in brackets if ``name`` is close to a valid one, else nothing."""
-    close = difflib.get_close_matches(name, list(valid), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def each_once(group: dict[str, Any]) -> None:
