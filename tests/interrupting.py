@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 
 class Interrupted(BaseException):
     """As KeyboardInterrupt: no error that anyone would handle."""
@@ -17,11 +19,15 @@ class Interrupt:
     Args:
         number: Which call, from 0.
         within: Counts calls only where it says yes of the frame: the one that is entered, or that calls into C.
+
+    Attributes:
+        calls: How many were counted.
+        raised: Whether there were as many as that.
     """
 
     def __init__(self, number: int, within: Callable[[Any], bool]) -> None:
-        self._left, self._within = number, within
-        self.raised = False
+        self._number, self._within = number, within
+        self.calls, self.raised = 0, False
 
     def __call__(self, run: Callable[[], Any]) -> bool:
         """Whether there are as many calls. (Python ignores what is raised where it frees a generator.)"""
@@ -45,12 +51,13 @@ class Interrupt:
     def end(self) -> None:
         """Count no more."""
         sys.setprofile(None)
+        torch.set_grad_enabled(True)  # an interrupt in the end of torch's own `no_grad` leaves it off
 
     def _count(self, frame: Any, event: str, _: Any) -> None:
         if self.raised or event not in ("call", "c_call") or not self._within(frame):
             return
-        self._left -= 1
-        if self._left < 0:
+        self.calls += 1
+        if self.calls > self._number:
             self.raised = True
             raise Interrupted
 
@@ -58,3 +65,8 @@ class Interrupt:
 def ours(frame: Any) -> bool:
     """Whether a frame is of this package."""
     return "lightning_optim/" in frame.f_code.co_filename
+
+
+def anywhere(frame: Any) -> bool:
+    """Whether a frame is of anything but the interrupting itself."""
+    return bool(frame.f_code.co_filename != __file__)

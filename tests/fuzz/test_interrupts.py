@@ -8,39 +8,13 @@ from functools import cache
 from typing import Any
 
 import torch
+from interrupting import Interrupt, anywhere
 from optimizers.common import assert_same, known_warnings
 from optimizers.two_buckets import Run
 
 from .common import seeds
 
 pytestmark = known_warnings
-
-
-class Interrupt(BaseException):
-    """What nothing expects."""
-
-
-class Interrupter:
-    """Raises at one call of what it watches: of Python's functions, and of those in C that Python calls."""
-
-    def __init__(self, at: int) -> None:
-        self.count, self.at = 0, at
-
-    def __enter__(self) -> Interrupter:
-        sys.setprofile(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.at = 0
-        sys.setprofile(None)
-        torch.set_grad_enabled(True)  # an interrupt in the end of torch's own `no_grad` leaves it off
-
-    def __call__(self, frame: Any, event: str, argument: Any) -> None:
-        if event in ("call", "c_call") and self.at:
-            self.count += 1
-            if self.count == self.at:
-                self.at = 0
-                raise Interrupt
 
 
 def begun(name: str, engine: str, first: bool) -> Run:
@@ -62,9 +36,9 @@ def undisturbed(name: str, engine: str, first: bool) -> tuple[int, list[tuple[An
     run = begun(name, engine, first)
     ends = [(run.contents(), steps_after(run))]
     run = begun(name, engine, first)
-    with Interrupter(sys.maxsize) as interrupter:
-        run.step(10)
-    return interrupter.count, [*ends, (run.contents(), steps_after(run))]
+    nowhere = Interrupt(sys.maxsize, anywhere)
+    nowhere(lambda: run.step(10))
+    return nowhere.calls, [*ends, (run.contents(), steps_after(run))]
 
 
 def case(seed: int) -> None:
@@ -76,11 +50,7 @@ def case(seed: int) -> None:
     at = choose.randint(1, calls) if choose.random() < 0.5 else calls - choose.randint(0, min(150, calls - 1))
     where = f"seed {seed}: {name} by {engine}, {'first' if first else 'planned'} step, call {at} of {calls}"
     run = begun(name, engine, first)
-    try:
-        with Interrupter(at):
-            run.step(10)
-    except Interrupt:
-        pass
+    Interrupt(at - 1, anywhere)(lambda: run.step(10))
     between = run.contents()
     taken = not all(map(torch.equal, between[0], ends[0][0][0]))
     assert_same(between, ends[taken][0], where)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from interrupting import Interrupted
 from torch import Tensor, nn
 
 import lightning_optim
@@ -23,10 +24,6 @@ from .two_buckets import Run
 pytestmark = known_warnings
 
 each_engine = pytest.mark.parametrize("engine", ["eager", "foreach", "host"])
-
-
-class Interrupt(BaseException):
-    """What nothing expects."""
 
 
 def test_an_interrupt_while_weights_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,14 +137,14 @@ def test_an_undoing_that_is_interrupted_is_finished(monkeypatch: pytest.MonkeyPa
         def cut_short(*args: Any, at: int = at, give_back: Any = give_back, calls: list[int] = calls) -> None:
             calls.append(1)
             if len(calls) == at + 2:
-                raise Interrupt
+                raise Interrupted
             give_back(*args)
 
         with monkeypatch.context() as patch, torch.no_grad():
             patch.setattr(UndoBuffers, "give_back", cut_short)
             try:
                 stepper.undo()
-            except Interrupt:
+            except Interrupted:
                 assert len(calls) > at
         assert_same(run.contents(), before)
 
@@ -168,7 +165,7 @@ def test_a_gradient_that_a_step_in_the_backward_pass_has_used_is_not_used_again(
     wanted = -1.0 if whole else -2.0
     with monkeypatch.context() as patch:
         patch.setattr(Stepper, "_end", interrupted(Stepper._end))
-        with pytest.raises(Interrupt):
+        with pytest.raises(Interrupted):
             window()
     assert weight.grad is None
     assert weight.tolist() == [wanted] * 2
@@ -182,6 +179,6 @@ def test_a_gradient_that_a_step_in_the_backward_pass_has_used_is_not_used_again(
 def interrupted(method: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         method(*args)
-        raise Interrupt
+        raise Interrupted
 
     return call

@@ -17,7 +17,7 @@ from .common import closure_of, network, train, weights
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_at_every_call(adaptive: bool) -> None:
+def test_at_every_call(adaptive: bool, one_thread: None) -> None:
     """Those of this package, and into torch from it."""
     make = partial(SAM, base=partial(lightning_optim.SGD, lr=0.05, engine="eager"), rho=0.5, adaptive=adaptive)
     net = network()
@@ -26,7 +26,7 @@ def test_at_every_call(adaptive: bool) -> None:
     train(net, make(net.parameters()), range(1, 2))
     after_two = weights(net)
     interrupts = 0
-    for number in count(int(adaptive), 3):  # a sample
+    for number in count(int(adaptive), 11):  # a sample, in which no loop is hit at one place only
         net = network()
         before, optimizer = weights(net), make(net.parameters())
         optimizer.zero_grad()
@@ -36,19 +36,13 @@ def test_at_every_call(adaptive: bool) -> None:
         now = weights(net)
         old = all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
         new = all(torch.equal(a, b) for a, b in zip(now, after_one, strict=True))
-        assert old or new or _is_in_the_base(now, before, after_one), f"call {number}"
+        assert old or new, f"call {number}"
         with torch.no_grad():
             for p, value in zip(net.parameters(), after_one, strict=True):
                 p.copy_(value)
         train(net, optimizer, range(1, 2))
         assert all(torch.equal(a, b) for a, b in zip(weights(net), after_two, strict=True)), f"call {number}"
     assert interrupts > 20
-
-
-def _is_in_the_base(now: list[Any], before: list[Any], after: list[Any]) -> bool:
-    """Some weights are new, the others old, as every optimizer leaves them that is interrupted in its own step."""
-    each = [torch.equal(n, a) or torch.equal(n, b) for n, a, b in zip(now, after, before, strict=True)]
-    return all(each)
 
 
 @pytest.mark.parametrize("wait", ["perturb", "closure", "restore"])
