@@ -164,6 +164,38 @@ def aliased(tensors: Sequence[Tensor]) -> bool:
     return ranges(*spans(tensors)) is None
 
 
+def overlap(tensors: Sequence[Tensor]) -> tuple[int, list[int]] | None:
+    """The number of a tensor of which a byte is another's, and the numbers of those it may be; None if there is none.
+
+    Ranges may meet without that: the columns of one matrix, say, lie between each other. So bytes are counted.
+    """
+    placed = sorted((t.data_ptr(), number) for number, t in enumerate(tensors) if t.numel() and has_address(t))
+    groups: list[list[int]] = []
+    end = 0
+    for begin, number in placed:
+        if begin >= end:
+            groups.append([])
+        groups[-1].append(number)
+        end = max(end, begin + extent(tensors[number]))
+    return next((found for numbers in groups if numbers[1:] and (found := _taken_twice(tensors, numbers))), None)
+
+
+def _taken_twice(tensors: Sequence[Tensor], numbers: Sequence[int]) -> tuple[int, list[int]] | None:
+    first = min(tensors[number].data_ptr() for number in numbers)
+    end = max(tensors[number].data_ptr() + extent(tensors[number]) for number in numbers)
+    taken = torch.zeros(end - first, dtype=torch.bool, device="cpu")
+    earlier: list[int] = []
+    for number in sorted(numbers):
+        t = tensors[number]
+        size = t.element_size()  # those of one piece of memory may be of several types
+        own = taken.as_strided((*t.shape, size), (*(step * size for step in t.stride()), 1), t.data_ptr() - first)
+        if own.any():
+            return number, earlier
+        own.fill_(True)
+        earlier.append(number)
+    return None
+
+
 @dataclass(frozen=True)
 class Ranges:
     """Ranges of memory that do not meet.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -147,7 +148,16 @@ def test_what_shares_memory() -> None:
     columns = [whole[:, 0], whole[:, 1], whole[:, 2:]]  # between each other, and apart
     check_memory(columns)
     check_memory([torch.zeros(0), torch.zeros(0), whole])
-    for tensors in ([*columns, whole[2:3, 1:2]], [torch.zeros(1).expand(3)], [whole, whole.view(torch.int32)]):
+    numbers = np.zeros(8)  # one piece of memory, of which torch makes two storages
+    parts = [torch.from_numpy(part) for part in (numbers[:5], numbers[3:])]
+    refused = [
+        [*columns, whole[2:3, 1:2]],
+        [torch.zeros(1).expand(3)],
+        [torch.zeros(4).as_strided((3, 2), (1, 1))],
+        [whole, whole.view(torch.int32)],
+        parts,
+    ]
+    for tensors in refused:
         with pytest.raises(ValueError, match="share memory"):
             check_memory(tensors)
 

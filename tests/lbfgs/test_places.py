@@ -6,6 +6,7 @@ import copy
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,11 @@ def test_overlaps_in_part_are_refused() -> None:
         LBFGS([p, q])
     with pytest.raises(ValueError, match=r"parameter 0, of shape .3, 2., has elements that are one place.*contiguous"):
         LBFGS([nn.Parameter(torch.zeros(2).expand(3, 2))])
+    numbers = np.zeros(8, dtype=np.float32)  # one piece of memory, of which torch makes two storages
+    with pytest.raises(ValueError, match=r"LBFGS: parameter 1, .* shares memory in part"):
+        LBFGS([nn.Parameter(torch.from_numpy(part)) for part in (numbers[:5], numbers[3:])])
+    with pytest.raises(ValueError, match=r"parameter 0, of shape .3, 2., has elements that are one place"):
+        LBFGS([nn.Parameter(flat.as_strided((3, 2), (1, 1)))])
     optimizer = LBFGS([nn.Parameter(flat[:4]), later := nn.Parameter(torch.zeros(5))])
     later.data = flat[3:]
     with pytest.raises(ValueError, match=r"LBFGS: parameter 1, .* shares memory in part"):
