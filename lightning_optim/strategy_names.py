@@ -1,7 +1,7 @@
 """Short names of our Lightning strategies, as in ``Trainer(strategy="in_graph")``.
 
-Lightning checks a strategy's name before it calls any entry point, so that nothing but an import can make a name
-known in time: ``import lightning_optim``, before Lightning's own or after it. This module is light: a name stands for a
+Lightning asks nobody for a name that it does not have, so that only an import can make a name known in time:
+``import lightning_optim``, before Lightning's own or after it. This module is light: a name stands for a
 function that imports the strategy when a Trainer asks for it.
 """
 

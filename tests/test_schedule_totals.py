@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, SequentialLR, StepLR
 
-from lightning_optim.control.run_length import Progress, RunLength
+from lightning_optim.control.run_length import RunLength, RunProgress
 from lightning_optim.control.schedule_totals import fill_total, fill_trainer_totals, needs_total
 from lightning_optim.schedulers import Cosine, Linear
 
@@ -22,10 +22,10 @@ def simulated(run: RunLength, interval: str, frequency: int) -> int:
     return max(1, len({position for position, _ in gone_through(run, interval, frequency)}))
 
 
-def gone_through(run: RunLength, interval: str, frequency: int) -> list[tuple[int, Progress]]:
+def gone_through(run: RunLength, interval: str, frequency: int) -> list[tuple[int, RunProgress]]:
     """The schedule's position at each optimizer step of a run, and where the run is after it."""
     position, steps = 0, 0
-    taken: list[tuple[int, Progress]] = []
+    taken: list[tuple[int, RunProgress]] = []
     batches = run.batches if run.batches is not None else 10**6
     for epoch in itertools.count():
         if epoch == run.max_epochs or (run.batches is not None and epoch > 200):
@@ -35,7 +35,7 @@ def gone_through(run: RunLength, interval: str, frequency: int) -> list[tuple[in
             if batch % window == 0 or (batch == batches and run.steps_on_last_batch):
                 steps += 1
                 ends = batch == batches
-                taken.append((position, Progress(epoch + ends, 0 if ends else batch, steps)))
+                taken.append((position, RunProgress(epoch + ends, 0 if ends else batch, steps)))
                 if interval == "step" and batch % frequency == 0:
                     position += 1
             if steps == run.max_steps:

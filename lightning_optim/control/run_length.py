@@ -14,7 +14,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """How far a run has come.
 
     Args:
@@ -28,7 +28,7 @@ class Progress:
     steps: int = 0
 
     @classmethod
-    def of_trainer(cls, trainer: Any) -> Progress:
+    def of_trainer(cls, trainer: Any) -> RunProgress:
         """Where a Lightning ``Trainer`` is, when its training starts (from a checkpoint, maybe) or in an epoch.
 
         Args:
@@ -88,7 +88,7 @@ class RunLength:
             steps_on_last_batch=not trainer.strategy.handles_gradient_accumulation,
         )
 
-    def schedule_steps(self, interval: str = "step", frequency: int = 1, done: Progress = Progress()) -> int:
+    def schedule_steps(self, interval: str = "step", frequency: int = 1, done: RunProgress = RunProgress()) -> int:
         """The number of learning rates that a schedule passes through while the run makes its further optimizer steps.
 
         That is one more than the ``step()`` calls *before the last optimizer step*. Where the last call falls
@@ -115,7 +115,7 @@ class RunLength:
             9
             >>> RunLength(max_steps=25, batches=10).schedule_steps("epoch")
             3
-            >>> RunLength(max_steps=25, batches=10).schedule_steps(done=Progress(epochs=1, batches=2, steps=12))
+            >>> RunLength(max_steps=25, batches=10).schedule_steps(done=RunProgress(epochs=1, batches=2, steps=12))
             13
         """
         if interval not in ("step", "epoch"):
@@ -126,7 +126,7 @@ class RunLength:
             return self._steps_without_length(interval, frequency, done)
         return self._steps_with_length(self.batches, interval, frequency, done)
 
-    def _steps_without_length(self, interval: str, frequency: int, done: Progress) -> int:
+    def _steps_without_length(self, interval: str, frequency: int, done: RunProgress) -> int:
         """As :meth:`schedule_steps`, with epochs of unknown length: only the bound in the same unit helps."""
         if interval == "epoch" and self.max_epochs != -1:
             return max(1, math.ceil(self.max_epochs / frequency) - done.epochs // frequency)
@@ -141,7 +141,7 @@ class RunLength:
             f"so that {missing} is needed, but {missing}=-1"
         )
 
-    def _steps_with_length(self, batches: int, interval: str, frequency: int, done: Progress) -> int:
+    def _steps_with_length(self, batches: int, interval: str, frequency: int, done: RunProgress) -> int:
         """As :meth:`schedule_steps`, with ``batches`` batches in every epoch."""
         # Counted from the beginning of the epoch, of which a part is done.
         steps_done, calls_done = self._in_epoch(done.batches, batches, self._window(done.epochs), frequency)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 
-from lightning_optim.control.run_length import Progress, RunLength
+from lightning_optim.control.run_length import RunLength, RunProgress
 from lightning_optim.schedulers.base import Schedule
 from lightning_optim.warnings import warn_once
 
@@ -79,7 +79,7 @@ def fill_trainer_totals(trainer: Any) -> None:
     configs = configs_to_fill(trainer)
     if not configs:
         return
-    run, done = RunLength.of_trainer(trainer), Progress.of_trainer(trainer)
+    run, done = RunLength.of_trainer(trainer), RunProgress.of_trainer(trainer)
     for config in configs:
         try:
             whole = run.schedule_steps(config.interval, config.frequency)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.engines.scaling import Scaling
 from lightning_optim.offload.buckets import OffloadBucket
-from lightning_optim.offload.host import HostSide, Progress
+from lightning_optim.offload.host import HostSide, StepProgress
 from lightning_optim.offload.landing import Landing
 from lightning_optim.offload.masters import GroupOptions
 from lightning_optim.offload.norm import FixedScaling, number_of
@@ -80,7 +80,7 @@ class Execution:
         if here:
             host.submit(host.prepare, here, scaling, options, place).result()
         then = None if self._delayed else send
-        progress = Progress()
+        progress = StepProgress()
         at_once = [host.job(host.step, b, scaling, options, None, progress, place, twice=True) for b in here]
         if self._placement.whole is not None and travelling:
             whole = host.job(host.step_all, optimizer, travelling, number, options, then, twice=True)

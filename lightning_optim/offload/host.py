@@ -25,7 +25,7 @@ from lightning_optim.optimizers.shards import is_distributed, local, shards_of
 Place = Callable[[], AbstractContextManager[Any]]
 
 
-class Progress:
+class StepProgress:
     """How far the step of several buckets has come.
 
     Attributes:
@@ -180,7 +180,7 @@ class HostSide:
         scaling: Scaling | None,
         options: GroupOptions,
         then: Callable[[OffloadBucket], None] | None,
-        progress: Progress,
+        progress: StepProgress,
         place: Place = nullcontext,
     ) -> None:
         """The step of a bucket that was prepared.
