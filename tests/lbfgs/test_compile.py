@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_optim
+from lightning_optim.optimizers.outside_of_graphs import stay_outside
 
 pytest.importorskip("torch._dynamo")
 from torch._dynamo.testing import CompileCounter  # takes a second
@@ -66,3 +67,9 @@ def test_graphs(compiled: str, make: Any) -> None:
     assert counter.frame_count == 1
     assert counter.op_count < 10
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_torch_without_what_keeps_code_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torch._dynamo.decorators.skip_code")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    stay_outside(lightning_optim.SAM.__module__)
