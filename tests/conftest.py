@@ -14,6 +14,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.cache is not None:
         os.environ.setdefault("LIGHTNING_OPTIM_CACHE", str(config.cache.mkdir("kernels")))
         os.environ.setdefault("TRITON_CACHE_DIR", str(config.cache.mkdir("triton")))
+    # Under pytest-xdist processes share the cores: more threads than that only wait for each other.
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 @pytest.fixture
