@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+# Processes that share the tests, each module to one of them: for two cores. 0 is this process alone.
+WORKERS ?= 2
 FUZZ_CASES ?= 5000
 FUZZ_SEED ?= 0
 KILLS ?= 30
@@ -35,7 +37,7 @@ types: setup
 	$(BIN)/mypy
 
 pytest: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST_ARGS)
 
 fuzz: setup  ## Thousands of random cases of each fuzzer; FUZZ_CASES=, FUZZ_SEED= for others
 	FUZZ_CASES=$(FUZZ_CASES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/fuzz

@@ -73,7 +73,9 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 def _users_frame(frame: FrameType) -> FrameType:
-    """The innermost frame of a user's code; in a thread of ours, which has none, the given one."""
+    """The innermost frame of a user's code; in a thread of ours, which has none, that which warns."""
+    while frame.f_globals is globals() and frame.f_back is not None:
+        frame = frame.f_back
     found: FrameType | None = frame
     while found is not None and _package(found) in _BETWEEN:
         found = found.f_back

@@ -73,7 +73,7 @@ class OptimizerOptions:
         """
         if not all(_is_in(cls, "lightning_optim", "torch.optim") for cls in _classes(self.optimizer)):
             return
-        weight = ("weight", torch.nn.Parameter(torch.zeros(2, 2)))
+        weight = ("weight", torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float32, device="cpu")))
         optimizer = instantiate_class([weight], self.optimizer)
         if self.lr_scheduler is not None and _is_in(_class(self.lr_scheduler), "lightning_optim"):
             instantiate_class(optimizer, self.lr_scheduler)

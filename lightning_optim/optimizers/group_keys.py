@@ -43,7 +43,7 @@ def check_switches(optimizer: str, switches: Mapping[str, Any]) -> None:
             continue
         valid = f"valid: None, False, and in its place {TORCH_SWITCHES[name]}"
         if value is True:
-            raise ValueError(f"{optimizer}: {name}=True is one of torch's own ways to step; {valid}")
+            raise ValueError(f"{optimizer}: {name}=True is not an option, but one of torch's own ways to step; {valid}")
         raise TypeError(f"{optimizer}: {name}={value!r} is neither None nor a bool; {valid}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -43,11 +44,11 @@ def share_memory(
 
     Args:
         params: Of a bucket.
-        gradients: Of each one; in a report, the parameter itself stands for what is not there yet.
+        gradients: Of each one; in a report, the parameter itself stands for what is not there yet, also among copies.
         slots: Of all of them, with counters.
         copies: As gradients, or none.
     """
-    copies = [copy for copy, p in zip(copies, params, strict=False) if copy is not p]
-    given = [g for g, p in zip(gradients, params, strict=True) if g is not p]
+    real = [g is not p for g, p in zip(gradients, params, strict=True)]
+    given, copies = list(compress(gradients, real)), list(compress(copies, real))
     written = ranges(*spans(list(map(local, [*params, *slots, *copies]))))
     return written is None or written.meet(*spans(list(map(local, given))))

@@ -19,7 +19,7 @@ pytestmark = known_warnings
     ("arguments", "named"),
     [
         (["--optimizer=AdamW", "--optimizer.lrr=1"], ["lrr", "lightning_optim.AdamW"]),
-        (["--optimizer=AdamW", "--optimizer.fused=true"], ["fused", "lightning_optim.AdamW"]),
+        (["--optimizer=AdamW", "--optimizer.fused=true"], ["--optimizer.fused true", "valid: False, null"]),
         (["--optimizer=Lionn"], ["There is no optimizer 'Lionn'", "'lion'"]),
         (["--optimizer=SGD", "--lr_scheduler=cosin"], ["There is no lr_scheduler 'cosin'", "'cosine'"]),
         (["--optimizer=SGD", "--param_groups.decay=1"], ["param_groups", "decay"]),

@@ -132,7 +132,7 @@ def test_stochastic_rounding_is_refused_where_it_cannot_be(dtype: torch.dtype, s
         lightning_optim.Lion([weight], rounding="stochastic", state_dtype=state)
 
 
-@pytest.mark.parametrize("switch", [{"fused": True}, {"differentiable": True}, {"lr_scale": 0.1}])
+@pytest.mark.parametrize("switch", [{"fused": True}, {"differentiable": True}, {"weight_deacy": 0.1}])
 def test_what_would_be_ignored_in_a_group_is_refused(switch: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(switch))}=.* is not an option"):
         lightning_optim.AdamW([{"params": [torch.nn.Parameter(torch.zeros(2))], **switch}])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_optim.optimizers import RuleOptimizer
+from lightning_optim.optimizers.group_keys import TORCH_SWITCHES
 from lightning_optim.registry import OPTIMIZERS
 from lightning_optim.rules.policy import Decay
 
@@ -64,7 +65,7 @@ def test_groups_with_options_of_their_own_and_a_changing_lr(name: str, tensor_lr
 
 def bool_options(name: str) -> list[str]:
     parameters = inspect.signature(OPTIMIZERS[name].cls).parameters.values()
-    return [p.name for p in parameters if isinstance(p.default, bool)]
+    return [p.name for p in parameters if isinstance(p.default, bool) and p.name not in TORCH_SWITCHES]
 
 
 @pytest.mark.parametrize(("name", "option"), [(name, option) for name in OPTIMIZERS for option in bool_options(name)])

@@ -215,7 +215,8 @@ def _torch() -> _Torch | None:
     except (OSError, AttributeError):
         return None
     word = ctypes.sizeof(ctypes.c_void_p)
-    examples = [torch.zeros(0, device="cpu"), torch.nn.Parameter(torch.zeros(0, device="cpu"))]
+    example = torch.zeros(0, dtype=torch.float32, device="cpu")
+    examples = [example, torch.nn.Parameter(example)]
     places = [
         place
         for place in range(object.__basicsize__, Tensor.__basicsize__, word)
