@@ -28,7 +28,7 @@ from lightning_optim.engines.memory import (
 )
 from lightning_optim.optimizers.checks import usable_counter
 from lightning_optim.optimizers.plan import Planned, counter_device
-from lightning_optim.optimizers.shards import local, same_parts, shards_of
+from lightning_optim.optimizers.shards import is_distributed, local, same_parts, shards_of
 from lightning_optim.optimizers.sight import as_seen
 from lightning_optim.optimizers.undo import UndoBuffers, undo_name
 
@@ -93,9 +93,11 @@ def fill(
 
 
 def _divided_as_planned(planned: Planned, tensors: Mapping[str, list[Tensor]]) -> bool:
-    """Whether all these are divided over processes, as each other and as they were."""
+    """Whether all these are divided over processes, as each other and as they were; copies may be parts themselves."""
     return all(shards_of(p) == planned.shards for p in planned.params if hasattr(p, "placements")) and all(
-        same_parts(t, p) for column in tensors.values() for t, p in zip(column, planned.params, strict=True)
+        same_parts(t, p) or (name == "copy" and not is_distributed(t))
+        for name, column in tensors.items()
+        for t, p in zip(column, planned.params, strict=True)
     )
 
 

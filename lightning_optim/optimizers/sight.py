@@ -45,9 +45,9 @@ def share_memory(
         params: Of a bucket.
         gradients: Of each one; in a report, the parameter itself stands for what is not there yet.
         slots: Of all of them, with counters.
-        copies: As gradients, or none.
+        copies: Of each one, or none; not there yet where the gradient is not.
     """
-    copies = [copy for copy, p in zip(copies, params, strict=False) if copy is not p]
+    copies = [copy for copy, g, p in zip(copies, gradients, params, strict=False) if g is not p]
     given = [g for g, p in zip(gradients, params, strict=True) if g is not p]
     written = ranges(*spans(list(map(local, [*params, *slots, *copies]))))
     return written is None or written.meet(*spans(list(map(local, given))))
