@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy as is_uninitialized
 
 from lightning_optim.engines.memory import has_address, is_lazy, is_plain, overlaps_itself, problem_of_storage
 
 
 def problem_of_weight(p: Tensor) -> str | None:
     """Why a weight can never be written element by element, whatever is done first; None if it can be."""
+    if is_uninitialized(p):
+        return None  # a lazy module's, which has neither shape nor memory before its first forward pass
     if p.layout != torch.strided:
         return f"it has layout {p.layout}; valid: dense weights"
     if p.is_conj():

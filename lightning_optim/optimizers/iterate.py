@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy as is_uninitialized
 
 from lightning_optim.engines.memory import is_lazy
 from lightning_optim.optimizers.byrd_nocedal import Vector, blocks_of
@@ -18,8 +19,8 @@ Signature = tuple[tuple[tuple[int, torch.dtype], ...], ...]
 
 
 def trained(group: dict[str, Any]) -> list[Tensor]:
-    """The parameters of a group that are not frozen."""
-    return [p for p in group["params"] if p.requires_grad and p.numel() > 0]
+    """The parameters of a group that are not frozen, and of which there is something already."""
+    return [p for p in group["params"] if p.requires_grad and not is_uninitialized(p) and p.numel() > 0]
 
 
 def signature(groups: Iterable[dict[str, Any]]) -> Signature:

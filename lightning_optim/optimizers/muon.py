@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy as is_uninitialized
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.engines.newton_schulz import MUON
@@ -77,6 +78,11 @@ class Routing:
 
 
 def _is_matrix(p: Tensor) -> bool:
+    if is_uninitialized(p):
+        raise ValueError(
+            "Muon: a lazy module's weight, whose shape must be known to tell matrices from the rest; valid: a forward "
+            "pass before the optimizer is made"
+        )
     return p.ndim >= 2 and p.is_floating_point()
 
 

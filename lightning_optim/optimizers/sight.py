@@ -46,7 +46,7 @@ def share_memory(
         params: Of a bucket.
         gradients: Of each one; in a report, the parameter itself stands for what is not there yet, also among copies.
         slots: Of all of them, with counters.
-        copies: As gradients, or none.
+        copies: Of each one, or none; not there yet where the gradient is not.
     """
     real = [g is not p for g, p in zip(gradients, params, strict=True)]
     given, copies = list(compress(gradients, real)), list(compress(copies, real))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy as is_uninitialized
 
 from lightning_optim.engines.base import Bucket, Decision, Scalars
 from lightning_optim.engines.progress import IncompleteStepError, Progress, carry_through
@@ -320,7 +321,7 @@ class Stepper:
         if not self._plan:
             params = [p for group in self.owner.param_groups for p in group["params"]]
             scaled = scaled or self.planner.options.max_grad_norm is not None
-            chosen = self._selected(params)
+            chosen = self._selected([None if is_uninitialized(p) else p for p in params])
             copies = {p: local(p) for p in params} if self.planner.part == "direction" else None
             weights = [p for p in chosen if p is not None]
             plan = self.planner.build(self.planner.members(chosen), weights, copies, scaled)

@@ -186,3 +186,32 @@ def test_in_the_backward_pass() -> None:
         one(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     assert torch.equal(model.weight, twin.weight)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_weights_of_lazy_modules(cls: type[torch.optim.Optimizer]) -> None:
+    """They get their shapes, and torch's optimizers may have them before, at the first forward pass."""
+    make: Callable[..., Any] = cls
+    module = nn.Sequential(nn.LazyLinear(4), nn.LazyLinear(1))
+    if cls is Muon:
+        for groups in (module.parameters(), [{"params": module.parameters(), "use_muon": True}]):
+            with pytest.raises(ValueError, match=r"a lazy module's weight, .* valid: a forward pass before"):
+                make(groups)
+        return
+    optimizer = make(module.parameters(), lr=0.01)
+    assert repr(optimizer).startswith(cls.__name__)
+    assert not optimizer.state_dict()["state"]
+    if isinstance(optimizer, RuleOptimizer):
+        assert optimizer.engine_report() == ""
+    module(torch.ones(1, 5))
+    twin = copy.deepcopy(module)
+    for mine, stepped in ((module, optimizer), (twin, make(twin.parameters(), lr=0.01))):
+
+        def closure(mine: nn.Module = mine) -> Tensor:
+            mine.zero_grad()
+            loss: Tensor = mine(torch.linspace(-1, 1, 10).reshape(2, 5)).square().mean()
+            loss.backward()
+            return loss
+
+        stepped.step(closure)
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), twin.parameters(), strict=True))
