@@ -19,6 +19,7 @@ from lightning_optim.control.learning_rates import all_groups, multiply_learning
 from lightning_optim.control.snapshots import Snapshots
 from lightning_optim.control.step_snapshot import StepSnapshot
 from lightning_optim.control.undo_policy import Decision, UndoJudge, UndoPolicy
+from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.optimizers.shards import is_distributed
 
 __all__ = ["Decision", "Undo", "UndoJudge", "UndoPolicy", "snapshot_bytes", "why_not_undone"]
@@ -185,7 +186,8 @@ def why_not_undone(optimizer: Optimizer) -> str | None:
         True
     """
     wraps = len(list(with_inner(optimizer))) > 1
-    if type(optimizer).state_dict is not Optimizer.state_dict and not wraps:
+    # Ours only writes it down in another way.
+    if type(optimizer).state_dict not in (Optimizer.state_dict, RuleOptimizer.state_dict) and not wraps:
         return f"{type(optimizer).__name__}, which keeps state elsewhere than in its state (it has its own state_dict)"
     return None
 
