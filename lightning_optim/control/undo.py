@@ -186,6 +186,7 @@ def why_not_undone(optimizer: Optimizer) -> str | None:
         True
     """
     wraps = len(list(with_inner(optimizer))) > 1
+    # Ours only writes it down in another way.
     if type(optimizer).state_dict not in (Optimizer.state_dict, RuleOptimizer.state_dict) and not wraps:
         return f"{type(optimizer).__name__}, which keeps state elsewhere than in its state (it has its own state_dict)"
     return None

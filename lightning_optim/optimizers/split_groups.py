@@ -37,7 +37,9 @@ def follow(groups: Sequence[Group]) -> None:
     (0.04, 0.002)
     """
     for first, second in pairwise(groups):
-        if SEEN in first and SEEN in second and first[RATIO] == second[RATIO]:
+        # Neighbours of two groups that were split may have the same ratio.
+        halves = first.get("use_muon", True) and not second.get("use_muon", False)
+        if halves and SEEN in first and SEEN in second and first[RATIO] == second[RATIO]:
             lrs = [part["lr"] for part in (first, second)]
             if any(isinstance(lr, Tensor) for lr in lrs):
                 continue

@@ -85,6 +85,8 @@ class Driven(Undoes, Replays, _Strategy):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Step as Lightning's own strategy does, with our step in place of the optimizer's."""
+        if self._skips_backward():
+            return closure()  # there is nothing to step with: gradients, if any, are of an earlier step
         with self._drive(optimizer).in_place_of_its_own(stepped(optimizer)):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         scaler = getattr(self.precision_plugin, "scaler", None)

@@ -110,8 +110,6 @@ class Replays(_Strategy):
         """Step as Lightning's own strategy does, with the window evaluated as often as the optimizer needs it."""
         if not (needs_replay(optimizer) and self.lightning_module.automatic_optimization):
             return super().optimizer_step(optimizer, closure, model, **kwargs)
-        if self._skips_backward():
-            return closure()  # there is nothing to step with: gradients, if any, are of an earlier step
         try:
             output = closure()
         finally:
@@ -143,7 +141,8 @@ class Replays(_Strategy):
 
     def _skips_backward(self) -> bool:
         """Whether Lightning makes no backward passes, as while SWA renews the statistics of batch norms."""
-        return bool(self.lightning_module.trainer.fit_loop._skip_backward)
+        module = self.lightning_module
+        return bool(module.automatic_optimization and module.trainer.fit_loop._skip_backward)
 
     def _trained(self) -> Iterator[Tensor]:
         return (p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"])

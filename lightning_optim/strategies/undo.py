@@ -144,7 +144,7 @@ class Undoes(_Strategy):
 
     @property
     def _at_work(self) -> Undo | None:
-        if self._undo is None or self._judge is None:
+        if self._undo is None or self._judge is None or self._skips_backward():
             return None
         if self._undo.optimizer is not self.optimizers[0]:  # callbacks may replace it between two steps
             self._check_undo(self._trainer)

@@ -108,3 +108,20 @@ def test_lightnings_finetuning_callback_moves_both_parts() -> None:
         if epoch:
             lr = min(0.02 * 2 ** (epoch - 1), 0.1)
             assert lrs(optimizer) == pytest.approx([0.1, 0.01, lr, lr / 10])
+
+
+def test_two_late_groups_of_one_ratio_are_moved_by_a_schedule() -> None:
+    """The second part of one and the first of the next are no two parts of a group."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    optimizer = lightning_optim.Muon(net[0].parameters(), lr=0.01)
+    for layer in (net[1], net[2]):
+        optimizer.add_param_group({"params": list(layer.parameters()), "lr": 0.01})
+    for _ in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9
+        expected = [group["lr"] for group in optimizer.param_groups]
+        optimizer.zero_grad()
+        net(torch.ones(2, 4)).square().mean().backward()
+        optimizer.step()
+        assert [group["lr"] for group in optimizer.param_groups] == expected
