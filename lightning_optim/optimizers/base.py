@@ -208,11 +208,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         A parameter that is in the group twice is stepped once, with a warning.
 
         Raises:
-            ValueError: A misspelled option, a value out of its range, or a parameter that another group has.
+            ValueError: No ``params``, a misspelled option, a value out of its range, or a parameter of another group.
             TypeError: A parameter that is not floating-point or complex.
         """
         name = type(self).public_name()
         if isinstance(param_group, dict):
+            if "params" not in param_group:
+                raise ValueError(f"{name}: a param group without 'params'; it has {list(param_group)}")
             primitives(param_group)
             check_keys(name, param_group, self.defaults, self.given)
             check_options(name, param_group, self.defaults)

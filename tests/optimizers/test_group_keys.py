@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy
@@ -106,6 +107,14 @@ def test_options_of_the_constructor_may_be_repeated_and_not_contradicted(name: s
     loaded = one_group(name, parameters(), **given)
     loaded.add_param_group({"params": parameters(shapes=[(2,)]), **kind})
     loaded.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("group", [{}, {"lr": 0.1}], ids=str)
+def test_a_group_without_parameters(group: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=rf"AdamW: a param group without 'params'; it has {re.escape(str(list(group)))}"
+    ):
+        AdamW([group])
 
 
 def test_keys_that_are_no_strings() -> None:
