@@ -95,8 +95,8 @@ def _check_number(optimizer: str, name: str, value: Any, check: _Check) -> None:
         raise TypeError(f"{optimizer}: {name}={value!r} is a {type(value).__name__}; valid: {check[1]}")
     try:
         number = float(value)
-    except OverflowError:  # an integer of hundreds of digits
-        number = math.inf
+    except OverflowError as error:  # which no engine could compute with, also where any bound is valid
+        raise ValueError(f"{optimizer}: {name} is an integer of hundreds of digits; valid: {check[1]}") from error
     if not check[0](number):
         raise ValueError(f"{optimizer}: {name}={value!r}; valid: {check[1]}")
 
