@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class Interrupted(BaseException):
@@ -70,3 +71,8 @@ def ours(frame: Any) -> bool:
 def anywhere(frame: Any) -> bool:
     """Whether a frame is of anything but the interrupting itself."""
     return bool(frame.f_code.co_filename != __file__)
+
+
+def is_one_of(now: Sequence[Tensor], *whole: Sequence[Tensor]) -> bool:
+    """Whether tensors are, all together, those of before a step or those of after it: no mixture."""
+    return any(all(torch.equal(a, b) for a, b in zip(now, then, strict=True)) for then in whole)
