@@ -21,10 +21,10 @@ from lightning_optim.engines.base import Bucket, Layout
 from lightning_optim.engines.host.engine import HostEngine
 from lightning_optim.engines.host.threads import thread_count
 from lightning_optim.engines.host.toolchain import find_toolchain
-from lightning_optim.optimizers.plan import Options
-from lightning_optim.optimizers.stepper import Stepper
-from lightning_optim.optimizers.undo import UndoBuffers
 from lightning_optim.rules import Policy, Rule, Update
+from lightning_optim.stepping.plan import Options
+from lightning_optim.stepping.stepper import Stepper
+from lightning_optim.stepping.undo import UndoBuffers
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -261,7 +261,7 @@ def test_adding_it_by_hand_too_does_no_harm() -> None:
 def test_importing_the_packages_imports_no_framework() -> None:
     code = (
         "import sys, lightning_optim, lightning_optim.callbacks, lightning_optim.callbacks.joining\n"
-        "import lightning_optim.schedulers, lightning_optim.control.schedule_totals\n"
+        "import lightning_optim.schedulers, lightning_optim.control.schedules.totals\n"
         "import lightning_optim.param_groups\n"
         "print(sorted({'lightning', 'pytorch_lightning', 'accelerate'} & set(sys.modules)))"
     )

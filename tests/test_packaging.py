@@ -71,7 +71,8 @@ def test_import_is_light() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["rules", "engines", "optimizers", "schedulers", "param_groups", "registry", "control"]
+    "name",
+    ["rules", "engines", "stepping", "optimizers", "schedulers", "param_groups", "registry", "placement", "control"],
 )
 def test_the_lower_floors_need_no_framework(name: str) -> None:
     """They import where lightning, accelerate, jsonargparse and triton are not installed."""

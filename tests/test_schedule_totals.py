@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, SequentialLR, StepLR
 
-from lightning_optim.control.run_length import RunLength, RunProgress
-from lightning_optim.control.schedule_totals import fill_total, fill_trainer_totals, needs_total
+from lightning_optim.control.schedules.run_length import RunLength, RunProgress
+from lightning_optim.control.schedules.totals import fill_total, fill_trainer_totals, needs_total
 from lightning_optim.schedulers import Cosine, Linear
 
 # ---------------------------------------------------------------- the count

@@ -2,8 +2,8 @@
 
 from pytorch_lightning import Callback
 
-from lightning_optim.control.replay_guard import ReplayGuard
-from lightning_optim.control.schedule_totals import TotalsFiller
+from lightning_optim.control.replay.guard import ReplayGuard
+from lightning_optim.control.schedules.totals import TotalsFiller
 
 
 class FillTotalSteps(TotalsFiller, Callback):

@@ -81,8 +81,8 @@ def _join(trainer: Any, homes: dict[str, str]) -> None:
 def _needs(trainer: Any) -> list[str]:
     """The names of the callbacks without which a training of ours would fail, or go wrong."""
     # Not at the top: importing this package is light.
-    from lightning_optim.control.replay_guard import guarded
-    from lightning_optim.control.schedule_totals import configs_to_fill
+    from lightning_optim.control.replay.guard import guarded
+    from lightning_optim.control.schedules.totals import configs_to_fill
 
     needs = {"FillTotalSteps": bool(configs_to_fill(trainer)), "RefuseWithoutReplay": bool(guarded(trainer))}
     return [name for name, needed in needs.items() if needed]

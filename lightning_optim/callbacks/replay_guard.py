@@ -2,7 +2,7 @@
 
 from lightning.pytorch import Callback
 
-from lightning_optim.control.replay_guard import ReplayGuard
+from lightning_optim.control.replay.guard import ReplayGuard
 
 
 class RefuseWithoutReplay(ReplayGuard, Callback):

@@ -2,7 +2,7 @@
 
 from lightning.pytorch import Callback
 
-from lightning_optim.control.schedule_totals import TotalsFiller
+from lightning_optim.control.schedules.totals import TotalsFiller
 
 
 class FillTotalSteps(TotalsFiller, Callback):

@@ -18,12 +18,12 @@ from torch.optim import Optimizer
 
 from lightning_optim import registry
 from lightning_optim.cli.listing import table
-from lightning_optim.control.footprint import Footprint, Maker, footprint
-from lightning_optim.control.machine import Machine
-from lightning_optim.control.needs import SHARDINGS, Conditions, gibibytes
-from lightning_optim.control.placement import PlacementError, Plan, choose
-from lightning_optim.control.step_time import BUCKET_BYTES
 from lightning_optim.hints import did_you_mean
+from lightning_optim.placement.choice import PlacementError, Plan, choose
+from lightning_optim.placement.footprint import Footprint, Maker, footprint
+from lightning_optim.placement.machine import Machine
+from lightning_optim.placement.needs import SHARDINGS, Conditions, gibibytes
+from lightning_optim.placement.step_time import BUCKET_BYTES
 
 DTYPES = {
     "float32": torch.float32,

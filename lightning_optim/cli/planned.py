@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_optim.cli.configure import OptimizerOptions, configure_optimizers
 from lightning_optim.cli.names import LR_SCHEDULER, OPTIMIZER
 from lightning_optim.cli.optim_cli import OptimCLI
-from lightning_optim.control.footprint import Footprint, footprint
+from lightning_optim.placement.footprint import Footprint, footprint
 
 #: What Lightning converts a module to, by the Trainer's precision; with all others weights stay as they were made.
 _CONVERTED = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64, "64": torch.float64}

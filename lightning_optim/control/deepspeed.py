@@ -17,8 +17,8 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.optimizers.stepper import Stepper
 from lightning_optim.rules.policy import Policy, Update
+from lightning_optim.stepping.stepper import Stepper
 
 FORCE, UNTESTED = "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_optim.optimizers.shards import local
+from lightning_optim.stepping.shards import local
 
 #: Bytes of gradients that are averaged at a time, as in DDP: memory for a copy of so many is needed.
 BUCKET_BYTES = 25 * 2**20

@@ -16,9 +16,9 @@ from lightning_optim.offload.away import Away, Kept
 from lightning_optim.offload.masters import GroupOptions, View, like_master, master_of
 from lightning_optim.offload.transport import Ticket
 from lightning_optim.offload.worker import Job
-from lightning_optim.optimizers.shards import LocalSquares, local
-from lightning_optim.optimizers.stepper import Stepper
-from lightning_optim.optimizers.undo import UndoBuffers
+from lightning_optim.stepping.shards import LocalSquares, local
+from lightning_optim.stepping.stepper import Stepper
+from lightning_optim.stepping.undo import UndoBuffers
 
 
 @dataclass(frozen=True)

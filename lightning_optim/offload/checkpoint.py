@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.offload.pipeline import Detached
-from lightning_optim.optimizers.loading import readable
-from lightning_optim.optimizers.shards import local
+from lightning_optim.stepping.loading import readable
+from lightning_optim.stepping.shards import local
 
 
 def gathered_state(detached: Detached, optimizer: Optimizer) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lightning_optim.offload.trace import Trace
 from lightning_optim.offload.transport import Ticket, Transport
 from lightning_optim.offload.whole import step_whole
 from lightning_optim.offload.worker import Job, Worker
-from lightning_optim.optimizers.shards import is_distributed, local, shards_of
+from lightning_optim.stepping.shards import is_distributed, local, shards_of
 
 #: Where a job is to run: entered by the thread, as where streams are concerned who called is meant.
 Place = Callable[[], AbstractContextManager[Any]]

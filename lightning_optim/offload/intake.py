@@ -15,7 +15,7 @@ from lightning_optim.offload.buckets import OffloadBucket
 from lightning_optim.offload.host import HostSide
 from lightning_optim.offload.placing import Placement
 from lightning_optim.offload.transport import Ticket
-from lightning_optim.optimizers.shards import is_distributed, local, same_parts
+from lightning_optim.stepping.shards import is_distributed, local, same_parts
 
 #: For a bucket whose gradients are complete: what is done with them on the host before the step, if anything.
 EarlyUpdate = Callable[[OffloadBucket], Callable[[], None] | None]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_optim.optimizers.shards import is_distributed, local
+from lightning_optim.stepping.shards import is_distributed, local
 
 Group = dict[str, Any]
 _ABSENT = object()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_optim.engines.scaling import LossScale, Scaling
 from lightning_optim.offload.buckets import OffloadBucket
-from lightning_optim.optimizers.shards import LocalSquares, total_squares
+from lightning_optim.stepping.shards import LocalSquares, total_squares
 
 
 def summed_squares(work: Sequence[OffloadBucket]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from lightning_optim.engines.base import dtype_name, requested_engine
 from lightning_optim.engines.scaling import LossScale
-from lightning_optim.optimizers.options import parse_dtype
+from lightning_optim.stepping.options import parse_dtype
 
 #: When updates are done, if the gradients' norm may change them: see :class:`DetachedOptions`.
 Clip = Literal["exact", "speculative", "none"]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.offload.buckets import OffloadBucket
-from lightning_optim.optimizers.shards import local
+from lightning_optim.stepping.shards import local
 
 
 class Outside:

@@ -41,7 +41,7 @@ from lightning_optim.offload.replicas import Replicas
 from lightning_optim.offload.trace import Trace
 from lightning_optim.offload.transport import Transport
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.optimizers.shards import local
+from lightning_optim.stepping.shards import local
 
 
 class Detached:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.adopt import stepper_for, why_not_adopted
 from lightning_optim.engines.base import Decision
 from lightning_optim.engines.memory import is_dense, is_lazy
 from lightning_optim.offload.buckets import OffloadBucket, Place, divide, lay_out, widened
@@ -19,10 +20,9 @@ from lightning_optim.offload.options import DetachedOptions
 from lightning_optim.offload.replicas import Replicas
 from lightning_optim.offload.shared_memory import check_memory
 from lightning_optim.offload.transport import Transport, transport_for
-from lightning_optim.optimizers.adopt import stepper_for, why_not_adopted
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.optimizers.shards import local
-from lightning_optim.optimizers.stepper import Stepper
+from lightning_optim.stepping.shards import local
+from lightning_optim.stepping.stepper import Stepper
 
 
 class Placement:

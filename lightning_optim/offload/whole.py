@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.offload.buckets import OffloadBucket
 from lightning_optim.offload.masters import masters_in_place
-from lightning_optim.optimizers.shards import local
+from lightning_optim.stepping.shards import local
 
 
 def step_whole(optimizer: Optimizer, work: Sequence[OffloadBucket], factor: float | None) -> None:

@@ -1,11 +1,11 @@
 """Optimizers, one file each."""
 
+from lightning_optim.adopt import adopt
 from lightning_optim.optimizers.adam import AdamOptim
 from lightning_optim.optimizers.adamw import AdamWOptim
-from lightning_optim.optimizers.adopt import adopt
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.optimizers.lamb import LAMB
-from lightning_optim.optimizers.lbfgs import LBFGSOptim
+from lightning_optim.optimizers.lbfgs.optimizer import LBFGSOptim
 from lightning_optim.optimizers.lion import Lion
 from lightning_optim.optimizers.muon import MuonOptim
 from lightning_optim.optimizers.sam import SAM

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lightning_optim.known_as import known_as
 from lightning_optim.optimizers.adam import ADAM
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.optimizers.group_keys import check_switches
-from lightning_optim.optimizers.known_as import known_as
-from lightning_optim.optimizers.plan import Group
 from lightning_optim.rules.policy import Decay, Rounding
+from lightning_optim.stepping.group_keys import check_switches
+from lightning_optim.stepping.plan import Group
 
 
 @known_as("AdamW")

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.optimizers.plan import Group
 from lightning_optim.rules.ops import lerp, minimum, norm, sqrt, where
 from lightning_optim.rules.policy import Rounding
 from lightning_optim.rules.rule import Rule
+from lightning_optim.stepping.plan import Group
 
 
 def lamb(

@@ -13,20 +13,20 @@ from torch.nn.parameter import is_lazy as is_uninitialized
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.engines.newton_schulz import MUON
+from lightning_optim.known_as import known_as
 from lightning_optim.optimizers.adam import ADAM
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.optimizers.divided import divided_by
-from lightning_optim.optimizers.known_as import known_as
-from lightning_optim.optimizers.matrix import MatrixStepper, matrices
-from lightning_optim.optimizers.options import check_option
-from lightning_optim.optimizers.plan import Group, Options, Owner
-from lightning_optim.optimizers.primitives import primitive
-from lightning_optim.optimizers.split_groups import tie
-from lightning_optim.optimizers.stepper import Stepper
 from lightning_optim.param_groups import Kinds
 from lightning_optim.rules.ops import lerp
 from lightning_optim.rules.policy import Rounding
 from lightning_optim.rules.rule import Rule
+from lightning_optim.stepping.divided import divided_by
+from lightning_optim.stepping.matrix import MatrixStepper, matrices
+from lightning_optim.stepping.options import check_option
+from lightning_optim.stepping.plan import Group, Options, Owner
+from lightning_optim.stepping.primitives import primitive
+from lightning_optim.stepping.split_groups import tie
+from lightning_optim.stepping.stepper import Stepper
 from lightning_optim.warnings import warn_once
 
 #: Names of embeddings and output heads in common models: matrices, but not hidden ones.

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_optim.optimizers.ascent import ADAPTIVE, RHO, Ascent
-from lightning_optim.optimizers.divided import refuse_a_part
-from lightning_optim.optimizers.loading import readable
-from lightning_optim.optimizers.outside_of_graphs import stay_outside
-from lightning_optim.optimizers.primitives import primitive, primitives
+from lightning_optim.stepping.ascent import ADAPTIVE, RHO, Ascent
+from lightning_optim.stepping.divided import refuse_a_part
+from lightning_optim.stepping.loading import readable
+from lightning_optim.stepping.outside_of_graphs import stay_outside
+from lightning_optim.stepping.primitives import primitive, primitives
 
 
 class _Shared:
@@ -151,7 +151,7 @@ class SAM(Optimizer):
             RuntimeError: The weights are perturbed; there is no closure, and nobody has called :meth:`perturb` and
                 :meth:`restore`; or the closure computes no gradients the second time.
         """
-        stay_outside(__name__, "lightning_optim.optimizers.ascent", "lightning_optim.optimizers.shards")
+        stay_outside(__name__, "lightning_optim.stepping.ascent", "lightning_optim.stepping.shards")
         ascent = self._ascent
         if ascent.perturbed:
             raise RuntimeError("SAM: step() while the weights are perturbed; call restore() first")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.optim import Optimizer
 
 from lightning_optim.schedulers.base import Schedule
-from lightning_optim.schedulers.phases import above_floor, fraction_done, steps_in, warmup_ramp
+from lightning_optim.schedulers.base.phases import above_floor, fraction_done, steps_in, warmup_ramp
 
 
 def linear_factor(

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal, get_args
 from torch.optim import Optimizer
 
 from lightning_optim.schedulers.base import Schedule
-from lightning_optim.schedulers.options import check_steps
-from lightning_optim.schedulers.phases import above_floor, fraction_done, steps_in, warmup_ramp
+from lightning_optim.schedulers.base.options import check_steps
+from lightning_optim.schedulers.base.phases import above_floor, fraction_done, steps_in, warmup_ramp
 
 Decay = Literal["1-sqrt", "linear", "cosine"]
 

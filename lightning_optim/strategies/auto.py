@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.control.footprint import footprint
-from lightning_optim.control.machine import Machine
-from lightning_optim.control.needs import Conditions
-from lightning_optim.control.placement import Plan, choose, fall_back
-from lightning_optim.control.undo_policy import UndoPolicy
-from lightning_optim.control.window import ModuleState, RandomStates, muted
+from lightning_optim.control.replay.window import ModuleState, RandomStates, muted
+from lightning_optim.control.rollback.policy import UndoPolicy
 from lightning_optim.offload import DetachedOptions
 from lightning_optim.offload.options import Clip
 from lightning_optim.offload.placing import Placement
 from lightning_optim.optimizers.sam import stepped
+from lightning_optim.placement.choice import Plan, choose, fall_back
+from lightning_optim.placement.footprint import footprint
+from lightning_optim.placement.machine import Machine
+from lightning_optim.placement.needs import Conditions
 from lightning_optim.strategies.detached import DetachedBase
 from lightning_optim.strategies.detached_drive import DetachedDrive
 from lightning_optim.strategies.drive import REPLACED, Drive, why_own_step

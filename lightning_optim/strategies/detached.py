@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.control.undo_policy import UndoPolicy
-from lightning_optim.control.window import needs_closure, needs_replay
+from lightning_optim.control.replay.window import needs_closure, needs_replay
+from lightning_optim.control.rollback.policy import UndoPolicy
 from lightning_optim.offload import Detached, DetachedOptions
 from lightning_optim.offload.checkpoint import checked_masters, gathered_masters, gathered_state, own_entries
 from lightning_optim.offload.options import Clip, Wait

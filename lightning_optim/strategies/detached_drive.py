@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.offload import Detached
-from lightning_optim.optimizers.stepper import Stepper
+from lightning_optim.stepping.stepper import Stepper
 from lightning_optim.strategies.drive import AMP, REPLACED, Drive, set_attribute
 
 

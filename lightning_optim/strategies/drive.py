@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from lightning_optim.adopt import give_counters_back, stepper_for, why_not_adopted
 from lightning_optim.control.step_in_backward import StepInBackward
 from lightning_optim.engines.base import requested_engine
 from lightning_optim.engines.scaling import LossScale
-from lightning_optim.optimizers.adopt import give_counters_back, stepper_for, why_not_adopted
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.optimizers.plan import Options
-from lightning_optim.optimizers.stepper import Stepper
+from lightning_optim.stepping.plan import Options
+from lightning_optim.stepping.stepper import Stepper
 
 AMP = "_step_supports_amp_scaling"
 

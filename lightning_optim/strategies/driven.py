@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.optim import Optimizer
 
-from lightning_optim.control.held_schedules import HeldSchedules
+from lightning_optim.control.schedules.held import HeldSchedules
 from lightning_optim.engines.base import requested_engine
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.optimizers.sam import stepped

@@ -27,7 +27,7 @@ class InGraphStrategy(InGraphOnOneDevice, SingleDeviceStrategy):
             ``gradient_clip_val`` it says how to clip, since the global norm is not known then: ``"per_tensor"`` or
             ``"previous_norm"``: see :class:`~lightning_optim.control.step_in_backward.StepInBackward`.
         undo: Undo steps after which the loss spikes, and halve the learning rate: True, or options of
-            :class:`~lightning_optim.control.undo_policy.UndoPolicy` as a dict.
+            :class:`~lightning_optim.control.rollback.policy.UndoPolicy` as a dict.
 
     Raises:
         ValueError: An unknown engine, more than one device, two limits for the same gradients, ``step_in_backward``
@@ -179,7 +179,7 @@ class OptimAutoStrategy(Auto, SingleDeviceStrategy):
     """``strategy="optim_auto"``: ``in_graph`` or ``detached``, whichever the measured machine has room for.
 
     When a fit starts, free memory and the speed of the link are measured, and the bytes of weights, gradients, state
-    and masters counted: see :func:`~lightning_optim.control.placement.choose`, and ``lightning-optim plan``, which says
+    and masters counted: see :func:`~lightning_optim.placement.choice.choose`, and ``lightning-optim plan``, which says
     the same beforehand. The reason is logged, and part of :meth:`report`. If the device runs out of memory in a run
     that began in_graph, masters and state move to the host, what was being done is done again with the same noise, and
     the run goes on, its results as if nothing had happened; with bfloat16 or float16 weights it goes on with float32

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from lightning_optim.control.window import Window, muted, needs_closure, needs_replay, replaced
+from lightning_optim.control.replay.window import Window, muted, needs_closure, needs_replay, replaced
 from lightning_optim.optimizers.sam import SAM
 from lightning_optim.warnings import warn_once
 

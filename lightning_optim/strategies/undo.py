@@ -1,4 +1,4 @@
-"""Undoing steps after which the loss spikes, in all our strategies: see :mod:`lightning_optim.control.undo`."""
+"""Undoing steps after which the loss spikes, in all our strategies, by :mod:`lightning_optim.control.rollback.undo`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.control.learning_rates import unknown_schedules
-from lightning_optim.control.undo import Undo, why_not_undone
-from lightning_optim.control.undo_policy import Decision, LossSpikeError, UndoJudge, UndoPolicy
+from lightning_optim.control.rollback.policy import Decision, LossSpikeError, UndoJudge, UndoPolicy
+from lightning_optim.control.rollback.undo import Undo, why_not_undone
+from lightning_optim.control.schedules.learning_rates import unknown_schedules
 from lightning_optim.warnings import warn_once
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Undoes(_Strategy):
 
     Args:
         *args: Of the Lightning strategy.
-        undo: Whether to, and how: see :class:`~lightning_optim.control.undo_policy.UndoPolicy`.
+        undo: Whether to, and how: see :class:`~lightning_optim.control.rollback.policy.UndoPolicy`.
         **kwargs: Of the Lightning strategy.
 
     Raises:

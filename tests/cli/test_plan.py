@@ -21,7 +21,7 @@ pytest.importorskip("jsonargparse")
 from lightning.pytorch import LightningModule
 
 from lightning_optim.cli.main import main
-from lightning_optim.control.machine import Machine
+from lightning_optim.placement.machine import Machine
 
 from .common import MODULE, known_warnings
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler as torch_schedules
 
-from lightning_optim.control.learning_rates import multiply_learning_rates, unknown_schedules
+from lightning_optim.control.schedules.learning_rates import multiply_learning_rates, unknown_schedules
 from lightning_optim.schedulers import WSD, Cosine, Linear
 
 Schedule = Callable[[torch.optim.Optimizer], Any]

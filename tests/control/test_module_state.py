@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_optim.control.module_state import ModuleState
-from lightning_optim.control.window import Window
+from lightning_optim.control.replay.module_state import ModuleState
+from lightning_optim.control.replay.window import Window
 
 
 class Counting(nn.Module):

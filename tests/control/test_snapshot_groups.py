@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import lightning_optim
-from lightning_optim.control.step_snapshot import StepSnapshot
-from lightning_optim.control.undo import Undo, UndoJudge, UndoPolicy
+from lightning_optim.control.rollback.step_snapshot import StepSnapshot
+from lightning_optim.control.rollback.undo import Undo, UndoJudge, UndoPolicy
 
 
 def make() -> tuple[list[nn.Parameter], lightning_optim.AdamW]:

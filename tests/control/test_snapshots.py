@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_optim import optimizer_info
-from lightning_optim.control import snapshots as module
-from lightning_optim.control.snapshots import Snapshots
-from lightning_optim.control.step_snapshot import StepSnapshot
+from lightning_optim.control.rollback import snapshots as module
+from lightning_optim.control.rollback.snapshots import Snapshots
+from lightning_optim.control.rollback.step_snapshot import StepSnapshot
 from lightning_optim.engines.host_memory import HostMemory
 from lightning_optim.registry import OPTIMIZERS
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightning_optim.control.spikes import SpikeDetector, SpikePolicy
+from lightning_optim.control.rollback.spikes import SpikeDetector, SpikePolicy
 
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 

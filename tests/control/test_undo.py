@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_optim
-from lightning_optim.control.learning_rates import multiply_learning_rates
-from lightning_optim.control.undo import Undo, UndoJudge, UndoPolicy, snapshot_bytes, why_not_undone
+from lightning_optim.control.rollback.undo import Undo, UndoJudge, UndoPolicy, snapshot_bytes, why_not_undone
+from lightning_optim.control.schedules.learning_rates import multiply_learning_rates
 from lightning_optim.optimizers.sam import SAM
 from lightning_optim.registry import CLOSURE_OPTIMIZERS, OPTIMIZERS
 from lightning_optim.schedulers import Cosine

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_optim
-from lightning_optim.control.window import ModuleState, RandomStates, Window, muted, needs_closure, needs_replay
+from lightning_optim.control.replay.window import ModuleState, RandomStates, Window, muted, needs_closure, needs_replay
 
 
 def noise() -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_optim
-from lightning_optim.optimizers.outside_of_graphs import stay_outside
+from lightning_optim.stepping.outside_of_graphs import stay_outside
 
 pytest.importorskip("torch._dynamo")
 from torch._dynamo.testing import CompileCounter  # takes a second

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_optim.optimizers.byrd_nocedal import BLOCK, CompactHistory, blocks_of, cosine, dot
+from lightning_optim.optimizers.lbfgs.byrd_nocedal import BLOCK, CompactHistory, blocks_of, cosine, dot
 
 from .common import two_loop
 

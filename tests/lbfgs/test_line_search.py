@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lightning_optim.optimizers.line_search import C1, C2, Phi, Point, armijo, estimate_noise, strong_wolfe
+from lightning_optim.optimizers.lbfgs.line_search import C1, C2, Phi, Point, armijo, estimate_noise, strong_wolfe
 
 Function = Callable[[float], float]
 

@@ -76,7 +76,7 @@ def test_divided_parameters_are_refused() -> None:
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = HostMemory(23_000_000_000, "a test")
-    monkeypatch.setattr("lightning_optim.optimizers.memory_budget.host_memory", lambda: memory)
+    monkeypatch.setattr("lightning_optim.optimizers.lbfgs.memory_budget.host_memory", lambda: memory)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_the_arithmetic_of_the_memory_budget(seven_billion: nn.Parameter) -> Non
 
 def test_no_more_than_said_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the check reckons with is what a step allocates and keeps."""
-    from lightning_optim.optimizers import lbfgs_options
+    from lightning_optim.optimizers.lbfgs import options as lbfgs_options
 
     n, size = 4096 * 3, 7
     p = nn.Parameter(torch.ones(n))
@@ -145,7 +145,7 @@ def test_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch, seven_b
     def unknown() -> HostMemory:
         raise RuntimeError("unknown")
 
-    monkeypatch.setattr("lightning_optim.optimizers.memory_budget.host_memory", unknown)
+    monkeypatch.setattr("lightning_optim.optimizers.lbfgs.memory_budget.host_memory", unknown)
     LBFGS([seven_billion], history_size=100)
 
 

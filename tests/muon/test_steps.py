@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_optim import Muon
 from lightning_optim.control.step_in_backward import StepInBackward
-from lightning_optim.optimizers import matrix
+from lightning_optim.stepping import matrix
 
 from .common import each_engine, give_gradients, muon, normal, train, weights
 

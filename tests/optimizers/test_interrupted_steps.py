@@ -15,8 +15,8 @@ import lightning_optim
 from lightning_optim.control.step_in_backward import StepInBackward
 from lightning_optim.engines.foreach import ForeachEngine
 from lightning_optim.engines.progress import IncompleteStepError
-from lightning_optim.optimizers.stepper import Stepper
-from lightning_optim.optimizers.undo import UndoBuffers
+from lightning_optim.stepping.stepper import Stepper
+from lightning_optim.stepping.undo import UndoBuffers
 
 from .common import assert_same, known_warnings
 from .two_buckets import Run

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import lightning_optim
 from lightning_optim.engines import ENGINES
-from lightning_optim.optimizers.plan import Options
-from lightning_optim.optimizers.stepper import Stepper
+from lightning_optim.stepping.plan import Options
+from lightning_optim.stepping.stepper import Stepper
 
 from .common import known_warnings
 
@@ -58,7 +58,7 @@ def test_signs_of_gradients_may_change_in_any_bucket_at_any_step(make: Any, engi
 
 
 def test_plans_for_both_signs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_optim.optimizers.plan import Planner
+    from lightning_optim.stepping.plan import Planner
 
     built: list[Any] = []
     build = Planner.build

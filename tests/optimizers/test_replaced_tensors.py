@@ -104,7 +104,7 @@ def test_a_slot_of_another_shape_is_refused(name: str, engine: str) -> None:
 
 
 def test_alternating_sets_of_gradients_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_optim.optimizers.plan import Planner
+    from lightning_optim.stepping.plan import Planner
 
     built: list[Planner] = []
     build = Planner.build

@@ -9,7 +9,7 @@ import pytest
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from lightning_optim.optimizers.shards import shards_of
+from lightning_optim.stepping.shards import shards_of
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_optim import adopt, optimizer_info
-from lightning_optim.optimizers.adopt import ADOPTABLE
+from lightning_optim.adopt import ADOPTABLE
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.registry import OPTIMIZERS
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lightning_optim import optimizer_info
 from lightning_optim.engines.scaling import LossScale, Scaling
 from lightning_optim.optimizers import RuleOptimizer
-from lightning_optim.optimizers.stepper import Stepper
-from lightning_optim.optimizers.undo import UndoBuffers
 from lightning_optim.registry import OPTIMIZERS
+from lightning_optim.stepping.stepper import Stepper
+from lightning_optim.stepping.undo import UndoBuffers
 
 from .common import assert_same, contents, each_engine, give_gradients, gradient, known_warnings, parameters
 

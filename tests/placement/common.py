@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_optim.control.machine import Machine
+from lightning_optim.placement.machine import Machine
 
 GIB = 2**30
 

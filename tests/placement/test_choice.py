@@ -12,10 +12,10 @@ import torch
 
 import lightning_optim
 from lightning_optim import AdamW, Lion
-from lightning_optim.control.footprint import Footprint, Maker, footprint
-from lightning_optim.control.machine import Machine
-from lightning_optim.control.needs import Conditions
-from lightning_optim.control.placement import PlacementError, Plan, choose, fall_back
+from lightning_optim.placement.choice import PlacementError, Plan, choose, fall_back
+from lightning_optim.placement.footprint import Footprint, Maker, footprint
+from lightning_optim.placement.machine import Machine
+from lightning_optim.placement.needs import Conditions
 
 from .common import GIB, card, weights
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import lightning_optim
 from lightning_optim import AdamW, Lion
-from lightning_optim.control.footprint import Maker, footprint
-from lightning_optim.control.needs import Conditions, clip_modes, needs
-from lightning_optim.control.step_time import BUCKET_BYTES, CLIP_MODES
 from lightning_optim.offload.options import CLIPS, DetachedOptions
 from lightning_optim.offload.pipeline import Detached
+from lightning_optim.placement.footprint import Maker, footprint
+from lightning_optim.placement.needs import Conditions, clip_modes, needs
+from lightning_optim.placement.step_time import BUCKET_BYTES, CLIP_MODES
 
 from .common import card
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 import lightning_optim
 from lightning_optim import AdamW, Lion, RuleOptimizer, optimizer_info
-from lightning_optim.control.footprint import Footprint, Maker, footprint
+from lightning_optim.placement.footprint import Footprint, Maker, footprint
 from lightning_optim.registry import OPTIMIZERS
 
 from .common import weights
@@ -279,7 +279,7 @@ def test_shards_are_one_process_s_part() -> None:
         from torch.distributed.fsdp import fully_shard
         from torch.testing._internal.distributed.fake_pg import FakeStore
         from lightning_optim import AdamW
-        from lightning_optim.control.footprint import footprint
+        from lightning_optim.placement.footprint import footprint
         dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
         model = nn.Linear(10, 10, bias=False)
         fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_optim.control import machine as module
-from lightning_optim.control.machine import Machine
+from lightning_optim.placement import machine as module
+from lightning_optim.placement.machine import Machine
 
 from .common import card
 
@@ -92,8 +92,8 @@ def test_threads_are_put_back_when_measuring_fails(monkeypatch: pytest.MonkeyPat
 
 def test_nothing_is_measured_at_import() -> None:
     code = (
-        "import lightning_optim.control.placement, lightning_optim.cli.plan\n"
-        "from lightning_optim.control.machine import _speeds\n"
+        "import lightning_optim.placement.choice, lightning_optim.cli.plan\n"
+        "from lightning_optim.placement.machine import _speeds\n"
         "print(_speeds.cache_info().currsize)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

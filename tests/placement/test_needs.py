@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lightning_optim import SGD, AdamW
-from lightning_optim.control.footprint import footprint
-from lightning_optim.control.needs import ACTIVATION_RESERVE, MARGIN, Conditions, Needs, Placement, needs
+from lightning_optim.placement.footprint import footprint
+from lightning_optim.placement.needs import ACTIVATION_RESERVE, MARGIN, Conditions, Needs, Placement, needs
 
 from .common import GIB, card, weights
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_optim.control.step_time import CLIP_MODES, SPECULATIVE_FACTOR, ClipMode, Stages
+from lightning_optim.placement.step_time import CLIP_MODES, SPECULATIVE_FACTOR, ClipMode, Stages
 
 STAGES = [
     Stages(0.02, 0.08, 0.02, 8),

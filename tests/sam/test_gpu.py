@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_optim.control.window import Window
+from lightning_optim.control.replay.window import Window
 from lightning_optim.optimizers.sam import SAM
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_optim.control.machine import Machine
-from lightning_optim.control.placement import PlacementError
-from lightning_optim.optimizers.stepper import Stepper
+from lightning_optim.placement.choice import PlacementError
+from lightning_optim.placement.machine import Machine
+from lightning_optim.stepping.stepper import Stepper
 from lightning_optim.strategies import OptimAutoStrategy
 
 from .common import EXACT, OPTIMIZERS, Model, assert_same_steps, fit, known_warnings, make_trainer, model_class, scaled

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import lightning_optim
-from lightning_optim.control import snapshots
-from lightning_optim.control.undo_policy import LossSpikeError, UndoPolicy
+from lightning_optim.control.rollback import snapshots
+from lightning_optim.control.rollback.policy import LossSpikeError, UndoPolicy
 from lightning_optim.optimizers.sam import SAM
 from lightning_optim.strategies import InGraphStrategy
 from lightning_optim.warnings import LightningOptimWarning

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 
 import lightning_optim
-from lightning_optim.control.undo_policy import UndoPolicy
+from lightning_optim.control.rollback.policy import UndoPolicy
 from lightning_optim.strategies import InGraphDDPStrategy, InGraphFSDP2Strategy, InGraphStrategy
 from lightning_optim.warnings import LightningOptimWarning
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_optim.optimizers import SGDOptim
-from lightning_optim.optimizers.undo import UndoBuffers
 from lightning_optim.registry import OPTIMIZERS
 from lightning_optim.rules.counting import COUNTABLE, next_step
 from lightning_optim.rules.rounding import noise_key
+from lightning_optim.stepping.undo import UndoBuffers
 
 from .common import ENGINE, running_engines, saved_and_loaded
 

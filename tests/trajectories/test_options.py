@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_optim.optimizers import RuleOptimizer
-from lightning_optim.optimizers.group_keys import TORCH_SWITCHES
 from lightning_optim.registry import OPTIMIZERS
 from lightning_optim.rules.policy import Decay
+from lightning_optim.stepping.group_keys import TORCH_SWITCHES
 
 from .common import ENGINE, OPTIMIZER, Judge, give_gradients, judged_run, supported, variant, weights
 

@@ -10,7 +10,7 @@ import reference
 import torch
 from torch import nn
 
-from lightning_optim.optimizers import adopt
+from lightning_optim import adopt
 from lightning_optim.registry import OPTIMIZERS
 
 from .common import ENGINE, ROUNDINGS, STEPS, close, give_gradients, gradient, math_rounding, saved_and_loaded, weights

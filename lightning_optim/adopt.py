@@ -1,0 +1,134 @@
+"""Stepping torch's own optimizers with our engines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from lightning_optim.engines.base import requested_engine
+from lightning_optim.optimizers.adam import AdamOptim
+from lightning_optim.optimizers.adamw import AdamWOptim
+from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.optimizers.sgd import SGDOptim
+from lightning_optim.stepping.options import check_option
+from lightning_optim.stepping.plan import Options, Owner
+from lightning_optim.stepping.stepper import Stepper
+from lightning_optim.stepping.tensors import problem_of_weight
+
+#: Which of our classes has the rule of which of torch's.
+ADOPTABLE: dict[type[torch.optim.Optimizer], type[RuleOptimizer]] = {
+    torch.optim.Adam: AdamOptim,
+    torch.optim.AdamW: AdamWOptim,
+    torch.optim.SGD: SGDOptim,
+}
+
+
+class Adopted:
+    """A ``torch.optim`` optimizer whose parameters and state our engines update: see :func:`adopt`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, options: Options) -> None:
+        self.optimizer = optimizer
+        self._stepper = _stepper(optimizer, options)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """What ``optimizer.step()`` does, the instance's step hooks and its schedulers' bookkeeping included."""
+        optimizer = self.optimizer
+        for before in list(optimizer._optimizer_step_pre_hooks.values()):
+            before(optimizer, (), {})
+        self._stepper.step()
+        for after in list(optimizer._optimizer_step_post_hooks.values()):
+            after(optimizer, (), {})
+        # By this schedulers see that a step came before theirs.
+        optimizer._opt_called = True  # type: ignore[attr-defined] # torch sets it the same way, from outside
+
+    def engine_report(self) -> str:
+        """See :meth:`RuleOptimizer.engine_report`."""
+        return "\n".join(str(decision) for decision in self._stepper.report())
+
+
+def adopt(optimizer: torch.optim.Optimizer, *, engine: str = "auto", max_grad_norm: float | None = None) -> Adopted:
+    """Step an instance of ``torch.optim.SGD``, ``Adam`` or ``AdamW`` with our engines.
+
+    The instance stays what it is: its param groups, its state (the same keys and types), its schedulers and its
+    checkpoints; only the arithmetic is done elsewhere. Either may step at any time. (On CUDA our engine keeps the step
+    counters on the device, which makes torch's own step wait for it, unless it is ``capturable`` or ``fused``.)
+
+    Args:
+        optimizer: The instance.
+        engine: As for our own optimizers.
+        max_grad_norm: Clip the global gradient norm inside the step.
+
+    Raises:
+        TypeError: Another optimizer, or a subclass, whose ``step`` may differ.
+        ValueError: ``differentiable=True``, an unknown engine, or a weight that cannot be written by element.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    >>> optimizer = torch.optim.SGD([weight], lr=0.1)
+    >>> weight.square().sum().backward()
+    >>> adopt(optimizer).step()
+    >>> weight.detach()
+    tensor([ 0.8000, -1.6000])
+    """
+    return Adopted(optimizer, _options(optimizer, engine, max_grad_norm))
+
+
+def why_not_adopted(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why our engines cannot step an optimizer of torch's, or None if they can."""
+    if type(optimizer) not in ADOPTABLE:
+        return (
+            f"cannot adopt {type(optimizer).__module__}.{type(optimizer).__qualname__}; valid: "
+            f"{', '.join(f'torch.optim.{cls.__name__}' for cls in ADOPTABLE)}"
+        )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        return "cannot adopt an optimizer with differentiable=True: engines step without autograd"
+    return None
+
+
+def stepper_for(
+    optimizer: torch.optim.Optimizer, *, engine: str = "auto", capture: bool = False, owner: Owner | None = None
+) -> Stepper:
+    """What steps an instance that is adopted; it does not keep the instance alive.
+
+    Args:
+        optimizer: The instance.
+        engine: As for our own optimizers.
+        capture: Record the steps as CUDA graphs.
+        owner: Has the parameters and their state in place of the instance.
+
+    Raises:
+        TypeError, ValueError: As for :func:`adopt`.
+    """
+    return _stepper(optimizer, replace(_options(optimizer, engine, None), capture=capture), owner)
+
+
+def give_counters_back(optimizer: torch.optim.Optimizer) -> None:
+    """Put step counters where torch's own step wants them, after steps of an engine that keeps them on a device.
+
+    torch reads them at every step, and would wait for the device each time, but with ``capturable`` or ``fused``.
+    """
+    for group in optimizer.param_groups:
+        if not (group.get("capturable") or group.get("fused")):
+            for p in group["params"]:
+                state = optimizer.state.get(p) or {}
+                if isinstance(step := state.get("step"), torch.Tensor) and step.device.type != "cpu":
+                    state["step"] = step.cpu()
+
+
+def _options(optimizer: torch.optim.Optimizer, engine: str, max_grad_norm: float | None) -> Options:
+    if (reason := why_not_adopted(optimizer)) is not None:
+        raise (TypeError if type(optimizer) not in ADOPTABLE else ValueError)(reason)
+    for group in optimizer.param_groups:
+        for index, p in enumerate(group["params"]):
+            if (problem := problem_of_weight(p)) is not None:
+                raise ValueError(
+                    f"cannot adopt an optimizer whose parameter {index} of a group cannot be stepped: {problem}"
+                )
+    if max_grad_norm is not None:
+        check_option("adopt", "max_grad_norm", max_grad_norm, 1.0)
+    return Options(engine=requested_engine(engine), max_grad_norm=max_grad_norm)
+
+
+def _stepper(optimizer: torch.optim.Optimizer, options: Options, owner: Owner | None = None) -> Stepper:
+    return Stepper(owner or optimizer, ADOPTABLE[type(optimizer)], options, native_state=True)

@@ -1,0 +1,65 @@
+"""Refusing trainings in which SAM or L-BFGS would silently compute something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lightning_optim.control.replay.window import needs_closure, needs_replay
+from lightning_optim.strategy_names import STRATEGIES
+
+
+class ReplayGuard:
+    """Looks, when a training starts, at optimizers of ours whose step evaluates the model.
+
+    In Lightning's own strategies their closure evaluates the last batch of an accumulation window only, clips at every
+    evaluation, and is not there at all with a loss scaler. What that leaves right (SAM on whole batches, say) may run,
+    though hooks and logs come at every evaluation.
+    """
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check the optimizers.
+
+        Raises:
+            ValueError: One would compute something else than it is meant to.
+        """
+        for optimizer in guarded(trainer):
+            if reasons := list(_reasons(optimizer, trainer)):
+                name = type(optimizer).__name__.removesuffix("Optim")
+                # DeepSpeed's engine steps by itself, with no closure at all.
+                valid = ", ".join(repr(name) for name in STRATEGIES if "deepspeed" not in name)
+                raise ValueError(
+                    f"{name} under {type(trainer.strategy).__name__} with {'; with '.join(reasons)}. Valid: "
+                    f"Trainer(strategy=...) with one of {valid}, or none of these settings"
+                )
+
+
+def guarded(trainer: Any) -> list[Optimizer]:
+    """The optimizers of a Lightning ``Trainer`` at which :class:`ReplayGuard` looks."""
+    if not trainer.lightning_module.automatic_optimization or getattr(trainer.strategy, "replays_windows", False):
+        return []
+    # Others, as torch's LBFGS, belong to users who may never have heard of this package.
+    ours = [optimizer for optimizer in trainer.optimizers if type(optimizer).__module__.startswith("lightning_optim.")]
+    return [optimizer for optimizer in ours if needs_replay(optimizer)]
+
+
+def _reasons(optimizer: Optimizer, trainer: Any) -> Iterator[str]:
+    accumulate = {0: trainer.accumulate_grad_batches}
+    for callback in trainer.callbacks:
+        # By its method rather than its class, of which each root of Lightning has its own.
+        if hasattr(callback, "get_accumulate_grad_batches"):
+            accumulate |= callback.scheduling
+    if max(accumulate.values()) > 1:
+        yield (
+            f"accumulate_grad_batches={max(accumulate.values())}, where its closure sees the last batch of each window "
+            "only"
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        yield f"precision={trainer.precision!r}, where Lightning's loss scaler gives it no closure"
+    searches = needs_closure(optimizer)
+    if trainer.gradient_clip_val and (searches or trainer.gradient_clip_algorithm == "value"):
+        yield f"gradient_clip_val={trainer.gradient_clip_val!r}, which clips the gradients of every evaluation"
+    if searches and trainer.world_size > 1:
+        yield f"{trainer.world_size} processes, each of which would search along its own part of the loss"

@@ -1,0 +1,83 @@
+"""Gradients that someone drops between the backward passes of a window: they are to be dropped in a replay as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lightning_optim.stepping.shards import LocalSquares, is_distributed, local, shards_of, total_squares
+
+#: Which tensor a parameter's gradient is, and how often it was written to.
+Marks = list[tuple[int, int] | None]
+
+
+def marks_of(params: Iterable[Tensor]) -> Marks:
+    """What tells later whether gradients were touched since."""
+    return [None if p.grad is None else (id(p.grad), p.grad._version) for p in params]
+
+
+class Missing:
+    """Which gradients are not there at one place of a window.
+
+    Those that are None, as ``zero_grad()`` leaves them; and, if gradients were written to since the last backward pass
+    and all of them are zeros by now, as ``zero_grad(set_to_none=False)`` leaves them, all. (Whether they are stays on
+    the device. Gradients that were zero from the beginning stay so in a replay, as weights were not perturbed then.)
+
+    Args:
+        params: Parameters.
+        marks: Of :func:`marks_of`, after the last backward pass.
+
+    Attributes:
+        everything: Whether there is no gradient at all, as far as the host knows.
+        touched: Whether gradients were written to, or replaced, since ``marks``.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> missing = Missing([weight], [None])
+    >>> weight.sum().backward()
+    >>> missing.drop()
+    >>> missing.everything, weight.grad
+    (True, None)
+    """
+
+    def __init__(self, params: Iterable[Tensor], marks: Marks) -> None:
+        self._params = list(params)
+        now = marks_of(self._params)
+        self._absent = [p for p, mark in zip(self._params, now, strict=True) if mark is None]
+        self.everything = len(self._absent) == len(self._params)
+        known = set(marks)
+        self.touched = any(mark is not None and mark not in known for mark in now)
+        self._left = _any_nonzero(self._params) if self.touched else None
+
+    @torch.no_grad()
+    def drop(self) -> None:
+        """Have the parameters' gradients be missing where they were."""
+        for p in self._absent:
+            p.grad = None
+        if self._left is None:
+            return
+        for p in self._params:
+            if p.grad is not None:
+                grad = local(p.grad)
+                grad.masked_fill_(~self._left.to(grad.device, non_blocking=True), 0)
+
+    def kept(self, loss: Tensor | None) -> Tensor | None:
+        """What is left of the loss of what came before: nothing, if nothing of its gradient is."""
+        if loss is None or self.everything:
+            return None
+        return loss if self._left is None else torch.where(self._left.to(loss.device), loss, 0)
+
+
+def _any_nonzero(params: list[Tensor]) -> Tensor | None:
+    """Whether any element of any gradient is not zero (NaN is not); None if one is sparse."""
+    squares: LocalSquares = {}
+    for p in params:
+        if p.grad is None:
+            continue
+        grad = local(p.grad)
+        if grad.layout is not torch.strided:
+            return None
+        shards = shards_of(p.grad) if is_distributed(p.grad) else ()
+        squares.setdefault(shards, []).append((grad != 0).any().float().reshape(1))
+    return total_squares(squares).sum() != 0

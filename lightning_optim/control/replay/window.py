@@ -1,0 +1,289 @@
+"""Evaluating an accumulation window again: the same batches, the same noise, at other weights.
+
+SAM and line searches need the loss and the gradient of a step's whole window at more than one place. What is here
+knows nothing of a trainer: it records evaluations of a module as they are made, and makes them again.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_optim.control.replay.missing import Marks, Missing, marks_of
+from lightning_optim.control.replay.module_state import ModuleState
+from lightning_optim.optimizers.sam import SAM
+
+__all__ = ["ModuleState", "RandomStates", "Window", "muted", "needs_closure", "needs_replay", "replaced"]
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether an optimizer evaluates the model several times in a step, at weights that it chooses."""
+    return getattr(optimizer, "needs_closure", False) is True or isinstance(optimizer, LBFGS)
+
+
+def needs_replay(optimizer: Optimizer) -> bool:
+    """Whether a step of an optimizer needs its window more than once."""
+    return isinstance(optimizer, SAM) or needs_closure(optimizer)
+
+
+class RandomStates:
+    """The states of the random number generators: Python's, NumPy's if it is in use, torch's on the CPU and devices.
+
+    Args:
+        devices: The devices whose generators are meant.
+
+    >>> states = RandomStates()
+    >>> first = torch.rand(2), random.random()
+    >>> states.put_back()
+    >>> torch.equal(torch.rand(2), first[0]), random.random() == first[1]
+    (True, True)
+    """
+
+    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
+        self._python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self._numpy = None if numpy is None else (numpy.random, numpy.random.get_state())
+        self._cpu = torch.get_rng_state()
+        # Of a generator on CUDA this reads a seed and an offset that the host keeps: no waiting.
+        self._devices = [
+            (_generators(device), _of(device), _generators(device).get_rng_state(*_of(device)))
+            for device in devices
+            if device.type not in ("cpu", "meta")
+        ]
+
+    def put_back(self) -> None:
+        """Set all generators to these states."""
+        random.setstate(self._python)
+        if self._numpy is not None:
+            self._numpy[0].set_state(self._numpy[1])
+        torch.set_rng_state(self._cpu)
+        for generators, device, state in self._devices:
+            generators.set_rng_state(state, *device)
+
+
+def _generators(device: torch.device) -> Any:
+    return torch.get_device_module(device.type)
+
+
+def _of(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # there is one
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    run: Callable[[], Any]
+    noise: RandomStates
+    state: ModuleState
+
+
+class Window:
+    """The evaluations that make up one step, to be made again at other weights.
+
+    It keeps what was evaluated (with its batch, on its device), the generators' states, and copies of those buffers
+    that differ from one evaluation to the next, until :meth:`clear`. Where it is told of the backward passes, by
+    :meth:`before_backward`, :meth:`after_backward` and :meth:`end`, gradients that were dropped between them are
+    dropped at the same places of a replay.
+
+    Args:
+        module: What is evaluated.
+        loss_of: The loss in what an evaluation returns, as it is to be differentiated; None if there is none.
+        params: Gives the parameters that are trained; default: the module's.
+
+    Attributes:
+        touched: Whether gradients were written to after a backward pass, which no replay does again, unless it was to
+            drop them all.
+
+    >>> weight = nn.Parameter(torch.tensor(1.0))
+    >>> window = Window(nn.Module(), lambda output: output / 2)
+    >>> for batch in (3.0, 5.0):
+    ...     _ = window.run(lambda batch=batch: (weight * batch + torch.rand(())).square())
+    >>> with torch.no_grad():
+    ...     window.replay(lambda loss: None).item() == window.loss.item()
+    True
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_of: Callable[[Any], Tensor | None],
+        params: Callable[[], Iterable[Tensor]] | None = None,
+    ) -> None:
+        self._module, self._loss_of = module, loss_of
+        self._params = module.parameters if params is None else params
+        self._evaluations: list[_Evaluation] = []
+        self.clear()
+
+    def __len__(self) -> int:
+        return len(self._evaluations)
+
+    @property
+    def loss(self) -> Tensor:
+        """The sum of the losses, as they were when they were recorded, but of those whose gradients were dropped."""
+        total: Tensor | None = None
+        for number, loss in enumerate(self._losses):
+            total = self._added(total, loss, number)  # in the order of `replay`: the same weights give the same bits
+        assert total is not None  # noqa: S101 # of a window that is not empty
+        return total
+
+    @property
+    def is_left(self) -> bool:
+        """Whether there is a gradient of what was recorded, as far as the host knows."""
+        return bool(self._evaluations) and not any(missing.everything for missing in self._at_end)
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._evaluations.clear()
+        self._losses: list[Tensor] = []
+        self._missing: dict[int, Missing] = {}  # before the backward pass of an evaluation, by its number
+        self._at_end: list[Missing] = []
+        self._marks: Marks | None = None
+        self.touched = False
+
+    def before_backward(self) -> None:
+        """Note which gradients are there before the backward pass of the last evaluation."""
+        if self._marks is not None:  # before the first one, `replay` has none
+            self._missing[len(self._evaluations) - 1] = self._missing_now()
+
+    def after_backward(self) -> None:
+        """Note which gradients there are after a backward pass."""
+        self._marks = marks_of(self._params())
+
+    def end(self) -> None:
+        """Note which gradients are left at the end. May be called again, should more have been dropped."""
+        if self._marks is not None:
+            self._at_end.append(self._missing_now())
+            self.after_backward()
+
+    def run(self, evaluate: Callable[[], Any]) -> Any:
+        """Make and record an evaluation.
+
+        Args:
+            evaluate: Makes it, from what it has kept itself.
+
+        Returns:
+            What it returned. It is recorded only if there is a loss in it.
+        """
+        noise = RandomStates(self._devices())
+        state = ModuleState(self._module, self._evaluations[-1].state if self._evaluations else None)
+        output = evaluate()
+        loss = self._loss_of(output)
+        if loss is not None:
+            self._evaluations.append(_Evaluation(evaluate, noise, state))
+            self._losses.append(loss.detach().clone().reshape(()))
+        return output
+
+    def replay(
+        self,
+        backward: Callable[[Tensor], None],
+        between: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Tensor:
+        """Make all evaluations again, with the noise and the buffers that each of them had.
+
+        Afterwards generators, buffers and metrics are as if that had not been.
+
+        Args:
+            backward: Called with each loss.
+            between: Makes a context for all evaluations but the last one, as ``no_sync`` of DDP.
+
+        Returns:
+            The sum of the losses, as :attr:`loss` is.
+
+        Raises:
+            RuntimeError: An evaluation that returned a loss now returns none.
+        """
+        noise, state = RandomStates(self._devices()), ModuleState(self._module, metrics=True)
+        total: Tensor | None = None
+        try:
+            for number, evaluation in enumerate(self._evaluations, start=1):
+                evaluation.noise.put_back()
+                evaluation.state.put_back()
+                with between() if number < len(self._evaluations) else nullcontext():
+                    loss = self._loss_of(evaluation.run())
+                    if loss is None:
+                        raise RuntimeError(
+                            f"batch {number} of {len(self._evaluations)} had a loss and, evaluated again at other "
+                            "weights, has none; valid: a training_step that decides by its batch alone"
+                        )
+                    if (missing := self._missing.get(number - 1)) is not None:
+                        missing.drop()
+                    backward(loss)
+                total = self._added(total, loss.detach().reshape(()), number - 1)
+            for missing in self._at_end:
+                missing.drop()
+        finally:
+            noise.put_back()
+            state.put_back()
+        if total is None:
+            raise ValueError("there is nothing to replay: no evaluation was recorded")
+        return total
+
+    def _missing_now(self) -> Missing:
+        assert self._marks is not None  # noqa: S101 # who asks has looked
+        missing = Missing(self._params(), self._marks)
+        self.touched |= missing.touched
+        return missing
+
+    def _added(self, total: Tensor | None, loss: Tensor, number: int) -> Tensor:
+        """The sum of losses, with that of an evaluation."""
+        if (missing := self._missing.get(number)) is not None:
+            total = missing.kept(total)
+        return loss if total is None else total + loss
+
+    def _devices(self) -> set[torch.device]:
+        return {tensor.device for tensors in (self._module.parameters(), self._module.buffers()) for tensor in tensors}
+
+
+@contextmanager
+def muted(owner: Any, *methods: str) -> Iterator[None]:
+    """While this lasts, methods of an object do nothing, whatever they are given.
+
+    Args:
+        owner: The object.
+        methods: Their names.
+
+    >>> class Talking:
+    ...     def say(self, word):
+    ...         print(word)
+    >>> talking = Talking()
+    >>> with muted(talking, "say"):
+    ...     talking.say("no")
+    >>> talking.say("yes")
+    yes
+    """
+    with ExitStack() as all_of_them:
+        for name in methods:
+            all_of_them.enter_context(replaced(owner, name, _nothing))
+        yield
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """While this lasts, an attribute of an object is another one.
+
+    >>> text = nn.Module()
+    >>> with replaced(text, "forward", len):
+    ...     text("abc")
+    3
+    """
+    missing = object()
+    before = owner.__dict__.get(name, missing)
+    try:
+        owner.__dict__[name] = value
+        yield
+    finally:
+        if before is missing:
+            owner.__dict__.pop(name, None)
+        else:
+            owner.__dict__[name] = before
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """In place of a method."""

@@ -1,0 +1,262 @@
+"""What is done about a loss that spikes, and how often: decided by the losses alone.
+
+Ranks that are given the same numbers decide alike, and a run that is resumed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from lightning_optim.control.rollback.snapshots import WHERE, Where
+from lightning_optim.control.rollback.spikes import SpikeDetector, SpikePolicy
+
+#: What happens when a loss spikes that may not be undone any more.
+AfterCap = Literal["continue", "stop", "raise"]
+AFTER_CAP = ("continue", "stop", "raise")
+
+#: What is done with the step at hand: made; made, while the snapshot is kept for another verdict; left out, with the
+#: steps since the snapshot undone; as before, and the run ends; as before, and an error is raised.
+Action = Literal["step", "hold", "undo", "stop", "raise"]
+
+
+class LossSpikeError(RuntimeError):
+    """The loss spiked once more than may be undone, and ``after_cap="raise"``."""
+
+
+@dataclass(frozen=True)
+class UndoPolicy(SpikePolicy):
+    """What a spike is, and what is done about it.
+
+    Args:
+        threshold: As of :class:`~lightning_optim.control.rollback.spikes.SpikePolicy`, as are ``window``,
+            ``warmup_steps``, ``min_ratio``, ``patience`` and ``scale``.
+        factor: What the learning rate is multiplied by when a step is undone.
+        recover_steps: Steps in which the learning rate returns from one undo, by equal ratios; None: it stays.
+        max_undos: Spikes in all that are undone. 20: what PaLM had in its whole training.
+        max_consecutive: Spikes in a row, with no fine loss between them, that are undone. From the second on no step
+            has been made in between: these only leave batches out, and the learning rate is not multiplied.
+        after_cap: What is done at the next spike. ``"continue"``: the step is made; after ``max_consecutive`` the
+            detector starts anew at this level, after ``max_undos`` nothing is judged any more. ``"stop"``: the last
+            fine state is put back, and the run ends. ``"raise"``: the same, and
+            :class:`LossSpikeError` is raised.
+        snapshots: Where the copies of CUDA tensors are: ``"device"`` or ``"host"`` (in pinned memory).
+
+    Raises:
+        TypeError: A value of another type.
+        ValueError: A value out of its range.
+
+    Example:
+        >>> UndoPolicy(max_undos=3).factor
+        0.5
+        >>> UndoPolicy(after_cap="pray")
+        Traceback (most recent call last):
+        ValueError: UndoPolicy: after_cap='pray'; valid: continue, stop, raise
+    """
+
+    factor: float = 0.5
+    recover_steps: int | None = None
+    max_undos: int = 20
+    max_consecutive: int = 3
+    after_cap: AfterCap = "continue"
+    snapshots: Where = "device"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_number("factor", 0.0, 1.0)
+        if self.recover_steps is not None:
+            self._check_count("recover_steps", 1)
+        self._check_count("max_undos", 1)
+        self._check_count("max_consecutive", 1)
+        self._check_choice("after_cap", AFTER_CAP)
+        self._check_choice("snapshots", WHERE)
+
+    @classmethod
+    def of(cls, option: bool | Mapping[str, Any] | UndoPolicy) -> UndoPolicy | None:
+        """The policy that an option ``undo=`` asks for; None for False.
+
+        Args:
+            option: False, True (the defaults), some of the arguments by name, or a policy.
+
+        Raises:
+            TypeError: Something else, or an unknown argument.
+            ValueError: A value out of its range.
+
+        Example:
+            >>> UndoPolicy.of({"threshold": 6.0}) == UndoPolicy(threshold=6.0)
+            True
+        """
+        if isinstance(option, bool):
+            return cls() if option else None
+        if isinstance(option, UndoPolicy):
+            return option
+        names = [field.name for field in fields(cls)]
+        if not isinstance(option, Mapping):
+            raise TypeError(f"undo={option!r}; valid: False, True, an UndoPolicy, or a dict of {', '.join(names)}")
+        unknown = [name for name in option if name not in names]
+        if unknown:
+            raise TypeError(f"undo has no option {unknown[0]!r}; valid: {', '.join(names)}")
+        return cls(**option)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done about a loss.
+
+    Attributes:
+        action: See :data:`Action`.
+        message: In words, where it is worth some; empty if not.
+        undone: How many steps are undone.
+        factor: What learning rates are to be multiplied by.
+    """
+
+    action: Action
+    message: str = ""
+    undone: int = 0
+    factor: float = 1.0
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether the step at hand is not made."""
+        return self.action not in ("step", "hold")
+
+
+class UndoJudge:
+    """Decides by the losses alone, and keeps what a resumed run has to know.
+
+    Args:
+        policy: What a spike is, and what is done about it.
+
+    Attributes:
+        count: Spikes that were undone.
+        lr_scale: What the learning rate has been multiplied by in all.
+        off: Whether nothing is judged any more.
+        records: One dict of primitives for each spike, fit for a line of JSON.
+    """
+
+    def __init__(self, policy: UndoPolicy) -> None:
+        self.policy = policy
+        self.detector = SpikeDetector(policy)
+        self.count = 0
+        self.lr_scale = 1.0
+        self.off = False
+        self.records: list[dict[str, Any]] = []
+        self._consecutive = 0
+        self._pending = 0
+
+    @property
+    def pending(self) -> int:
+        """Steps that were made since the last fine loss."""
+        return self._pending
+
+    def judge(self, loss: float | None, step: int) -> Decision:
+        """Decide about the next loss.
+
+        Args:
+            loss: Of the batches of one step, averaged over all ranks; None if there is none.
+            step: The number of the step at hand, for the record.
+        """
+        if self.off:
+            return Decision("step")
+        if loss is None:
+            return Decision("hold")
+        expected, limit = self.detector.expected, self.detector.limit
+        verdict = self.detector.judge(loss)
+        if verdict == "suspect":
+            return Decision("hold")
+        if verdict == "fine":
+            self._consecutive = self._pending = 0
+            return Decision("step")
+        why = f"the loss is {loss:.6g}" + ("" if not expected else f" after {expected:.6g} on average")
+        if math.isfinite(loss):
+            why += f" (limit {limit:.6g})"
+        decision = self._undo(why) if (cap := self._cap()) is None else self._give_up(why, cap)
+        self.records.append(
+            {
+                "step": step,
+                "action": decision.action,
+                "loss": loss if math.isfinite(loss) else None,  # which JSON has no number for
+                "expected": expected,
+                "limit": limit if math.isfinite(limit) else None,
+                "undone": decision.undone,
+                "restored": decision.undone > 0,
+                "count": self.count,
+                "lr_scale": self.lr_scale,
+                "message": decision.message,
+            }
+        )
+        return decision
+
+    def stepped(self) -> float:
+        """Note that a step was made; returns what learning rates are to be multiplied by."""
+        self._pending += 1
+        if self.lr_scale == 1.0 or self.policy.recover_steps is None:
+            return 1.0
+        before = self.lr_scale
+        risen = before * self.policy.factor ** (-1 / self.policy.recover_steps)
+        self.lr_scale = 1.0 if risen > 1 - 1e-9 else risen  # 1, but for rounding
+        return self.lr_scale / before
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, there are none; primitives only."""
+        return {
+            "detector": self.detector.state_dict(),
+            "count": self.count,
+            "lr_scale": self.lr_scale,
+            "off": self.off,
+            "records": [dict(record) for record in self.records],
+            "consecutive": self._consecutive,
+            "pending": self._pending,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where another judge was; the policy is this one's.
+
+        Raises:
+            ValueError: Not the state of a judge.
+        """
+        if state_dict.keys() != self.state_dict().keys():
+            raise ValueError(
+                f"not an UndoJudge's state: it has {sorted(state_dict)}; valid: {sorted(self.state_dict())}"
+            )
+        self.detector.load_state_dict(state_dict["detector"])
+        self.count, self.lr_scale = int(state_dict["count"]), float(state_dict["lr_scale"])
+        self.records = [dict(record) for record in state_dict["records"]]
+        self._consecutive, self._pending = int(state_dict["consecutive"]), int(state_dict["pending"])
+        # A larger cap in the resumed run is one to go on with.
+        self.off = bool(state_dict["off"]) and self.count >= self.policy.max_undos
+
+    def _cap(self) -> str | None:
+        """The limit that is reached, if one is."""
+        if self.count >= self.policy.max_undos:
+            return f"max_undos={self.policy.max_undos}"
+        if self._consecutive >= self.policy.max_consecutive:
+            return f"max_consecutive={self.policy.max_consecutive}"
+        return None
+
+    def _undo(self, why: str) -> Decision:
+        undone, self._pending = self._pending, 0
+        factor = self.policy.factor if undone else 1.0
+        self.count += 1
+        self._consecutive += 1
+        self.lr_scale *= factor
+        if undone:
+            what = f"{'the last step is' if undone == 1 else f'the last {undone} steps are'} undone, "
+            what += f"learning rates are multiplied by {factor:g} ({self.lr_scale:.4g} in all), and this batch"
+        else:
+            what = "there is no step to undo; this batch"
+        message = f"{why}: {what} is left out; undo {self.count} of {self.policy.max_undos}"
+        return Decision("undo", message, undone, factor)
+
+    def _give_up(self, why: str, cap: str) -> Decision:
+        action = self.policy.after_cap
+        if action != "continue":
+            undone, self._pending = self._pending, 0
+            return Decision(action, f"{why}, and {cap} is reached: after_cap={action!r}", undone)
+        self._consecutive = self._pending = 0
+        self.detector.restart()
+        self.off = self.count >= self.policy.max_undos
+        what = "nothing is undone any more" if self.off else "this is the new level to judge by"
+        return Decision("step", f"{why}, and {cap} is reached: {what}, and the step is made (after_cap='continue')")

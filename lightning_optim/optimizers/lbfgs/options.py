@@ -1,0 +1,114 @@
+"""The options of L-BFGS that hold for all param groups, and whether their memory is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+
+from lightning_optim.optimizers.lbfgs.iterate import Signature, count, is_wide
+from lightning_optim.optimizers.lbfgs.line_search import LINE_SEARCHES, LineSearch
+from lightning_optim.optimizers.lbfgs.memory_budget import memory_limit, show_bytes
+
+#: Evaluations of a line search at most, as in ``torch.optim.LBFGS``: 25 halvings and more is no search any longer.
+EVALUATIONS = 25
+
+_NAME = "LBFGS"
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+#: Vectors beside the history: the weights, the direction, the step and two gradients; and in the history's type, two
+#: right-hand sides and one result.
+_VECTORS, _OF_HISTORY = 5, 3
+
+
+@dataclass(frozen=True)
+class LBFGSOptions:
+    """See :class:`~lightning_optim.optimizers.lbfgs.optimizer.LBFGSOptim`.
+
+    Raises:
+        ValueError: An option out of its range.
+        TypeError: An option of the wrong type.
+    """
+
+    history_size: int
+    line_search: LineSearch | None
+    max_iter: int
+    max_eval: int | None
+    tolerance_grad: float
+    tolerance_change: float
+    noise: float | str
+    history_dtype: str | torch.dtype | None
+    min_curvature: float | None
+    reuse_evaluation: bool
+    memory_budget: int | float | None
+
+    def __post_init__(self) -> None:
+        for name, least in (("history_size", 1), ("max_iter", 1), ("max_eval", 2)):
+            value = getattr(self, name)
+            if value is None and name == "max_eval":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{_NAME}: {name}={value!r} is a {type(value).__name__}; valid: a whole number")
+            if value < least:
+                raise ValueError(f"{_NAME}: {name}={value}; valid: a whole number >= {least}")
+        if self.line_search is not None and self.line_search not in LINE_SEARCHES:
+            raise ValueError(f"{_NAME}: line_search={self.line_search!r}; valid: {', '.join(LINE_SEARCHES)}, None")
+        if self.noise != "auto":
+            _check_fraction("noise", self.noise, "a relative error in [0, 1), 'auto'")
+        if self.min_curvature is not None:
+            _check_fraction("min_curvature", self.min_curvature, "a cosine in [0, 1), None")
+        for name in ("tolerance_grad", "tolerance_change"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"{_NAME}: {name}={value!r} is a {type(value).__name__}; valid: a finite number >= 0")
+            if not 0 <= float(value) < float("inf"):
+                raise ValueError(f"{_NAME}: {name}={value!r}; valid: a finite number >= 0")
+        if not isinstance(self.reuse_evaluation, bool):
+            raise TypeError(f"{_NAME}: reuse_evaluation={self.reuse_evaluation!r} is not a bool; valid: True, False")
+        if str(self.history_dtype).removeprefix("torch.") not in ("None", *_DTYPES):
+            raise ValueError(f"{_NAME}: history_dtype={self.history_dtype!r}; valid: None, {', '.join(_DTYPES)}")
+        memory_limit(self.memory_budget)
+
+    def dtypes(self, layout: Signature) -> tuple[torch.dtype, torch.dtype]:
+        """Of the history, and of the weights' master copy and all else."""
+        wide = is_wide(layout)
+        named = str(self.history_dtype).removeprefix("torch.")
+        history = _DTYPES.get(named, torch.float64 if wide else torch.float32)
+        return history, torch.float64 if wide else history
+
+
+def check_memory(name: str, layout: Signature, options: LBFGSOptions) -> None:
+    """Check that the host has the memory, before any is taken.
+
+    Raises:
+        ValueError: It has not; with the arithmetic, and what would fit.
+    """
+    elements = count(layout)
+    history, other = (dtype.itemsize for dtype in options.dtypes(layout))
+    pairs = 2 * elements * history * options.history_size
+    rest = elements * (_VECTORS * other + _OF_HISTORY * history)
+    limit, why = memory_limit(options.memory_budget)
+    if pairs + rest <= limit:
+        return
+    fitting = [
+        f"history_size<={most} with history_dtype='{dtype}'"
+        for dtype, size in (("float32", 4), ("float64", 8))
+        if size <= history and (most := _most(elements, size, max(size, other if size == history else 4), limit)) >= 1
+    ]
+    valid = "; valid: " + " or ".join(fitting) if fitting else "; no history fits: train fewer weights"
+    raise ValueError(
+        f"{name}: history_size={options.history_size} x 2 x {elements:.3g} weights x {history} B = "
+        f"{show_bytes(pairs)}, and {show_bytes(rest)} for {_VECTORS + _OF_HISTORY} vectors, but {why}{valid}"
+    )
+
+
+def _most(elements: int, history: int, other: int, limit: float) -> int:
+    """The most pairs that fit."""
+    return int((limit / max(1, elements) - _VECTORS * other - _OF_HISTORY * history) // (2 * history))
+
+
+def _check_fraction(name: str, value: float | str, valid: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{_NAME}: {name}={value!r} is a {type(value).__name__}; valid: {valid}")
+    if not 0 <= float(value) < 1:
+        raise ValueError(f"{_NAME}: {name}={value!r}; valid: {valid}")

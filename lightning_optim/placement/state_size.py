@@ -1,0 +1,243 @@
+"""How large an optimizer's state is, beside weights or beside their masters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_optim.adopt import stepper_for, why_not_adopted
+from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.rules.policy import Policy, Update
+from lightning_optim.stepping.plan import Planner
+from lightning_optim.stepping.shards import local
+from lightning_optim.stepping.stepper import Stepper
+
+
+@runtime_checkable
+class KnowsItsState(Protocol):
+    """An optimizer outside of this package's rules that can say how large its state will be."""
+
+    def state_bytes(self, params: Sequence[Tensor]) -> int:
+        """Bytes of state after some steps, if its parameters were these (which may be on the meta device)."""
+
+
+@dataclass(frozen=True)
+class State:
+    """The size of an optimizer's state, and where that is known from.
+
+    Attributes:
+        bytes: All of it, step counters included.
+        values: How many floating-point numbers of it there are for weights, whatever their storage type.
+        known_by: In words.
+        exact: Whether it is what a step will allocate, rather than an estimate.
+    """
+
+    bytes: int
+    values: int
+    known_by: str
+    exact: bool = True
+
+
+class Sizes:
+    """The state of an optimizer beside its weights or its masters.
+
+    Args:
+        optimizer: The optimizer.
+        masters: By parameter, a tensor on the meta device for its master.
+    """
+
+    def __init__(self, optimizer: Optimizer, masters: dict[Tensor, Tensor]) -> None:
+        # A wrapper shares param groups and state with the optimizer in it, whose rule it is.
+        while isinstance(inner := getattr(optimizer, "base", None), Optimizer):
+            optimizer = inner
+        self.optimizer = optimizer
+        self.masters = masters
+        self._planner_of = _planners(optimizer)
+        self.by_rule = self._planner_of is not None
+
+    def in_buckets(self) -> bool:
+        """Whether a detached step can be done bucket by bucket, rather than by the optimizer's own step."""
+        if isinstance(self.optimizer, RuleOptimizer):
+            return inspect.unwrap(type(self.optimizer).step) is inspect.unwrap(RuleOptimizer.step)
+        return self.by_rule
+
+    def undoable(self, master_dtype: torch.dtype) -> bool:
+        """Whether a detached step can be taken back."""
+        optimizer = self.optimizer
+        if isinstance(optimizer, RuleOptimizer):
+            # A step of matrices cannot be taken back, nor one whose state is wider than what it is computed in.
+            state = optimizer.options.state_dtype or master_dtype
+            fits = torch.promote_types(state, master_dtype) == master_dtype
+            return self.in_buckets() and type(optimizer._stepper) is Stepper and fits
+        return self.by_rule
+
+    def state(self, *, on_masters: bool) -> State:
+        """The state beside the weights, or beside the masters."""
+        if self._planner_of is not None:
+            return self._by_rule(self._planner_of, on_masters)
+        optimizer, name = self.optimizer, name_of(self.optimizer)
+        params = [self._stepped(p, on_masters) for p in self.masters]
+        if isinstance(optimizer, KnowsItsState):
+            return State(optimizer.state_bytes(params), 0, f"{name}.state_bytes")
+        history = option_of(optimizer, "history_size")
+        if history is not None:
+            # Two for each past step; and the weights, the direction, gradients and results of the line search, which
+            # are seven in torch's L-BFGS and eight in ours.
+            vectors = 2 * int(history) + 8
+            total = vectors * sum(map(bytes_of, params))
+            return State(total, vectors * numbers_in(params), f"{vectors} vectors for history_size={history}", False)
+        dry = _dry_step(optimizer, dict(zip(self.masters, params, strict=True)))
+        # What it has may be but the beginning: some make a part of their state when they are made.
+        has_state = any(optimizer.state.get(p) for p in self.masters)
+        return self._measured(on_masters) if has_state and not dry.exact else dry
+
+    def traffic(self, *, on_masters: bool) -> int:
+        """Bytes that one step moves, without the copies."""
+        if self._planner_of is None:
+            state = self.state(on_masters=on_masters)
+            weights = sum(bytes_of(self._stepped(p, on_masters)) for p in self.masters)
+            # Torch's own loops move more: each operator reads and writes what a single pass keeps in registers.
+            return sum(map(bytes_of, self.masters)) + 2 * weights + 2 * state.bytes
+        total = 0
+        for group in self.optimizer.param_groups:
+            planner = self._planner_of(group)
+            for p in group["params"]:
+                if p in self.masters:
+                    total += _moved(planner, group, p, self._stepped(p, on_masters))
+        return total
+
+    def _by_rule(self, planner_of: Callable[[dict[str, Any]], Planner], on_masters: bool) -> State:
+        total = values = 0
+        for group in self.optimizer.param_groups:
+            planner = planner_of(group)
+            for p in group["params"]:
+                if p not in self.masters:
+                    continue
+                stepped = self._stepped(p, on_masters)
+                for slot in planner.slots(group, stepped):
+                    total += stepped.numel() * planner.slot_dtype(stepped, slot).itemsize
+                    values += numbers_in([stepped])
+                total += 4 * planner.counts_steps()  # one float32 for each parameter
+        return State(total, values, "its rule's slots and their storage types")
+
+    def _measured(self, on_masters: bool) -> State:
+        total = values = 0
+        for p, state in self.optimizer.state.items():
+            for value in filter(lambda value: isinstance(value, Tensor), state.values()):
+                value = local(value)
+                like_weight = value.dtype == p.dtype and value.numel() == local(p).numel()
+                wide = on_masters and like_weight and p in self.masters
+                total += value.numel() * (self.masters[p].dtype if wide else value.dtype).itemsize
+                values += numbers_in([value]) if like_weight else 0
+        return State(total, values, "measured: the state that it has")
+
+    def _stepped(self, p: Tensor, on_masters: bool) -> Tensor:
+        """The tensor that is stepped, as far as its shape and type matter."""
+        return self.masters[p] if on_masters else torch.empty_like(local(p), device="meta")
+
+
+def _planners(optimizer: Optimizer) -> Callable[[dict[str, Any]], Planner] | None:
+    """What knows the slots of a param group's parameters, if our engines can step them."""
+    if isinstance(optimizer, RuleOptimizer):
+        return optimizer._stepper.planner_of
+    if why_not_adopted(optimizer) is None:
+        return stepper_for(optimizer).planner_of
+    return None
+
+
+def _moved(planner: Planner, group: dict[str, Any], p: Tensor, stepped: Tensor) -> int:
+    """Bytes that a Program moves for one parameter."""
+    flags = {name: bool(value) for name, value in planner.method.flags(group, stepped, False).items()}
+    slots = planner.slots(group, stepped)
+    program = Update(planner.method.rule, Policy(), tuple(sorted(flags.items()))).program
+    size = {"p": stepped.dtype.itemsize, "g": p.dtype.itemsize}
+    size.update({slot: planner.slot_dtype(stepped, slot).itemsize for slot in slots})
+    # In the policy, the weight is also read where the rule does not; and Kahan's slot is read and written.
+    read = [
+        {node.attr("name") for node in map(program.nodes.__getitem__, sweep.elements) if node.op == "load"}
+        for sweep in program.passes
+    ]
+    read[-1] |= {"p", *slots}
+    each = sum(size[name] for names in read for name in names) + sum(size[name] for name in ("p", *slots))
+    return each * stepped.numel()
+
+
+def _dry_step(optimizer: Optimizer, stepped: dict[Tensor, Tensor]) -> State:
+    """What an optimizer of the same class and options allocates in a step on the meta device, where none is."""
+    name, options = name_of(optimizer), _options(optimizer)
+    weights = sum(map(bytes_of, stepped.values()))
+    # Adam's, the most common: to be told apart from nothing by its words alone.
+    guess = partial(State, 2 * weights, 2 * numbers_in(stepped.values()), exact=False)
+    try:
+        groups = [
+            {**_settings(group, options), "params": [nn.Parameter(stepped[p]) for p in group["params"] if p in stepped]}
+            for group in optimizer.param_groups
+        ]
+        groups = [group for group in groups if group["params"]]
+        copy: Any = type(optimizer)(groups, **_settings(optimizer.defaults, options))
+    except Exception as error:  # a constructor of anybody's
+        return guess(f"an estimate, two slots as in Adam: {name} could not be made on the meta device ({error})")
+    params = [p for group in copy.param_groups for p in group["params"]]
+    for p in params:
+        p.grad = torch.empty_like(p)
+    stopped = None
+    try:
+        with torch.no_grad():
+            copy.step()
+    except Exception as error:  # a step of anybody's
+        stopped = str(error).partition("\n")[0]
+    if stopped is not None and not all(copy.state.get(p) for p in params):
+        return guess(f"an estimate, two slots as in Adam: a dry step of {name} failed ({stopped})")
+    tensors = [value for state in copy.state.values() for value in state.values() if isinstance(value, Tensor)]
+    known_by = "a dry step on the meta device" + (f", up to where it stopped ({stopped})" if stopped else "")
+    values = numbers_in([value for value in tensors if value.ndim])
+    return State(sum(map(bytes_of, tensors)), values, known_by, stopped is None)
+
+
+def _options(optimizer: Optimizer) -> set[str]:
+    return set(inspect.signature(type(optimizer)).parameters) - {"params"}
+
+
+def _settings(group: dict[str, Any], options: set[str]) -> dict[str, Any]:
+    # Switches of the implementation would ask for devices that the meta device is not.
+    return {
+        name: value
+        for name, value in group.items()
+        if name in options and name not in ("params", "fused", "foreach", "capturable")
+    }
+
+
+def option_of(optimizer: Optimizer, name: str) -> Any:
+    """An option of an optimizer, whether it is an attribute, one of its ``options``, or in its param groups."""
+    value = getattr(optimizer, name, getattr(getattr(optimizer, "options", None), name, None))
+    if value is None:
+        value = next((group[name] for group in optimizer.param_groups if name in group), None)
+    return value
+
+
+def name_of(optimizer: Optimizer) -> str:
+    """The name under which users know an optimizer; of a wrapper, with that of what is in it."""
+    if isinstance(inner := getattr(optimizer, "base", None), Optimizer):
+        return f"{type(optimizer).__name__}({name_of(inner)})"
+    if callable(public := getattr(type(optimizer), "public_name", None)):
+        return str(public())
+    module = type(optimizer).__module__.partition(".")[0]
+    return f"{module}.optim.{type(optimizer).__name__}" if module == "torch" else type(optimizer).__qualname__
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """What this process has of a tensor."""
+    tensor = local(tensor)
+    return tensor.numel() * tensor.element_size()
+
+
+def numbers_in(tensors: Iterable[Tensor]) -> int:
+    """Of what this process has, the real numbers: two for a complex one."""
+    return sum(local(t).numel() * (2 if t.is_complex() else 1) for t in tensors)

@@ -1,0 +1,139 @@
+"""Which keys a param group may have beside its optimizer's options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning_optim.stepping.ascent import ADAPTIVE, RHO
+from lightning_optim.stepping.options import CHOICES, RANGES, SWITCHES
+
+#: Switches of torch's own optimizers, which ask for nothing where they are None or False, and what there is in place
+#: of True.
+TORCH_SWITCHES: dict[str, str] = {
+    "foreach": "engine='foreach', or 'auto', which takes the fastest engine",
+    "fused": "engine='auto', which takes the fastest engine, a fused one if there is one",
+    "capturable": "capture_steps(), which records steps as a CUDA graph",
+    "differentiable": "torch.optim's own class, as engines step without autograd",
+}
+
+#: What options are called elsewhere. Under these names they would be ignored, where nobody expects it.
+SYNONYMS = {
+    "learning_rate": "lr",
+    "epsilon": "eps",
+    "weight_decay_rate": "weight_decay",
+    "adjust_lr_fn": "adjust_lr",
+}
+
+#: Keys that programs in wide use have in their groups, and that look like slips: not so.
+KNOWN_STRANGERS = frozenset({"beta"})
+
+
+def check_switches(optimizer: str, switches: Mapping[str, Any]) -> None:
+    """Check torch's switches, which its call sites may pass on: None and False ask for nothing.
+
+    Raises:
+        ValueError: One is switched on; with what there is in its place.
+        TypeError: It is no switch's value.
+
+    >>> check_switches("AdamW", {"fused": False, "foreach": None})
+    """
+    for name, value in switches.items():
+        if value is None or value is False:
+            continue
+        valid = f"valid: None, False, and in its place {TORCH_SWITCHES[name]}"
+        if value is True:
+            raise ValueError(f"{optimizer}: {name}=True is not an option, but one of torch's own ways to step; {valid}")
+        raise TypeError(f"{optimizer}: {name}={value!r} is neither None nor a bool; {valid}")
+
+
+def check_keys(
+    optimizer: str, group: Mapping[Any, Any], defaults: Iterable[str], constructor: Mapping[str, Any]
+) -> None:
+    """Check that no key of a group is an option that would be ignored.
+
+    Keys that the optimizer does not know travel along, as in ``torch.optim``: wrappers and trainers keep what is
+    theirs in the groups (``rho``, ``lr_scale``, ``layer_id``). Not so a slip of the pen in an option's name, an option
+    of another optimizer, or one of the constructor's, unless it says what the constructor said.
+
+    Args:
+        optimizer: The optimizer's name, for messages.
+        group: The group.
+        defaults: The options that groups may set.
+        constructor: The constructor's other options, with their values.
+
+    Raises:
+        ValueError: Such a key, and what is valid.
+        TypeError: A key that is no string.
+    """
+    defaults = list(defaults)
+    valid = f"valid: {', '.join(sorted(defaults))}, and keys of your own that resemble none of them"
+    others = SWITCHES | {*RANGES, *CHOICES}
+    for key, value in group.items():
+        if not isinstance(key, str):
+            raise TypeError(f"{optimizer}: a param group has the key {key!r}, a {type(key).__name__}; valid: strings")
+        if key in defaults:
+            continue
+        shown = f"{optimizer}: {key}={value!r} in a param group"
+        if key in TORCH_SWITCHES:
+            check_switches(optimizer, {key: value})
+        elif key in constructor:
+            if not _equal(value, constructor[key]):
+                raise ValueError(
+                    f"{shown} is not an option; {valid}. The constructor has one for all groups: "
+                    f"{key}={constructor[key]!r}"
+                )
+        elif key in others:
+            raise ValueError(f"{shown} is not an option of {optimizer}; {valid}")
+        elif meant := near_miss(key, [*defaults, RHO, ADAPTIVE]):
+            raise ValueError(f"{shown} is not an option (did you mean {meant!r}?); {valid}")
+
+
+def near_miss(key: str, options: Iterable[str]) -> str | None:
+    """The option that a key is a slip of, if it is one.
+
+    A slip differs in capitals or separators only, or by one stroke for every five letters (a letter more, less or
+    another one, or two in the wrong order), and is no more than one letter longer or shorter: what is longer says more
+    (``lr_scale``, ``no_weight_decay``). Or it is another name for the option.
+
+    >>> [near_miss(key, ["lr", "weight_decay"]) for key in ("weight_deacy", "Lr", "lr_scale", "learning_rate")]
+    ['weight_decay', 'lr', None, 'lr']
+    """
+    if key in KNOWN_STRANGERS:
+        return None
+    options = list(options)
+    if SYNONYMS.get(key.lower()) in options:
+        return SYNONYMS[key.lower()]
+    bare = _bare(key)
+    for option in options:
+        other = _bare(option)
+        exchanged = sorted(bare) == sorted(other)
+        allowed = max(max(len(bare), len(other)) // 5, int(exchanged))
+        if abs(len(bare) - len(other)) <= 1 and _strokes(bare, other) <= allowed:
+            return option
+    return None
+
+
+def _bare(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
+
+
+def _strokes(a: str, b: str) -> int:
+    """The fewest strokes that turn one word into another: letters added, left out, replaced, or two exchanged."""
+    before: list[int] = []
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        before, last, row = row, before, [i]
+        for j, y in enumerate(b, start=1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != y))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                cost = min(cost, last[j - 2] + 1)
+            row.append(cost)
+    return row[-1]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except (RuntimeError, TypeError, ValueError):  # tensors and arrays of several elements
+        return False

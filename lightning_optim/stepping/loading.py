@@ -1,0 +1,246 @@
+"""From a ``state_dict`` to an optimizer's groups and state, with everything checked before anything is changed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_optim.engines.memory import is_dense
+from lightning_optim.rules.policy import KAHAN_SLOT
+from lightning_optim.rules.rule import Rule
+from lightning_optim.stepping.group_keys import near_miss
+from lightning_optim.stepping.names import by_name
+from lightning_optim.stepping.options import CHOICES, RANGES, SWITCHES, check_option
+from lightning_optim.stepping.primitives import primitive
+
+if TYPE_CHECKING:
+    from lightning_optim.stepping.plan import Group, Planner
+
+#: Above it, not every whole number of steps is a floating-point number.
+_MOST_STEPS = 2**53
+
+
+def readable(optimizer: str, groups: Sequence[Group], state_dict: Any) -> dict[str, Any]:
+    """A ``state_dict`` that has the form of one, with the parameters of each group in this optimizer's order.
+
+    Args:
+        optimizer: The optimizer's name, for messages.
+        groups: Its current groups.
+        state_dict: What was saved.
+
+    Raises:
+        TypeError: It is no dict.
+        ValueError: It lacks something, its groups or the numbers in them are no such, or names do not match
+            (:func:`~lightning_optim.stepping.names.by_name`).
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"{optimizer}: a state_dict that is a {type(state_dict).__name__}; valid: a dict")
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(
+                f"{optimizer}: not an optimizer's state_dict: no {key!r}; it has {sorted(map(str, state_dict))}"
+            )
+    if not isinstance(state_dict["state"], Mapping):
+        raise ValueError(f"{optimizer}: 'state' is a {type(state_dict['state']).__name__}; valid: a dict by parameter")
+    saved = state_dict["param_groups"]
+    if not isinstance(saved, list | tuple) or not all(isinstance(g, dict) and "params" in g for g in saved):
+        raise ValueError(f"{optimizer}: not an optimizer's state_dict: a param group is no dict with 'params'")
+    for index, group in enumerate(saved):
+        params = group["params"]
+        if not isinstance(params, list | tuple) or not all(type(number) in (int, str) for number in params):
+            raise ValueError(
+                f"{optimizer}: saved param group {index}: params={params!r}; valid: a list of the parameters' numbers"
+            )
+    return by_name(optimizer, groups, state_dict)
+
+
+def load_groups(
+    optimizer: str,
+    groups: Sequence[Group],
+    state_dict: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    required: Sequence[str],
+    check: Callable[[Group], None],
+    constructor: Mapping[str, Any],
+) -> list[Group]:
+    """The saved param groups with this optimizer's parameters.
+
+    Args:
+        optimizer: The optimizer's name, for messages.
+        groups: Its current groups.
+        state_dict: What was saved, as :func:`readable` returns it.
+        defaults: Its options; those that were not saved (torch's classes have fewer) take their defaults.
+        check: The optimizer's own check of a group's options together.
+        required: Options that any state of this kind of optimizer has.
+        constructor: The constructor's other options.
+
+    Raises:
+        ValueError: Other groups, other numbers of parameters, a parameter twice, or another optimizer's options.
+        TypeError: An option of the wrong type.
+    """
+    saved = state_dict["param_groups"]
+    ours, theirs = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved]
+    if ours != theirs:
+        raise ValueError(
+            f"{optimizer}: the saved state is for param groups of {theirs} parameters, this optimizer has {ours}"
+        )
+    numbers = [number for group in saved for number in group["params"]]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{optimizer}: a parameter is twice in the saved param groups: {numbers}")
+    loaded = []
+    for index, (group, values) in enumerate(zip(groups, saved, strict=True)):
+        where = f"{optimizer}: saved param group {index}"
+        new = {key: _own_option(where, key, value) for key, value in values.items() if key != "params"}
+        missing = [name for name in required if name not in new]
+        if missing:
+            raise ValueError(
+                f"{where} has no {', '.join(missing)}: the state of another optimizer? It has {sorted(new)}"
+            )
+        # Only what is known as another optimizer's option: a key of the user's own must not make a run lose its state.
+        others = (SWITCHES | {*RANGES, *CHOICES}) - {*defaults, *constructor, *group}
+        if foreign := sorted(set(new) & others):
+            raise ValueError(
+                f"{where} has {', '.join(map(repr, foreign))}: the state of another "
+                f"optimizer? {optimizer}'s options are {', '.join(sorted(defaults))}"
+            )
+        for key in new.keys() - defaults.keys() - group.keys():
+            if (meant := near_miss(key, defaults)) and meant not in new:
+                raise ValueError(f"{where} has {key!r}, and no {meant!r} (did you mean that?)")
+        for name, default in defaults.items():
+            check_option(optimizer, name, new.setdefault(name, default), default)
+        new = {"params": group["params"], **new}
+        check(new)
+        if "param_names" in group:
+            new["param_names"] = list(group["param_names"])
+        loaded.append(new)
+    return loaded
+
+
+def _own_option(where: str, key: Any, value: Any) -> Any:
+    """A copy of a group's value, which is then nobody else's."""
+    if not isinstance(key, str):
+        raise ValueError(f"{where} has the key {key!r}, a {type(key).__name__}; valid: strings")
+    try:
+        with torch.inference_mode(False):
+            return value.detach().clone() if isinstance(value, Tensor) else deepcopy(primitive(value))
+    except Exception as error:  # whatever an object of any kind does when it is copied
+        raise ValueError(f"{where}: {key}: a {type(value).__name__} that cannot be copied ({error})") from error
+
+
+def load_state(
+    optimizer: str,
+    groups: Sequence[Group],
+    state_dict: Mapping[str, Any],
+    planner_of: Callable[[Group], Planner],
+    rules: Sequence[Rule],
+) -> defaultdict[Any, Any]:
+    """The saved state as this optimizer's: its own copies, on each parameter's device, in its storage types.
+
+    Args:
+        optimizer: The optimizer's name, for messages.
+        groups: From :func:`load_groups`.
+        state_dict: What was saved, as :func:`readable` returns it.
+        planner_of: What knows the state of a group's parameters.
+        rules: All by which this optimizer may have stepped a parameter.
+
+    Raises:
+        ValueError: A parameter's state is another optimizer's, has another shape, or lacks something.
+    """
+    state: defaultdict[Any, Any] = defaultdict(dict)
+    saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    places = [(group, p) for group in groups for p in group["params"]]
+    by_id = dict(zip(saved_ids, places, strict=True))
+    for key, values in state_dict["state"].items():
+        if type(key) not in (int, str) or (type(key) is int and key not in by_id):
+            raise ValueError(
+                f"{optimizer}: 'state' has an entry for {key!r}, which is no parameter; the saved param groups have "
+                f"{saved_ids[:8]}{' ...' if len(saved_ids) > 8 else ''}"
+            )
+        if key not in by_id:
+            state[key] = values  # not a parameter's: kept as it is, as torch does
+            continue
+        group, p = by_id[key]
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{optimizer}: parameter {key}: its state is a {type(values).__name__}; valid: a dict")
+        values = {name: value for name, value in values.items() if value is not None}
+        if values:
+            state[p] = _load_one(f"{optimizer}: parameter {key}", group, p, values, planner_of(group), rules)
+    return state
+
+
+def _load_one(
+    where: str, group: Group, p: Tensor, values: Mapping[Any, Any], planner: Planner, rules: Sequence[Rule]
+) -> dict[str, Any]:
+    """One parameter's state, if it is what this optimizer may have left.
+
+    Options that were switched on since the parameter's last step have left no slot yet: the next step makes these of
+    zeros. So each rule whose slots are there must have all that do not depend on an option; and if the group's own
+    rule has such and none is there, another rule of this optimizer must have stepped the parameter.
+    """
+    known = {"step": None, KAHAN_SLOT: None} | {slot: None for rule in rules for slot in rule.all_slots}
+    always = {rule: set(rule.all_slots) - set(rule.optional) for rule in rules}
+    used = [rule for rule in rules if set(rule.all_slots) & set(values)]
+    if not used and always[planner.method.rule]:
+        used = [planner.method.rule]
+    needed = {slot for rule in used for slot in always[rule] | ({"step"} if rule.counts_steps else set())}
+    if set(values) - set(known) or needed - set(values):
+        raise ValueError(
+            f"{where}: the state of another optimizer, or damaged: it has {sorted(map(str, values))}, "
+            f"this one needs {sorted(needed or always[planner.method.rule])}"
+        )
+    loaded: dict[str, Any] = {}
+    slots = planner.slots(group, p)
+    for name, value in values.items():
+        if name == "step":
+            loaded[name] = _load_step(where, value)
+        elif name != KAHAN_SLOT or name in slots:
+            loaded[name] = _load_slot(f"{where}: {name}", p, value, planner.slot_dtype(p, name))
+    return loaded
+
+
+def _load_slot(where: str, p: Tensor, value: Any, dtype: torch.dtype) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{where} is a {type(value).__name__}; valid: a tensor")
+    if value.is_nested or value.layout != torch.strided or (value.is_meta and not p.is_meta):
+        kind = "a nested tensor" if value.is_nested else f"of layout {value.layout} on {value.device}"
+        raise ValueError(f"{where} is {kind}; valid: a dense tensor with values")
+    if value.shape != p.shape:
+        raise ValueError(f"{where} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
+    if value.is_complex() != p.is_complex() or not (value.is_complex() or value.is_floating_point()):
+        raise ValueError(f"{where} has dtype {value.dtype}; valid: what can be stored as {dtype}")
+    memory_format = torch.preserve_format if is_dense(p) else torch.contiguous_format
+    # Whatever is the mode of the moment, steps will write to it.
+    with torch.inference_mode(False), torch.no_grad():
+        own = torch.empty_like(p, dtype=dtype, memory_format=memory_format, requires_grad=False)
+        try:
+            own.copy_(value)
+        except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
+            raise ValueError(
+                f"{where} is a {type(value).__name__} of {value.dtype} that cannot be read ({error}); valid: what can "
+                f"be stored as {dtype}"
+            ) from error
+    return own
+
+
+def _load_step(where: str, value: Any) -> Tensor:
+    number = value
+    try:
+        if isinstance(value, Tensor):
+            readable_as_one = value.layout == torch.strided and not (value.is_quantized or value.is_complex())
+            number = value.item() if readable_as_one and value.dtype != torch.bool else value
+        number = primitive(number)
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise TypeError(f"a {type(number).__name__}")
+        step = float(number)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, OverflowError) as error:
+        raise ValueError(f"{where}: step={value!r} is not a number of steps ({error})") from error
+    if not (0 <= step <= _MOST_STEPS and step % 1 == 0):
+        raise ValueError(f"{where}: step={number!r}; valid: a whole number from 0 to 2**53")
+    with torch.inference_mode(False):
+        return torch.tensor(step, dtype=torch.float32, device="cpu")

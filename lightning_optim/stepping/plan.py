@@ -1,0 +1,394 @@
+"""Which parameters go into which bucket, and which engine runs it."""
+
+from __future__ import annotations
+
+import operator
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_optim.engines.ambient import of_normal_tensors
+from lightning_optim.engines.base import Bucket, Decision, Engine, Layout, choose, dtype_name
+from lightning_optim.engines.memory import (
+    Ranges,
+    Reading,
+    form,
+    has_address,
+    in_order_of,
+    is_dense,
+    is_lazy,
+    is_plain,
+    overlaps_itself,
+)
+from lightning_optim.rules.policy import KAHAN_SLOT, Decay, Policy, Rounding, Update
+from lightning_optim.rules.rule import Rule
+from lightning_optim.stepping.new_state import NewState
+from lightning_optim.stepping.shards import Shards, local, shards_of
+from lightning_optim.stepping.sight import as_seen, share_memory, view_of
+from lightning_optim.stepping.tensors import check_gradient, check_slot, check_weight, counted, usable_counter
+from lightning_optim.stepping.undo import undo_name
+
+Group = dict[str, Any]
+
+#: What of an update a Program does: all of it; its direction alone; or the move along a direction that is given in
+#: place of the gradient.
+Part = Literal["all", "direction", "move"]
+
+make_update = lru_cache(maxsize=None)(Update)  # few distinct ones; each is traced once per process
+
+
+class Method(Protocol):
+    """What an optimizer class says about itself: see :class:`~lightning_optim.optimizers.base.RuleOptimizer`."""
+
+    rule: Rule
+
+    def public_name(self) -> str:
+        """The name under which users know it."""
+
+    def flags(self, group: Group, p: Tensor, fresh: bool) -> dict[str, bool]:
+        """Values of the rule's flags."""
+
+    def decay(self, group: Group) -> Decay:
+        """How weight decay is applied."""
+
+    def scalars(self, group: Group) -> dict[str, float | Tensor]:
+        """The numbers of a param group, by the rule's names."""
+
+
+class Owner(Protocol):
+    """What holds the parameters and the state: a ``torch.optim.Optimizer``."""
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The groups of parameters with their options."""
+
+    @property
+    def state(self) -> Any:
+        """By parameter, a dict of slots."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for all parameters of one optimizer.
+
+    Attributes:
+        engine: Name of the engine, or ``"auto"``.
+        rounding: See :class:`~lightning_optim.rules.policy.Policy`.
+        state_dtype: Storage type of new slots; None: float32 (float64 for float64 weights).
+        max_grad_norm: Clip the global norm of the gradients to this, inside the step; None: no clipping.
+        capture: Record the step as a CUDA graph.
+    """
+
+    engine: str = "auto"
+    rounding: Rounding = "nearest"
+    state_dtype: torch.dtype | None = None
+    max_grad_norm: float | None = None
+    capture: bool = False
+
+
+@dataclass
+class Member:
+    """A parameter that has a gradient at this step.
+
+    Attributes:
+        index: Its place among the gradients of this step.
+        param: The parameter.
+        row: The number of its param group.
+        id: Its number among all parameters of the optimizer.
+        fresh: Whether it has no slots yet, and its first update differs from the later ones.
+        label: The parameter in words, for messages.
+    """
+
+    index: int
+    param: Tensor
+    row: int
+    id: int
+    fresh: bool
+    label: str
+
+
+@dataclass
+class Planned:
+    """A bucket, its engine, and how it is filled at every step.
+
+    Attributes:
+        bucket: What the engine is given.
+        engine: The engine.
+        decision: Why it is this one.
+        params: The bucket's parameters.
+        forms: Their sizes, strides, types and devices, as the engine sees them.
+        sources: The place of each one's gradient among those of the step.
+        view: How the engine must look at the tensors (complex numbers as pairs, a DTensor's shard), or None.
+        shards: Over what the bucket's tensors are divided, if the engine is given their local parts.
+        reorder: Whether gradients lie in memory otherwise than their parameters, and must be copied in order.
+        strict: Whether all tensors are torch's own and have addresses.
+        reading: Of all tensors when they were last found to be as planned.
+        writes: The memory that was written then; None if parts of it were written more than once.
+        lengths: Bytes of each gradient.
+    """
+
+    bucket: Bucket
+    engine: Engine
+    decision: Decision
+    params: list[Tensor]
+    forms: list[Any]
+    sources: list[int]
+    view: Callable[[Tensor], Tensor] | None
+    shards: Shards
+    reorder: bool
+    strict: bool
+    reading: Reading | None = None
+    writes: Ranges | None = None
+    lengths: array[int] = field(default_factory=lambda: array("q"))
+
+
+class Planner:
+    """Divides the parameters of an optimizer into buckets.
+
+    Args:
+        owner: Has ``param_groups`` and ``state``.
+        method: The rule, and how a param group's options map to its inputs.
+        options: What holds for all groups.
+        native_state: Create slots in the weight's dtype, as torch's own optimizers do.
+        part: What of an update the buckets do.
+    """
+
+    def __init__(self, owner: Owner, method: Method, options: Options, native_state: bool, part: Part = "all") -> None:
+        self.owner = owner
+        self.part = part
+        self.method = method
+        self.options = options
+        self.native_state = native_state
+        #: The parameters' numbers, for the noise of stochastic rounding; None: as they are counted.
+        self.numbers: Sequence[int] | None = None
+
+    def slot_dtype(self, p: Tensor, slot: str) -> torch.dtype:
+        """The storage type of a new slot of parameter ``p``."""
+        if slot == KAHAN_SLOT or self.native_state:
+            return p.dtype
+        wide = p.dtype in (torch.float64, torch.complex128)
+        real = self.options.state_dtype or (torch.float64 if wide else torch.float32)
+        return real.to_complex() if p.is_complex() else real
+
+    def slots(self, group: Group, p: Tensor) -> tuple[str, ...]:
+        """Names of the slots that parameter ``p`` has."""
+        return self._update(group, p, fresh=False).slots
+
+    def counts_steps(self) -> bool:
+        """Whether the state has a ``step``."""
+        return self.method.rule.counts_steps or self.options.rounding == "stochastic"
+
+    def members(self, found: Sequence[Tensor | None]) -> list[Member]:
+        """The parameters that have a gradient, from the gradient or None of every parameter.
+
+        Raises:
+            RuntimeError: A gradient that is sparse, or of another shape, device or kind of number than its parameter; a
+                weight that cannot be written.
+        """
+        members: list[Member] = []
+        places = [
+            (row, group, index)
+            for row, group in enumerate(self.owner.param_groups)
+            for index in range(len(group["params"]))
+        ]
+        for number, ((row, group, index), g) in enumerate(zip(places, found, strict=True)):
+            if g is not None:
+                p = group["params"][index]
+                label = f"parameter {number} ({_named(group, index)}shape {tuple(p.shape)}, {p.device})"
+                check_weight(label, p)
+                check_gradient(label, p, g)
+                id = number if self.numbers is None else self.numbers[number]
+                members.append(Member(len(members), p, row, id, self._fresh(group, p), label))
+        return members
+
+    def _fresh(self, group: Group, p: Tensor) -> bool:
+        state = self.owner.state.get(p) or {}
+        if any(state.get(slot) is not None for slot in self.method.rule.all_slots):
+            return False
+        return self.method.flags(group, p, True) != self.method.flags(group, p, False)
+
+    def static(self, group: Group) -> tuple[Any, ...]:
+        """What of a group's options is compiled in, and may have been changed since the last step."""
+        flags = self.method.flags(group, group["params"][0], False) if group["params"] else {}
+        switches = [value for value in group.values() if isinstance(value, bool)]  # a flag may depend on the parameter
+        return (self.method.decay(group), *flags.values(), *switches)
+
+    def _update(
+        self, group: Group, p: Tensor, *, fresh: bool, copy: bool = False, scaled: bool = False, undo: bool = False
+    ) -> Update:
+        flags = {name: bool(value) for name, value in self.method.flags(group, p, fresh).items()}
+        rule = self.method.rule
+        options = self.options
+        low: tuple[str, ...] = ()
+        if options.rounding == "stochastic":
+            low = tuple(s for s in rule.slots(flags) if self._stored_dtype(p, s) == torch.bfloat16)
+        decay = self.method.decay(group)
+        if self.part != "all" and (decay == "l2") != (self.part == "direction"):
+            decay = "none"  # L2 is the gradient's, all others are the weight's
+        policy = Policy(
+            decay=decay,
+            cautious=bool(group.get("cautious", False)) and self.part == "all",
+            maximize=bool(group.get("maximize", False)) and self.part != "move",
+            scaled=scaled,
+            rounding=options.rounding,
+            weight_dtype=dtype_name(p.dtype),
+            low_precision_slots=low,
+            copy=copy,
+            undo=undo,
+            direction=self.part == "direction",
+        )
+        return make_update(rule, policy, tuple(sorted(flags.items())))
+
+    def _stored_dtype(self, p: Tensor, slot: str) -> torch.dtype:
+        value = self.owner.state.get(p, {}).get(slot) if p in self.owner.state else None
+        return value.dtype if isinstance(value, Tensor) else self.slot_dtype(p, slot)
+
+    def _plain(self, p: Tensor, g: Tensor, update: Update, copies: Mapping[Tensor, Tensor] | None) -> bool:
+        state = self.owner.state.get(p) or {}
+        slots = [state[slot] for slot in update.slots if isinstance(state.get(slot), Tensor)]
+        if hasattr(p, "to_local"):
+            slots = [local(slot) for slot in slots]
+        return all(map(is_plain, [g, *slots, *([copies[p]] if copies is not None else [])]))
+
+    @of_normal_tensors
+    def prepare(self, members: list[Member], new: NewState) -> None:
+        """Create the state that is missing, and bring loaded state into the form that engines expect.
+
+        Args:
+            members: The parameters.
+            new: Is told of what is created.
+
+        Raises:
+            RuntimeError: State that does not fit its parameter.
+        """
+        for member in members:
+            p, label = member.param, member.label
+            slots = self.slots(self.owner.param_groups[member.row], p)
+            if not slots and not self.counts_steps():
+                continue  # no state, also no empty one: as torch has it
+            values = new.of(self.owner.state, p)
+            if not isinstance(values, dict):
+                raise RuntimeError(f"{label}: its state is {values!r}; valid: a dict")
+            if self.counts_steps():
+                step = values.get("step")
+                if step is None:
+                    new.put(p, values, "step", torch.zeros((), dtype=torch.float32, device="cpu"))
+                elif not usable_counter(step):
+                    values["step"] = torch.tensor(counted(label, step), dtype=torch.float32, device="cpu")
+            for slot in slots:
+                value = values.get(slot)
+                if value is None:
+                    zeros = torch.zeros_like(p, dtype=self.slot_dtype(p, slot), memory_format=torch.preserve_format)
+                    new.put(p, values, slot, zeros)
+                    continue
+                check_slot(label, p, slot, value)
+                if is_plain(local(p)) and is_dense(p):
+                    value = in_order_of(value, p)
+                elif is_lazy(value) or (is_plain(value) and overlaps_itself(value)):
+                    value = torch.empty_like(value, memory_format=torch.contiguous_format).copy_(value)
+                if value.is_inference() and not torch.is_inference_mode_enabled():
+                    value = value.clone()  # which can be written here
+                values[slot] = value
+
+    def build(
+        self,
+        members: list[Member],
+        gradients: Sequence[Tensor],
+        copies: Mapping[Tensor, Tensor] | None,
+        scaled: bool,
+        undo: bool = False,
+        new: NewState | None = None,
+    ) -> list[Planned]:
+        """The buckets for these members and their gradients.
+
+        Args:
+            members: The parameters.
+            gradients: The gradient of each.
+            copies: For each parameter, a tensor to which the new weight is written too, if it is wanted.
+            scaled: Whether gradients are to be multiplied by ``grad_scale``.
+            undo: Whether the old values are kept.
+            new: What :meth:`prepare` has created.
+        """
+        same: dict[tuple[Any, ...], list[Member]] = {}
+        for member, g in zip(members, gradients, strict=True):
+            p, group = member.param, self.owner.param_groups[member.row]
+            update = self._update(group, p, fresh=member.fresh, copy=copies is not None, scaled=scaled, undo=undo)
+            dtypes = {"p": p.dtype, "g": g.dtype}
+            dtypes.update({slot: self._stored_dtype(p, slot) for slot in update.slots})
+            if copies is not None:
+                dtypes["copy"] = copies[p].dtype
+            if undo:
+                dtypes.update({undo_name(name): dtypes[name] for name in ("p", *update.slots)})
+            view = view_of(p, g, update)
+            shards = shards_of(p) if view is local else ()
+            layout = Layout(
+                math=torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32,
+                dtypes=tuple((name, dtype.to_real()) for name, dtype in dtypes.items()),
+            )
+            seen = p if view is not local else view(p)
+            dense = is_plain(seen) and is_dense(seen)  # of other classes, the order in memory is not seen
+            plain = self._plain(p, g if view is not local else view(g), update, copies)
+            key = (update, layout, p.device, dense, plain, view, shards)
+            same.setdefault(key, []).append(member)
+        plan = []
+        for (update, layout, device, dense, plain, view, shards), bucket_members in same.items():
+            params = [m.param for m in bucket_members]
+            sources = [m.index for m in bucket_members]
+            weights = as_seen(view, "p", params)
+            given = as_seen(view, "g", [gradients[i] for i in sources])
+            bucket = Bucket(
+                update=update,
+                layout=layout,
+                device=device,
+                tensors={"p": weights},
+                steps=None,
+                rows=array("i", [m.row for m in bucket_members]),
+                ids=array("i", [m.id for m in bucket_members]),
+                sizes=tuple(p.numel() for p in weights),
+                plain=plain,
+                dense=dense,
+                aliased=self._aliased(params, update, [gradients[i] for i in sources], copies),
+                label=f"{self.method.public_name()}, {_described(layout, device, len(bucket_members))}",
+            )
+            engine, decision = choose(bucket, self.options.engine)
+            if "step" in update.program.scalars:
+                self._place_counters(params, counter_device(engine, device), new or NewState())
+            reorder = dense and not all(map(operator.is_, map(in_order_of, given, weights), given))
+            forms = list(map(form, weights))
+            strict = plain and all(map(has_address, weights))
+            plan.append(Planned(bucket, engine, decision, params, forms, sources, view, shards, reorder, strict))
+        return plan
+
+    def _aliased(
+        self, params: list[Tensor], update: Update, gradients: list[Tensor], copies: Mapping[Tensor, Tensor] | None
+    ) -> bool:
+        states = [self.owner.state.get(p) or {} for p in params]  # none yet, if this is but a report
+        slots = [value for s in states for name in (*update.slots, "step") if isinstance(value := s.get(name), Tensor)]
+        return share_memory(params, gradients, slots, [copies[p] for p in params] if copies is not None else [])
+
+    def _place_counters(self, params: list[Tensor], device: torch.device, new: NewState) -> None:
+        """Move step counters to where the engine keeps them."""
+        for p in params:
+            state = self.owner.state.get(p) or {}  # none yet, if this is but a report
+            if isinstance(step := state.get("step"), Tensor) and step.device != device:
+                # To a device without waiting; from one, the host must have waited before it reads.
+                new.replace(p, state, "step", step.to(device, non_blocking=device.type != "cpu"))
+
+
+def counter_device(engine: Engine, device: torch.device) -> torch.device:
+    """Where an engine keeps the step counters of weights on ``device``."""
+    return device if engine.controls_on_device else torch.device("cpu")
+
+
+def _described(layout: Layout, device: torch.device, count: int) -> str:
+    dtypes = ", ".join(f"{name} {dtype_name(dtype)}" for name, dtype in layout.dtypes)
+    return f"{count} tensors on {device} ({dtypes})"
+
+
+def _named(group: Group, index: int) -> str:
+    return f"{group['param_names'][index]!r}, " if "param_names" in group else ""
