@@ -11,8 +11,8 @@ from lightning_optim.optimizers.adam import AdamOptim
 from lightning_optim.optimizers.adamw import AdamWOptim
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.optimizers.sgd import SGDOptim
+from lightning_optim.stepping.method import Options, Owner
 from lightning_optim.stepping.options import check_option
-from lightning_optim.stepping.plan import Options, Owner
 from lightning_optim.stepping.stepper import Stepper
 from lightning_optim.stepping.tensors import problem_of_weight
 

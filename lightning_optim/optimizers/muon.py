@@ -22,8 +22,8 @@ from lightning_optim.rules.policy import Rounding
 from lightning_optim.rules.rule import Rule
 from lightning_optim.stepping.divided import divided_by
 from lightning_optim.stepping.matrix import MatrixStepper, matrices
+from lightning_optim.stepping.method import Group, Options, Owner
 from lightning_optim.stepping.options import check_option
-from lightning_optim.stepping.plan import Group, Options, Owner
 from lightning_optim.stepping.primitives import primitive
 from lightning_optim.stepping.split_groups import tie
 from lightning_optim.stepping.stepper import Stepper
