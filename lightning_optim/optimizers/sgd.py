@@ -76,6 +76,8 @@ class SGDOptim(RuleOptimizer):
     tensor([ 0.8000, -1.6000])
     """
 
+    paper = "Sutskever et al., ICML 2013"
+    torch_equivalent = torch.optim.SGD
     rule = Rule(sgd, optional={"momentum_buffer": "has_momentum"})
     default_decay: ClassVar[Decay] = "l2"
 
