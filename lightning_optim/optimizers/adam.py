@@ -87,6 +87,8 @@ class AdamOptim(RuleOptimizer):
     tensor([ 0.9000, -1.9000])
     """
 
+    paper = "arXiv:1412.6980"
+    torch_equivalent = torch.optim.Adam
     rule = ADAM
     default_decay: ClassVar[Decay] = "l2"
 

@@ -59,6 +59,8 @@ class AdamWOptim(RuleOptimizer):
     tensor([ 0.8500, -1.8000])
     """
 
+    paper = "arXiv:1711.05101"
+    torch_equivalent = torch.optim.AdamW
     rule = ADAM
 
     def __init__(

@@ -54,6 +54,10 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[Rule]
+    #: Where it is defined.
+    paper: ClassVar[str]
+    #: The class of ``torch.optim`` with which state and results are interchangeable, if any.
+    torch_equivalent: ClassVar[type[torch.optim.Optimizer] | None] = None
     #: How weight decay is applied where the group has no ``decoupled_weight_decay`` of its own.
     default_decay: ClassVar[Decay] = "decoupled"
     #: The constructor's options that hold for all groups, as they were given.

@@ -87,6 +87,7 @@ class LAMB(RuleOptimizer):
     tensor([[ 2.6464, -3.6464]])
     """
 
+    paper = "arXiv:1904.00962"
     rule = Rule(lamb)
 
     def __init__(

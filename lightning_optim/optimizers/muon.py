@@ -159,6 +159,7 @@ class MuonOptim(RuleOptimizer):
     False 0.001 ['embed.weight', 'hidden.bias']
     """
 
+    paper = "https://kellerjordan.github.io/posts/muon"
     rule = Rule(muon)
     _in_constructor = False
 

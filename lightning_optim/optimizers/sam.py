@@ -96,6 +96,7 @@ class SAM(Optimizer):
     tensor([2.6700, 3.5600])
     """
 
+    paper = "arXiv:2010.01412"
     param_groups = _Shared()
     state = _Shared()
     defaults = _Shared()

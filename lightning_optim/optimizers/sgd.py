@@ -77,6 +77,8 @@ class SGDOptim(RuleOptimizer):
     tensor([ 0.8000, -1.6000])
     """
 
+    paper = "Sutskever et al., ICML 2013"
+    torch_equivalent = torch.optim.SGD
     rule = Rule(sgd, slots={"momentum_buffer": Slot(when="has_momentum")})
     default_decay: ClassVar[Decay] = "l2"
 

@@ -126,6 +126,8 @@ class LBFGSOptim(ClosureOptimizer):
     tensor([1.0000, 1.0000], dtype=torch.float64)
     """
 
+    paper = "Byrd, Nocedal and Schnabel, 1994"
+
     def __init__(
         self,
         params: ParamsT,
