@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 from lightning_optim.engines.base import requested_engine
 from lightning_optim.engines.scaling import LossScale
 from lightning_optim.param_groups import Kinds
+from lightning_optim.primitives import primitive, primitives
 from lightning_optim.rules.policy import ROUNDINGS, Decay, Rounding
 from lightning_optim.rules.rule import Rule
 from lightning_optim.stepping.divided import refuse_a_part
@@ -22,7 +23,6 @@ from lightning_optim.stepping.group_keys import check_keys
 from lightning_optim.stepping.loading import load_groups, load_state, readable
 from lightning_optim.stepping.method import Group, Inputs, Options, Owner
 from lightning_optim.stepping.options import check_option, check_options, check_parameters, each_once, parse_dtype
-from lightning_optim.stepping.primitives import primitive, primitives
 from lightning_optim.stepping.stepper import Stepper
 
 #: Options that every saved state of an optimizer has that knows them.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.engines.memory import is_dense
+from lightning_optim.primitives import primitive
 from lightning_optim.rules.policy import KAHAN_SLOT
 from lightning_optim.rules.rule import Rule
 from lightning_optim.rules.slots import Slot
@@ -19,7 +20,6 @@ from lightning_optim.stepping.group_keys import near_miss
 from lightning_optim.stepping.names import by_name
 from lightning_optim.stepping.options import CHOICES, RANGES, SWITCHES, check_option
 from lightning_optim.stepping.preparing import zeros_for
-from lightning_optim.stepping.primitives import primitive
 
 if TYPE_CHECKING:
     from lightning_optim.stepping.method import Group
