@@ -35,9 +35,9 @@ from lightning_optim.stepping.undo import undo_name
 
 Group = dict[str, Any]
 
-#: What of an update a Program does: all of it; its direction alone; or the move along a direction that is given in
-#: place of the gradient.
-Part = Literal["all", "direction", "move"]
+#: What of an update a Program does: all of it; its direction alone; a second direction, from what has been made of the
+#: first; or the move along a direction that is given in place of the gradient.
+Part = Literal["all", "direction", "within", "move"]
 
 make_update = lru_cache(maxsize=None)(Update)  # few distinct ones; each is traced once per process
 
@@ -228,19 +228,19 @@ class Planner:
         if options.rounding == "stochastic":
             low = tuple(s for s in rule.slots(flags) if self._stored_dtype(p, s) == torch.bfloat16)
         decay = self.method.decay(group)
-        if self.part != "all" and (decay == "l2") != (self.part == "direction"):
+        if self.part == "within" or (self.part != "all" and (decay == "l2") != (self.part == "direction")):
             decay = "none"  # L2 is the gradient's, all others are the weight's
         policy = Policy(
             decay=decay,
             cautious=bool(group.get("cautious", False)) and self.part == "all",
-            maximize=bool(group.get("maximize", False)) and self.part != "move",
+            maximize=bool(group.get("maximize", False)) and self.part in ("all", "direction"),
             scaled=scaled,
             rounding=options.rounding,
             weight_dtype=dtype_name(p.dtype),
             low_precision_slots=low,
             copy=copy,
             undo=undo,
-            direction=self.part == "direction",
+            direction=self.part in ("direction", "within"),
         )
         return make_update(rule, policy, tuple(sorted(flags.items())))
 
