@@ -55,7 +55,7 @@ class OptimizerInfo:
         """
         if not issubclass(self.cls, RuleOptimizer):
             return "closure" if getattr(self.cls, "needs_closure", False) else "wrapper"
-        if issubclass(self.cls, Muon):
+        if self.cls.matrix_rule is not None:
             return "matrix"
         weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.float32, device="cpu"))
         # What a group would hold: making an optimizer would import torch's compiler, which takes seconds.

@@ -53,6 +53,7 @@ class Orthogonalized(Transform):
     """Newton–Schulz, with the size of the update in the last step's polynomial."""
 
     any_order = True
+    workspace = 2  # bfloat16
 
     def shape(self, group: Group, p: Tensor) -> tuple[int, ...] | None:
         """See :meth:`Transform.shape`."""

@@ -62,6 +62,15 @@ class Sizes:
         self._planner_of = _planners(optimizer)
         self.by_rule = self._planner_of is not None
 
+    def matrices(self) -> tuple[list[Tensor], int]:
+        """The parameters that are stepped as whole matrices, and the device memory that their directions take."""
+        cls: Any = type(self.optimizer)
+        if not isinstance(self.optimizer, RuleOptimizer) or cls.matrix_rule is None:
+            return [], 0
+        groups = self.optimizer.param_groups
+        found = [p for group in groups for p in group["params"] if p in self.masters and cls.by_matrices(group, p)]
+        return found, cls.matrix_rule.transform.workspace * numbers_in(found)
+
     def in_buckets(self) -> bool:
         """Whether a detached step can be done bucket by bucket, rather than by the optimizer's own step."""
         if isinstance(self.optimizer, RuleOptimizer):

@@ -20,12 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import Parameter, Signature
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_optim.rules.rule import Rule
+from lightning_optim.rules.slots import Slot
 
 Group = dict[str, Any]
 
@@ -70,10 +72,12 @@ class Transform:
             slots. Then weights that lie in memory so are not copied.
         most: Of how many numbers a stack of several matrices may be; None: of any. What is stacked is copied, so this
             bounds the memory that a step takes for a while.
+        workspace: About how many bytes a step takes for a while for each number of a matrix, on a device.
     """
 
     any_order: ClassVar[bool] = False
     most: ClassVar[int | None] = None
+    workspace: ClassVar[int] = 4
 
     def shape(self, group: Group, p: Tensor) -> tuple[int, ...] | None:
         """As how many matrices a weight is stepped, and of which shape; None for one that stays as it is.
@@ -130,6 +134,7 @@ class MatrixRule:
         transform: What is done to whole matrices.
         within: A rule for what the transform has made, which is then transformed back; None: the move comes next.
         move: How a weight follows what comes out. Weight decay and rounding are here.
+        slots: What is kept beside the slots of the rules, for the transform.
         begins: Whether a weight's first gradient only makes its state.
         interval: The option that says after how many steps the state is renewed; None: none is.
     """
@@ -138,13 +143,27 @@ class MatrixRule:
     transform: Transform
     within: Rule | None = None
     move: Rule = FOLLOW
+    slots: Mapping[str, Slot] = field(default_factory=dict)
     begins: bool = False
     interval: str | None = None
 
     @cached_property
     def state(self) -> Rule:
-        """All that is kept for a weight, as the slots of one rule."""
-        return self.direction
+        """All that is kept for a weight, as the slots of one rule, which no engine runs."""
+        rules = [rule for rule in (self.direction, self.within, self.move) if rule is not None]
+        slots = {name: slot for rule in rules for name, slot in rule.slots.items()} | dict(self.slots)
+        conditions = (flag for slot in self.slots.values() for flag in (slot.when, slot.unless) if flag is not None)
+        flags = dict.fromkeys([flag for rule in rules for flag in rule.flags] + [*conditions])
+        scalars = dict.fromkeys(name for rule in rules for name in rule.scalars)
+
+        def kept(p: Any, g: Any, **named: Any) -> Any:
+            return (g, *(named[name] for name in slots if name in named))
+
+        parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("p", "g", *slots)]
+        parameters += [Parameter(name, Parameter.KEYWORD_ONLY) for name in scalars]
+        parameters += [Parameter(name, Parameter.KEYWORD_ONLY, annotation=bool) for name in flags]
+        kept.__signature__ = Signature(parameters)  # type: ignore[attr-defined] # read by `inspect.signature`
+        return Rule(kept, slots=slots)
 
     def due(self, group: Mapping[str, Any]) -> bool:
         """Whether the next step of a group renews the state: the first step of all never does."""
