@@ -18,15 +18,15 @@ from lightning_optim.known_as import known_as
 from lightning_optim.optimizers.adam import ADAM
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.param_groups import Kinds
+from lightning_optim.primitives import primitive
 from lightning_optim.rules.matrix import MatrixRule, Stack, Transform
 from lightning_optim.rules.ops import lerp
 from lightning_optim.rules.policy import Rounding
 from lightning_optim.rules.rule import Rule
 from lightning_optim.stepping.divided import divided_by
+from lightning_optim.stepping.links import Rest
+from lightning_optim.stepping.method import Group
 from lightning_optim.stepping.options import check_option
-from lightning_optim.stepping.plan import Group
-from lightning_optim.stepping.primitives import primitive
-from lightning_optim.stepping.routed import Rest
 from lightning_optim.stepping.split_groups import tie
 from lightning_optim.warnings import warn_once
 
@@ -202,6 +202,7 @@ class MuonOptim(RuleOptimizer):
     False 0.001 ['embed.weight', 'hidden.bias']
     """
 
+    paper = "https://kellerjordan.github.io/posts/muon"
     rule = Rule(muon)
     matrix_rule = MatrixRule(rule, Orthogonalized(), move=Rule(move))
     rest = Rest(ADAM, "AdamW", {"amsgrad": False})

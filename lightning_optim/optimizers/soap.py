@@ -9,23 +9,20 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.engines.eigenbases import Bases, eigenbasis, products, refined, reordered, rotate
-from lightning_optim.known_as import known_as
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.rules.matrix import GRADIENT, MatrixRule, Stack, Transform
 from lightning_optim.rules.ops import lerp, sqrt
 from lightning_optim.rules.policy import Decay, Rounding
 from lightning_optim.rules.rule import Rule
 from lightning_optim.rules.slots import Slot
-from lightning_optim.stepping.plan import Group
-from lightning_optim.stepping.routed import Rest
+from lightning_optim.stepping.links import Rest
+from lightning_optim.stepping.method import Group
 
 #: Weights have at most so many dimensions: as many as the kernel of a convolution in space.
 MOST_DIMENSIONS = 5
 
 
-def soap(
-    p: Any, g: Any, exp_avg: Any, exp_avg_sq: Any, *, lr: Any, beta1: Any, beta2: Any, eps: Any, step: Any
-) -> Any:
+def soap(p: Any, g: Any, exp_avg: Any, exp_avg_sq: Any, *, lr: Any, beta1: Any, beta2: Any, eps: Any, step: Any) -> Any:
     """The rule of Adam as SOAP's authors have it: with eps beside the square root before its bias is corrected."""
     exp_avg = lerp(exp_avg, g, 1 - beta1)
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * (g * g)
@@ -115,7 +112,6 @@ _SLOTS = {
 }
 
 
-@known_as("SOAP")
 class SOAP(RuleOptimizer):
     r"""SOAP: Adam in the slowly turning eigenbases of Shampoo's preconditioners.
 
@@ -180,6 +176,7 @@ class SOAP(RuleOptimizer):
     tensor([[ 0.9550, -1.9110]])
     """
 
+    paper = "arXiv:2409.11321"
     rule = Rule(soap)
     matrix_rule = MatrixRule(
         GRADIENT, Eigenbases(), within=rule, slots=_SLOTS, begins=True, interval="precondition_frequency"

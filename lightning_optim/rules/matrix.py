@@ -151,6 +151,8 @@ class MatrixRule:
     def state(self) -> Rule:
         """All that is kept for a weight, as the slots of one rule, which no engine runs."""
         rules = [rule for rule in (self.direction, self.within, self.move) if rule is not None]
+        if not self.slots and not any(rule.slots for rule in rules[1:]):
+            return self.direction
         slots = {name: slot for rule in rules for name, slot in rule.slots.items()} | dict(self.slots)
         conditions = (flag for slot in self.slots.values() for flag in (slot.when, slot.unless) if flag is not None)
         flags = dict.fromkeys([flag for rule in rules for flag in rule.flags] + [*conditions])

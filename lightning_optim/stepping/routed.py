@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,79 +18,18 @@ from torch import Tensor
 from lightning_optim.engines.base import Decision
 from lightning_optim.engines.progress import Progress, Write
 from lightning_optim.engines.scaling import LossScale, Scaling
-from lightning_optim.rules.matrix import MatrixRule, Stack
-from lightning_optim.rules.policy import Decay
+from lightning_optim.rules.matrix import Stack
 from lightning_optim.rules.rule import Rule
+from lightning_optim.stepping.links import Link, RoutedMethod
 from lightning_optim.stepping.matrices import Batch, Kind, as_slot, as_weight, lies_transposed
-from lightning_optim.stepping.plan import Group, Method, Options, Owner, Part, Planner
-from lightning_optim.stepping.scalars import scalars_of
+from lightning_optim.stepping.method import UPDATES, Group, Inputs, Options, Owner, Part
+from lightning_optim.stepping.plan import Member, Planner
+from lightning_optim.stepping.preparing import prepare
 from lightning_optim.stepping.shards import LocalSquares, is_distributed, local, shards_of
 from lightning_optim.stepping.split_groups import follow
 from lightning_optim.stepping.stepper import Stepper
 from lightning_optim.stepping.undo import UndoBuffers
 from lightning_optim.warnings import warn_once
-
-
-@dataclass(frozen=True)
-class Rest:
-    """The element-wise rule of parameters that are no matrices.
-
-    Attributes:
-        rule: The rule.
-        name: Of it, for reports.
-        flags: Values of its flags that are no options of the optimizer.
-    """
-
-    rule: Rule
-    name: str
-    flags: Mapping[str, bool] = field(default_factory=dict)
-
-
-class RoutedMethod(Method, Protocol):
-    """What an optimizer class with a matrix rule says about itself."""
-
-    matrix_rule: MatrixRule
-    rest: Rest
-
-    def by_matrices(self, group: Group, p: Tensor) -> bool:
-        """Whether the matrix rule steps a parameter; else the rest's rule does."""
-
-
-class Link:
-    """One rule of several by which an optimizer steps, as a Method.
-
-    Args:
-        method: The optimizer.
-        rule: The rule.
-        name: Of it, for reports; None: it is what the optimizer is named after.
-        flags: Values of its flags that are no options of the optimizer.
-    """
-
-    def __init__(
-        self, method: Method, rule: Rule, name: str | None = None, flags: Mapping[str, bool] | None = None
-    ) -> None:
-        self.method, self.rule = method, rule
-        self._name, self._flags = name, dict(flags or {})
-
-    def public_name(self) -> str:
-        """See :class:`Method`."""
-        name = self.method.public_name()
-        return name if self._name is None else f"{name}'s {self._name}"
-
-    def flags(self, group: Group, p: Tensor, fresh: bool) -> dict[str, bool]:
-        """See :class:`Method`."""
-        if not self.rule.flags:
-            return {}
-        known = {**self.method.flags(group, p, fresh), **self._flags}
-        return {name: known[name] if name in known else bool(group[name]) for name in self.rule.flags}
-
-    def decay(self, group: Group) -> Decay:
-        """See :class:`Method`."""
-        return self.method.decay(group)
-
-    def scalars(self, group: Group) -> dict[str, float | Tensor]:
-        """See :class:`Method`."""
-        return {**scalars_of(self.rule, group), **self.method.scalars(group)}
 
 
 class RoutedStepper(Stepper):
@@ -123,12 +60,15 @@ class RoutedStepper(Stepper):
         self._move = link(rule.move, "moves", "move")
         #: What knows all that is kept for a matrix.
         self._keeper = self._direct.planner
+        if rule.state is not rule.direction:
+            self._keeper = Planner(self.owner, Link(method, rule.state), options, native_state=False)
         self._has_rest = self._has_matrices = self._is_within = self._is_moving = self._left_out = False
         self._batches: list[Batch] = []
         self._inputs: dict[Tensor, Tensor] = {}  # of the rule within
         self._updates: dict[Tensor, Tensor] = {}  # of the moves
         self._copies: Mapping[Tensor, Tensor] | None = None
         self._beginning: dict[Tensor, Tensor] = {}  # the gradients of parameters whose state is only made
+        self._counts: list[Write] = []
         self._written = Progress()  # of the state of matrices, batch after batch, and then of what begins
 
     def plan(
@@ -136,6 +76,7 @@ class RoutedStepper(Stepper):
         grads: Mapping[Tensor, Tensor] | None = None,
         copies: Mapping[Tensor, Tensor] | None = None,
         *,
+        inputs: Inputs | None = None,
         scaled: bool = False,
         undo: UndoBuffers | None = None,
     ) -> bool:
@@ -147,7 +88,7 @@ class RoutedStepper(Stepper):
             stepper._progress = []
         self._written, self._copies, self._left_out = Progress(), copies, False
         self._beginning = self._beginners(grads)
-        self._has_rest = super().plan(grads, copies, scaled=scaled)
+        self._has_rest = super().plan(grads, copies, inputs=inputs, scaled=scaled)
         given, directions = self._lay_out(grads)
         try:
             self._prepare(given)
@@ -206,6 +147,7 @@ class RoutedStepper(Stepper):
             self._left_out = self._skip or self._direct._skip
         else:
             self._left_out = scaling is not None and scaling.skip()
+        self._counts = self._counting()
 
     def _go_on(self) -> None:
         if self._has_matrices:
@@ -223,8 +165,8 @@ class RoutedStepper(Stepper):
         self._written.finish()
         while (index := self._written.parts) < len(self._batches):
             self._written.write(self._renewed(self._batches[index]))
-        if self._beginning and self._written.parts == len(self._batches):
-            self._written.write(self._begun())
+        if self._written.parts == len(self._batches):
+            self._written.write([*self._begun(), *self._counts])
         if not self._updates:
             return
         if not self._is_moving:
@@ -273,6 +215,14 @@ class RoutedStepper(Stepper):
                 stored = self.owner.state[p][slot]
                 writes.append(partial(stored.copy_, as_slot(part, stored)))
         return [*writes, partial(batch.let_go)]
+
+    def _counting(self) -> list[Write]:
+        """What counts one more step of the groups whose matrices are stepped, if their steps are counted."""
+        if self.rule.interval is None:
+            return []
+        stepped = {p for batch in self._batches for p, _ in batch.weights}
+        groups = [group for group in self.owner.param_groups if not stepped.isdisjoint(group["params"])]
+        return [partial(group.__setitem__, UPDATES, group.get(UPDATES, 0) + 1) for group in groups]
 
     def _begun(self) -> list[Write]:
         """What a parameter's first gradient leaves beside its state: a copy is of the weight as it is."""
@@ -362,10 +312,30 @@ class RoutedStepper(Stepper):
         """Make the state that no plan of a Program makes: before anything is written, as theirs."""
         places = self._places()
         if self._keeper is not self._direct.planner:
-            self._keeper.prepare(self._keeper.members([given.get(p) for _, p in places]), self._new)
+            members = self._keeper.members([given.get(p) for _, p in places])
+            for member in members:
+                if self.rule.begins and member.param not in self._beginning:
+                    self._check_begun(member)
+            prepare(self._keeper, members, self._new)
         if self._beginning:
             rest = [None if p in given else self._beginning.get(p) for _, p in places]
-            self.planner.prepare(self.planner.members(rest), self._new)
+            prepare(self.planner, self.planner.members(rest), self._new)
+
+    def _check_begun(self, member: Member) -> None:
+        """Check that what a first gradient has made is what the options ask for now.
+
+        Raises:
+            RuntimeError: It is not.
+        """
+        group, state = self.owner.param_groups[member.row], self.owner.state.get(member.param) or {}
+        slots = set(self._keeper.slots(group, member.param)) & set(self.rule.slots)
+        kept = {slot for slot in self.rule.slots if state.get(slot) is not None}
+        if slots != kept:
+            has = "no " * bool(slots - kept) + min(slots ^ kept)
+            raise RuntimeError(
+                f"{member.label}: its state has {has}, as by other options than those of its param group; valid: the "
+                "options with which it was begun, or an optimizer without its state"
+            )
 
     def _lay_out(self, grads: Mapping[Tensor, Tensor] | None) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
         """Batches for all matrices with a gradient; their gradients, and where their directions are written."""
