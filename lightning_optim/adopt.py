@@ -9,8 +9,8 @@ import torch
 from lightning_optim.engines.base import requested_engine
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.registry import OPTIMIZERS
+from lightning_optim.stepping.method import Options, Owner
 from lightning_optim.stepping.options import check_option
-from lightning_optim.stepping.plan import Options, Owner
 from lightning_optim.stepping.stepper import Stepper
 from lightning_optim.stepping.tensors import problem_of_weight
 

@@ -13,7 +13,7 @@ from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.rules.ops import lerp, minimum, norm, sqrt, where
 from lightning_optim.rules.policy import Rounding
 from lightning_optim.rules.rule import Rule
-from lightning_optim.stepping.plan import Group
+from lightning_optim.stepping.method import Group
 
 
 def lamb(
