@@ -5,8 +5,7 @@ Neutral: a loss, parameters, and whoever evaluates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -66,35 +65,36 @@ def hessian_vector(loss: Tensor, directions: Mapping[Tensor, Tensor]) -> dict[Te
     return dict(zip(params, products, strict=True))
 
 
-def hutchinson(groups: Iterable[Mapping[str, Any]], step: int, products: Products) -> dict[Tensor, Tensor]:
+def hutchinson(directions: Mapping[Tensor, Tensor], products: Products) -> dict[Tensor, Tensor]:
     r"""Hutchinson's estimate of the Hessian's diagonal: :math:`u \odot H u` with :math:`u \sim N(0, I)`.
 
-    Its expectation is the diagonal. The direction depends on the step and on each parameter's number alone, so that it
-    is the same in all processes, and in a run that is resumed.
+    Its expectation is the diagonal.
 
     Args:
-        groups: Param groups; parameters that require no gradient have no estimate.
-        step: The number of the step.
+        directions: By parameter, of :func:`normal_direction`; they are overwritten.
         products: Gives the products of the Hessian with a direction, by parameter.
 
     References:
         Liu et al., Sophia, arXiv:2305.14342, algorithm 1.
 
-    >>> weight = torch.nn.Parameter(torch.ones(4))
-    >>> estimate = hutchinson([{"params": [weight]}], 1, lambda u: {weight: 2 * u[weight]})[weight]
-    >>> bool((estimate >= 0).all()), torch.equal(estimate, 2 * direction(weight, 0, 1).square())
-    (True, True)
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    >>> loss = (weight**4).sum() / 12  # whose Hessian is diagonal: 1, 4
+    >>> u = normal_direction(weight, 0, 1)
+    >>> expected = u.square() * torch.tensor([1.0, 4.0])
+    >>> torch.allclose(hutchinson({weight: u}, lambda u: hessian_vector(loss, u))[weight], expected)
+    True
     """
-    params = [p for group in groups for p in group["params"]]
-    directions = {p: direction(p, number, step) for number, p in enumerate(params) if p.requires_grad}
     found = products(directions)
     with torch.no_grad():  # in the directions' memory, which is laid out as the parameters' is
         return {p: _multiply(u, found[p]) for p, u in directions.items()}
 
 
 @torch.no_grad()
-def direction(p: Tensor, number: int, step: int) -> Tensor:
+def normal_direction(p: Tensor, number: int, step: int) -> Tensor:
     """Independent normal numbers for each element of a parameter (two, if it is complex).
+
+    They depend on the two numbers alone, and so are the same in all processes, and in a run that is resumed; no
+    generator that others use is read or moved.
 
     Args:
         p: The parameter, of whose shape, type and device they are.
