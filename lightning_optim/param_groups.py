@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+
+from lightning_optim.checks import NONNEGATIVE, Range, check_number
 
 #: Tells parameters apart that an optimizer steps differently: from a parameter, its names and the modules that own it,
 #: to the kind's name and its options.
@@ -27,6 +28,8 @@ _EMBEDDING_TYPES = (nn.Embedding, nn.EmbeddingBag)
 _BIAS_NAME = re.compile(r"(^|_)bias(_|$)")
 # timm's mark, in a model's group_matcher, for parameters that join the group before them.
 _JOIN_PREVIOUS = 99999
+
+_LAYER_DECAY = Range(lambda x: 0 < x <= 1, "a number in (0, 1], None", none=True)
 
 
 @dataclass
@@ -325,15 +328,12 @@ def _place(name: str, matcher: Any) -> tuple[float, ...]:
 
 
 def _check_numbers(lr: float | None, weight_decay: float, layer_decay: float | None) -> None:
-    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("layer_decay", layer_decay)):
-        if value is None and name != "weight_decay":
-            continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name}={value!r} must be a number")
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}={value} must be finite and 0 or more")
-    if layer_decay is not None and not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay={layer_decay} must be in (0, 1]")
+    for name, value, valid in (
+        ("lr", lr, NONNEGATIVE.or_none()),
+        ("weight_decay", weight_decay, NONNEGATIVE),
+        ("layer_decay", layer_decay, _LAYER_DECAY),
+    ):
+        check_number("", name, value, valid)
     if layer_decay is not None and lr is None:
         raise ValueError(f"layer_decay={layer_decay} needs lr=..., which it multiplies for each layer")
 

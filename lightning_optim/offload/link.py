@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim.checks import NONNEGATIVE, POSITIVE, check_number
 from lightning_optim.offload.trace import Trace
 from lightning_optim.offload.transport import Ticket, Transport, copy_all
 
@@ -102,11 +103,9 @@ class SimulatedLink(Transport):
         seed: int = 0,
         trace: Trace | None = None,
     ) -> None:
-        if not bandwidth > 0:
-            raise ValueError(f"bandwidth={bandwidth!r}; valid: bytes per second, more than 0")
+        check_number("", "bandwidth", bandwidth, POSITIVE.described("bytes per second, more than 0"))
         for name, value in (("latency", latency), ("jitter", jitter)):
-            if not value >= 0:
-                raise ValueError(f"{name}={value!r}; valid: 0 or more")
+            check_number("", name, value, NONNEGATIVE.described("seconds, 0 or more"))
         self.bandwidth, self.latency, self.jitter, self.poison = bandwidth, latency, jitter, poison
         self.random = random.Random(seed)  # noqa: S311 # not for secrets
         self.trace = trace

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
+from lightning_optim.checks import POSITIVE_FINITE, SHARE, check_choice, check_ranges, check_switch
 from lightning_optim.engines.base import dtype_name, requested_engine
 from lightning_optim.engines.scaling import LossScale
 from lightning_optim.stepping.options import parse_dtype
@@ -20,6 +21,8 @@ Wait = Literal["step", "forward"]
 WAITS: tuple[Wait, ...] = get_args(Wait)
 
 MASTER_DTYPES = (torch.float32, torch.float64)
+
+_RANGES = {"bucket_mb": POSITIVE_FINITE.described("megabytes, more than 0"), "device_fraction": SHARE}
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,9 @@ class DetachedOptions:
         if parse_dtype("master_dtype", self.master_dtype) not in MASTER_DTYPES:
             valid = ", ".join(map(dtype_name, MASTER_DTYPES))
             raise ValueError(f"master_dtype={self.master_dtype!r}; valid: {valid}")
-        if self.clip not in CLIPS:
-            raise ValueError(f"clip={self.clip!r}; valid: {', '.join(CLIPS)}")
-        if not _is_number(self.bucket_mb) or not 0 < self.bucket_mb < float("inf"):
-            raise ValueError(f"bucket_mb={self.bucket_mb!r}; valid: megabytes, more than 0")
-        if not _is_number(self.device_fraction) or not 0 <= self.device_fraction <= 1:
-            raise ValueError(f"device_fraction={self.device_fraction!r}; valid: from 0 to 1")
-        if not isinstance(self.delay_one_step, bool):
-            raise ValueError(f"delay_one_step={self.delay_one_step!r}; valid: True, False")
+        check_choice("", "clip", self.clip, CLIPS)
+        check_ranges("", self, _RANGES)
+        check_switch("", "delay_one_step", self.delay_one_step)
         if self.delay_one_step and self.clip != "exact":
             raise ValueError(
                 f"delay_one_step=True with clip={self.clip!r}: an update that is late cannot be early; valid: one of "
@@ -86,8 +84,7 @@ class DetachedOptions:
                 f"delay_one_step=True with device_fraction={self.device_fraction!r}: weights on the device would "
                 "change while they are used; valid: one of them"
             )
-        if self.wait not in WAITS:
-            raise ValueError(f"wait={self.wait!r}; valid: {', '.join(WAITS)}")
+        check_choice("", "wait", self.wait, WAITS)
         if self.wait == "forward" and self.delay_one_step:
             raise ValueError("wait='forward' with delay_one_step=True, which waits for nothing; valid: wait='step'")
         requested_engine(self.engine)
@@ -115,7 +112,3 @@ class DetachedOptions:
         words += f", {self.device_fraction:.0%} on the device" if self.device_fraction else ""
         words += ", waited for in the forward pass" if self.wait == "forward" else ""
         return words + (", delayed by one step (approximate)" if self.delay_one_step else "")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

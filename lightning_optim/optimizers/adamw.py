@@ -13,7 +13,7 @@ from lightning_optim.optimizers.adam import ADAM
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.rules.policy import Decay, Rounding
 from lightning_optim.stepping.group_keys import check_switches
-from lightning_optim.stepping.plan import Group
+from lightning_optim.stepping.method import Group
 
 
 @known_as("AdamW")
@@ -59,6 +59,8 @@ class AdamWOptim(RuleOptimizer):
     tensor([ 0.8500, -1.8000])
     """
 
+    paper = "arXiv:1711.05101"
+    torch_equivalent = torch.optim.AdamW
     rule = ADAM
 
     def __init__(

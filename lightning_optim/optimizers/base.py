@@ -15,14 +15,14 @@ from torch.optim.optimizer import ParamsT
 from lightning_optim.engines.base import requested_engine
 from lightning_optim.engines.scaling import LossScale
 from lightning_optim.param_groups import Kinds
+from lightning_optim.primitives import primitive, primitives
 from lightning_optim.rules.policy import ROUNDINGS, Decay, Rounding
 from lightning_optim.rules.rule import Rule
 from lightning_optim.stepping.divided import refuse_a_part
 from lightning_optim.stepping.group_keys import check_keys
 from lightning_optim.stepping.loading import load_groups, load_state, readable
+from lightning_optim.stepping.method import Group, Inputs, Options, Owner
 from lightning_optim.stepping.options import check_option, check_options, check_parameters, each_once, parse_dtype
-from lightning_optim.stepping.plan import Group, Options, Owner
-from lightning_optim.stepping.primitives import primitive, primitives
 from lightning_optim.stepping.stepper import Stepper
 
 #: Options that every saved state of an optimizer has that knows them.
@@ -54,6 +54,10 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[Rule]
+    #: Where it is defined.
+    paper: ClassVar[str]
+    #: The class of ``torch.optim`` with which state and results are interchangeable, if any.
+    torch_equivalent: ClassVar[type[torch.optim.Optimizer] | None] = None
     #: How weight decay is applied where the group has no ``decoupled_weight_decay`` of its own.
     default_decay: ClassVar[Decay] = "decoupled"
     #: The constructor's options that hold for all groups, as they were given.
@@ -111,7 +115,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             fresh: Whether the parameter has had no step yet.
         """
         del p, fresh
-        return {name: bool(group[name]) for name in cls.rule.flags}
+        return {name: bool(group[name]) for name in cls.rule.flags if name not in cls.rule.every}
 
     @classmethod
     def decay(cls, group: Group) -> Decay:
@@ -165,19 +169,32 @@ class RuleOptimizer(torch.optim.Optimizer):
                 values[name] = _number(group[name])
         return values
 
+    def asked_for(self, evaluate: Callable[[], Tensor] | None) -> Inputs | None:
+        """What the rule needs at this step beside gradients: nothing, unless a subclass asks for something.
+
+        Args:
+            evaluate: As of :meth:`step`.
+        """
+        del evaluate
+        return None
+
     # -- torch.optim.Optimizer ----------------------------------------------------------------------------------
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, *, evaluate: Callable[[], Tensor] | None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float], *, evaluate: Callable[[], Tensor] | None = None) -> float: ...
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(
+        self, closure: Callable[[], float] | None = None, *, evaluate: Callable[[], Tensor] | None = None
+    ) -> float | None:
         """Update every parameter that has a gradient; gradients are not changed.
 
         Args:
             closure: Evaluates the model again and returns the loss.
+            evaluate: Runs the model forward and returns the loss, for optimizers that ask for more than gradients. It
+                is called only at steps that do.
 
         Returns:
             What the closure returned.
@@ -198,7 +215,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         amp = None if found_inf is None else LossScale(getattr(self, "grad_scale", None), found_inf, check=False)
         with torch.no_grad():
-            run(self._stepper, loss=amp)
+            run(self._stepper, inputs=self.asked_for(evaluate), loss=amp)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -328,8 +345,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
 
 @torch._disable_dynamo
-def _outside_of_graphs(stepper: Stepper, *, loss: LossScale | None) -> None:
-    stepper.step(loss=loss)
+def _outside_of_graphs(stepper: Stepper, *, inputs: Inputs | None, loss: LossScale | None) -> None:
+    stepper.step(inputs=inputs, loss=loss)
 
 
 def _declared_defaults(cls: type, options: Iterable[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.rules.ops import lerp, minimum, norm, sqrt, where
 from lightning_optim.rules.policy import Rounding
 from lightning_optim.rules.rule import Rule
-from lightning_optim.stepping.plan import Group
+from lightning_optim.stepping.method import Group
 
 
 def lamb(
@@ -87,6 +87,7 @@ class LAMB(RuleOptimizer):
     tensor([[ 2.6464, -3.6464]])
     """
 
+    paper = "arXiv:1904.00962"
     rule = Rule(lamb)
 
     def __init__(

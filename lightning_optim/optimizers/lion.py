@@ -55,6 +55,7 @@ class Lion(RuleOptimizer):
     tensor([ 0.9900, -1.9900])
     """
 
+    paper = "arXiv:2302.06675"
     rule = Rule(lion)
 
     def __init__(

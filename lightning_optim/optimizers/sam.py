@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from numbers import Real
 from typing import Any, ClassVar, overload
 
 import torch
@@ -13,12 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from lightning_optim.checks import NONNEGATIVE, check_number, check_switch
+from lightning_optim.primitives import primitive, primitives
 from lightning_optim.stepping.ascent import ADAPTIVE, RHO, Ascent
 from lightning_optim.stepping.divided import refuse_a_part
 from lightning_optim.stepping.evaluations import ClosureEvaluator, Evaluator, LossEvaluator, Request, request_of
 from lightning_optim.stepping.loading import readable
 from lightning_optim.stepping.outside_of_graphs import stay_outside
-from lightning_optim.stepping.primitives import primitive, primitives
 
 
 class _Shared:
@@ -97,6 +96,7 @@ class SAM(Optimizer):
     tensor([2.6700, 3.5600])
     """
 
+    paper = "arXiv:2010.01412"
     param_groups = _Shared()
     state = _Shared()
     defaults = _Shared()
@@ -366,12 +366,8 @@ def _check_base(inner: Any) -> None:
 def _check(options: dict[str, Any], names: dict[str, str] | None = None) -> None:
     shown = names or {RHO: RHO, ADAPTIVE: ADAPTIVE}
     rho, adaptive = options.get(RHO, 0.0), options.get(ADAPTIVE, False)
-    if not isinstance(rho, Real) or isinstance(rho, bool):
-        raise TypeError(f"SAM: {shown[RHO]}={rho!r} is a {type(rho).__name__}; valid: a finite number >= 0")
-    if not 0 <= float(rho) < math.inf:
-        raise ValueError(f"SAM: {shown[RHO]}={rho!r}; valid: a finite number >= 0")
-    if not isinstance(adaptive, bool):
-        raise TypeError(f"SAM: {shown[ADAPTIVE]}={adaptive!r} is not a bool; valid: True, False")
+    check_number("SAM", shown[RHO], rho, NONNEGATIVE)
+    check_switch("SAM", shown[ADAPTIVE], adaptive)
 
 
 def _described(value: Any) -> str:

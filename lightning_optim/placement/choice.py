@@ -9,11 +9,11 @@ All processes of a training must choose alike, and each has its own free memory:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from lightning_optim.checks import POSITIVE_FINITE, check_number
 from lightning_optim.placement.footprint import Footprint
 from lightning_optim.placement.machine import Machine
 from lightning_optim.placement.needs import (
@@ -217,8 +217,11 @@ def _clip_mode(footprint: Footprint, machine: Machine, conditions: Conditions) -
 def _check_measured(measured: Mapping[Placement, float] | None) -> None:
     if measured is None:
         return
-    if set(measured) != set(PLACEMENTS) or not all(0 < seconds < math.inf for seconds in measured.values()):
-        raise ValueError(f"measured={dict(measured)!r}; valid: seconds > 0 for {' and '.join(PLACEMENTS)}")
+    valid = f"seconds > 0 for {' and '.join(PLACEMENTS)}"
+    if set(measured) != set(PLACEMENTS):
+        raise ValueError(f"measured={dict(measured)!r}; valid: {valid}")
+    for placement, seconds in measured.items():
+        check_number("", f"measured[{placement!r}]", seconds, POSITIVE_FINITE.described(valid))
 
 
 def _notes(footprint: Footprint, machine: Machine, conditions: Conditions) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lightning_optim.checks import NONNEGATIVE, POSITIVE_FINITE, check_choice, check_number
 from lightning_optim.engines.host.threads import thread_count
 from lightning_optim.engines.host_memory import host_memory
 from lightning_optim.placement.step_time import BUCKET_BYTES
@@ -60,15 +61,11 @@ class Machine:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"Machine: device={self.device!r}; valid: cpu, cuda")
+        check_choice("Machine", "device", self.device, ("cpu", "cuda"))
         for field in fields(self):
-            value = getattr(self, field.name)
             if field.type in ("int", "float"):
-                number = isinstance(value, int | float) and not isinstance(value, bool)
-                may_be_zero = field.name in ("device_free", "host_free")
-                if not number or not (value > 0 or (may_be_zero and value == 0)) or value == float("inf"):
-                    raise ValueError(f"Machine: {field.name}={value!r}; valid: a finite number > 0")
+                valid = NONNEGATIVE if field.name in ("device_free", "host_free") else POSITIVE_FINITE
+                check_number("Machine", field.name, getattr(self, field.name), valid)
 
     @property
     def shares_memory(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_optim.checks import NONNEGATIVE, check_choice, check_ranges, whole
 from lightning_optim.placement.footprint import Footprint
 from lightning_optim.placement.machine import Machine
 from lightning_optim.placement.step_time import (
@@ -35,6 +36,15 @@ MARGIN = 0.10
 #: small one on purpose: a plan that is too hopeful runs out of memory once and falls back to `detached`, which costs
 #: one step; one that is too careful costs time at every step.
 ACTIVATION_RESERVE = 0.10
+
+_RANGES = {
+    "ranks": whole(1),
+    "local_ranks": whole(1).or_none(),
+    "bucket_bytes": whole(1),
+    "activation_bytes": NONNEGATIVE.or_none(),
+    "backward_seconds": NONNEGATIVE.or_none(),
+    "resident_bytes": NONNEGATIVE,
+}
 
 
 @dataclass(frozen=True)
@@ -70,18 +80,10 @@ class Conditions:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.sharding not in SHARDINGS:
-            raise ValueError(f"sharding={self.sharding!r}; valid: {', '.join(SHARDINGS)}")
-        for name, least in (("ranks", 1), ("local_ranks", 1), ("bucket_bytes", 1)):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name}={value!r}; valid: an integer >= {least}")
+        check_choice("", "sharding", self.sharding, SHARDINGS)
+        check_ranges("", self, _RANGES)
         if self.local_ranks is not None and self.local_ranks > self.ranks:
             raise ValueError(f"local_ranks={self.local_ranks} of ranks={self.ranks}; valid: 1 to {self.ranks}")
-        for name in ("activation_bytes", "backward_seconds", "resident_bytes"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value!r}; valid: a finite number >= 0")
 
     def on_one_host(self, machine: Machine) -> int:
         """How many of the processes share a host like this one."""

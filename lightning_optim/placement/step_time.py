@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
+
+from lightning_optim.checks import NONNEGATIVE, check_choice, check_number
 
 #: How a detached step clips: by the exact norm, after the last bucket; during the backward pass, undone when the norm
 #: demands it; or not at all.
@@ -70,12 +71,10 @@ class Stages:
         Raises:
             ValueError: Another mode, or one that a whole pass does not have, or a negative time.
         """
-        if clip not in CLIP_MODES:
-            raise ValueError(f"clip={clip!r}; valid: {', '.join(CLIP_MODES)}")
+        check_choice("", "clip", clip, CLIP_MODES)
         if self.whole and clip != "exact":
             raise ValueError(f"clip={clip!r} with one pass for everything; valid: exact")
-        if not 0 <= backward < math.inf:
-            raise ValueError(f"backward={backward!r} s; valid: a finite number >= 0")
+        check_number("", "backward", backward, NONNEGATIVE.described("seconds, a finite number >= 0"))
         if clip == "exact":
             # The host's pass and the way back wait for the norm, which waits for the last gradient.
             rest = replace(self, to_host=0.0).pipelined

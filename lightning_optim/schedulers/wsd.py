@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from torch.optim import Optimizer
 
 from lightning_optim.schedulers.base import Schedule
-from lightning_optim.schedulers.base.options import check_steps
+from lightning_optim.schedulers.base.options import Check, check_steps, one_of
 from lightning_optim.schedulers.base.phases import above_floor, fraction_done, steps_in, warmup_ramp
 
 Decay = Literal["1-sqrt", "linear", "cosine"]
@@ -21,12 +20,6 @@ _SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
 }
-
-
-def _check_decay(decay: Decay) -> Decay:
-    if decay not in get_args(Decay):
-        raise ValueError(f"decay={decay!r} must be one of {', '.join(map(repr, get_args(Decay)))}")
-    return decay
 
 
 def wsd_factor(
@@ -113,10 +106,10 @@ class WSD(Schedule):
         Compute-Optimal Training Beyond Fixed Training Durations*, https://arxiv.org/abs/2405.18392.
     """
 
-    checks: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
+    checks: ClassVar[Mapping[str, Check]] = {
         **Schedule.checks,
-        "decay_steps": partial(check_steps, "decay_steps"),
-        "decay": _check_decay,
+        "decay_steps": check_steps,
+        "decay": one_of(*get_args(Decay)),
     }
 
     def __init__(
@@ -130,9 +123,9 @@ class WSD(Schedule):
         warmup_start: float | None = None,
         last_epoch: int = -1,
     ) -> None:
-        self.decay = _check_decay(decay)
-        self.decay_steps = check_steps("decay_steps", decay_steps)
-        warmup = check_steps("warmup_steps", warmup_steps)
+        self.decay: Decay = self.checked("decay", decay)
+        self.decay_steps: int | float = self.checked("decay_steps", decay_steps)
+        warmup = self.checked("warmup_steps", warmup_steps)
         if isinstance(warmup, float) and isinstance(self.decay_steps, float) and warmup + self.decay_steps > 1:
             raise ValueError(
                 f"warmup_steps={warmup} and decay_steps={self.decay_steps} are fractions of the run "

@@ -24,7 +24,8 @@ from lightning_optim.optimizers.adam import ADAM
 from lightning_optim.optimizers.adamw import AdamWOptim
 from lightning_optim.rules.policy import Decay
 from lightning_optim.rules.rule import Rule
-from lightning_optim.stepping.plan import Group, Method, Options, Owner, Planner
+from lightning_optim.stepping.method import Group, Inputs, Method, Options, Owner
+from lightning_optim.stepping.plan import Planner
 from lightning_optim.stepping.shards import LocalSquares, is_distributed, local, same_parts
 from lightning_optim.stepping.split_groups import follow
 from lightning_optim.stepping.stepper import Stepper
@@ -146,6 +147,7 @@ class MatrixStepper(Stepper):
         grads: Mapping[Tensor, Tensor] | None = None,
         copies: Mapping[Tensor, Tensor] | None = None,
         *,
+        inputs: Inputs | None = None,
         scaled: bool = False,
         undo: UndoBuffers | None = None,
     ) -> bool:
@@ -156,7 +158,7 @@ class MatrixStepper(Stepper):
             )
         follow(self.owner.param_groups)
         self._direct._progress = self._move._progress = []
-        self._has_rest = super().plan(grads, copies, scaled=scaled)
+        self._has_rest = super().plan(grads, copies, inputs=inputs, scaled=scaled)
         given, directions = self._lay_out(grads)
         self._has_matrices = self._direct.plan(given, directions, scaled=scaled)
         self._copies = copies

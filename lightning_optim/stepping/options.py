@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_optim.checks import (
+    FINITE,
+    FRACTION,
+    NONNEGATIVE,
+    POSITIVE,
+    POSITIVE_OR_NONE,
+    Range,
+    check_choice,
+    check_number,
+    check_numbers,
+    check_switch,
+)
 from lightning_optim.stepping.tensors import problem_of_weight
 from lightning_optim.warnings import warn_user
 
-_Check = tuple[Callable[[float], bool], str]
-_NONNEGATIVE: _Check = (lambda x: 0 <= x < math.inf, "a finite number >= 0")
-_FRACTION: _Check = (lambda x: 0 <= x < 1, "a number in [0, 1)")
-_POSITIVE: _Check = (lambda x: x > 0, "a number > 0")
-_COUNT: _Check = (lambda x: 1 <= x < 100 and x % 1 == 0, "a number of steps from 1 to 99")
-_FINITE: _Check = (math.isfinite, "a finite number")
-
-#: Valid ranges by option name: the same name means the same thing in every optimizer.
-RANGES: dict[str, _Check] = {
-    "lr": _NONNEGATIVE,
-    "adamw_lr": _NONNEGATIVE,
-    "betas": _FRACTION,
-    "eps": _NONNEGATIVE,
-    "weight_decay": _NONNEGATIVE,
-    "momentum": _NONNEGATIVE,
-    "dampening": _FINITE,
-    "ns_steps": _COUNT,
-    "max_weight_norm": _POSITIVE,
-    "max_trust_ratio": _POSITIVE,
-    "max_grad_norm": _POSITIVE,
+#: Valid ranges of the options that mean the same in every optimizer that has them.
+RANGES: dict[str, Range] = {
+    "lr": NONNEGATIVE,
+    "adamw_lr": NONNEGATIVE,
+    "betas": FRACTION,
+    "eps": NONNEGATIVE,
+    "weight_decay": NONNEGATIVE,
+    "momentum": NONNEGATIVE,
+    "dampening": FINITE,
+    "ns_steps": Range(lambda x: 1 <= x < 100 and x % 1 == 0, "a number of steps from 1 to 99"),
+    "max_weight_norm": POSITIVE_OR_NONE,
+    "max_trust_ratio": POSITIVE_OR_NONE,
+    "max_grad_norm": POSITIVE,
 }
-
-#: Numbers that may also be None: no bound.
-OPTIONAL = frozenset({"max_weight_norm", "max_trust_ratio"})
 
 #: Valid words by option name.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -62,47 +63,15 @@ def check_option(optimizer: str, name: str, value: Any, default: Any) -> None:
         ValueError: A value out of its range.
         TypeError: A value of another type.
     """
+    valid = RANGES.get(name, FINITE)
     if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise TypeError(f"{optimizer}: {name}={value!r} is not a bool; valid: True, False")
-    elif name == "betas":
-        if not isinstance(value, (tuple, list)) or len(value) != len(default):
-            raise ValueError(f"{optimizer}: betas={value!r}; valid: {len(default)} numbers in [0, 1)")
-        for index, beta in enumerate(value):
-            _check_number(optimizer, f"betas[{index}]", beta, RANGES["betas"])
-    elif value is None and name in OPTIONAL:
-        return
+        check_switch(optimizer, name, value)
+    elif isinstance(default, tuple):
+        check_numbers(optimizer, name, value, valid, len(default), tensors=True)
     elif name in CHOICES:
-        if not isinstance(value, str) or value not in CHOICES[name]:
-            raise ValueError(f"{optimizer}: {name}={value!r}; valid: {', '.join(CHOICES[name])}")
+        check_choice(optimizer, name, value, CHOICES[name])
     elif name in RANGES or isinstance(default, Real):
-        _check_number(optimizer, name, value, RANGES.get(name, _FINITE))
-
-
-def _check_number(optimizer: str, name: str, value: Any, check: _Check) -> None:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{optimizer}: {name} has shape {tuple(value.shape)}; valid: a number or a 0-dim tensor")
-        if value.device.type == "meta" or value.layout != torch.strided or not _is_real(value):
-            raise TypeError(
-                f"{optimizer}: {name} is a tensor of {value.dtype} and layout {value.layout} on {value.device}; "
-                f"valid: a dense tensor of a real type, or {check[1]}"
-            )
-        if value.device.type != "cpu":
-            return  # reading it would wait for the device
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{optimizer}: {name}={value!r} is a {type(value).__name__}; valid: {check[1]}")
-    try:
-        number = float(value)
-    except OverflowError as error:  # which no engine could compute with, also where any bound is valid
-        raise ValueError(f"{optimizer}: {name} is an integer of hundreds of digits; valid: {check[1]}") from error
-    if not check[0](number):
-        raise ValueError(f"{optimizer}: {name}={value!r}; valid: {check[1]}")
-
-
-def _is_real(value: Tensor) -> bool:
-    return not (value.is_complex() or value.is_quantized or value.dtype == torch.bool)
+        check_number(optimizer, name, value, valid, tensors=True)
 
 
 def check_options(optimizer: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.checks import NONNEGATIVE, check_number
 from lightning_optim.control.replay.window import ModuleState, RandomStates, muted
 from lightning_optim.control.rollback.policy import UndoPolicy
 from lightning_optim.offload import DetachedOptions
@@ -65,8 +66,9 @@ class Auto(OnOneDevice, DetachedBase):
         undo: bool | dict[str, Any] | UndoPolicy = False,
     ) -> None:
         options = DetachedOptions(master_dtype, "exact" if clip == "auto" else clip, bucket_mb, engine=engine)
-        if activation_gb is not None and not 0 <= activation_gb < float("inf"):
-            raise ValueError(f"activation_gb={activation_gb!r}; valid: None, or gigabytes, 0 or more")
+        check_number(
+            "", "activation_gb", activation_gb, NONNEGATIVE.or_none().described("None, or gigabytes, 0 or more")
+        )
         super().__init__(
             device,
             accelerator=accelerator,

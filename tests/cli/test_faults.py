@@ -46,12 +46,15 @@ def _run(flags: str, folder: Path, model: str = f"{MODULE}.Model") -> int:
         ("--optimizer=SAM --optimizer.base=Lion --optimizer.base.lr=-1", "Lion: lr=-1.0; valid: a finite number"),
         ("--optimizer=SAM --optimizer.base=Lion --optimizer.rho=-1", "SAM: rho=-1.0; valid: a finite number >= 0"),
         ("--optimizer=torch.optim.AdamW --optimizer.lr=-1", "Invalid learning rate: -1.0"),
-        ("--optimizer=AdamW --lr_scheduler=Cosine --lr_scheduler.warmup_steps=-3", "warmup_steps=-3 must be 0 or more"),
+        (
+            "--optimizer=AdamW --lr_scheduler=Cosine --lr_scheduler.warmup_steps=-3",
+            "Cosine: warmup_steps=-3; valid: a whole",
+        ),
         (
             "--optimizer=AdamW --lr_scheduler=Cosine --trainer.max_steps=-1 --trainer.max_epochs=-1",
             "Cannot fill total_steps of Cosine: the run has no end",
         ),
-        ("--optimizer=AdamW --param_groups.layer_decay=3", "layer_decay=3.0 must be in (0, 1]"),
+        ("--optimizer=AdamW --param_groups.layer_decay=3", "layer_decay=3.0; valid: a number in (0, 1]"),
         ("--optimizer=AdamW --param_groups.no_decay=[x.*]", "the pattern 'x.*' matches no parameter; the names are:"),
         ("--optimizer=AdamW --ckpt_path=/none.ckpt", "Checkpoint file not found: /none.ckpt"),
         ("--optimizer=AdamW --trainer.accelerator=gpuu", "You selected an invalid accelerator name"),

@@ -142,14 +142,14 @@ def test_another_state_is_refused() -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "threshold": ({"threshold": 0.0}, ValueError, "threshold=0.0; valid: a number above 0"),
+    "threshold": ({"threshold": 0.0}, ValueError, "threshold=0.0; valid: a finite number > 0"),
     "nan": ({"threshold": math.nan}, ValueError, "threshold=nan"),
-    "type": ({"threshold": "6"}, TypeError, "threshold='6'; valid: a number above 0"),
-    "window": ({"window": 1}, ValueError, "window=1; valid: a whole number of at least 2"),
+    "type": ({"threshold": "6"}, TypeError, "threshold='6' is a str; valid: a finite number > 0"),
+    "window": ({"window": 1}, ValueError, "window=1; valid: a whole number >= 2"),
     "count": ({"window": 1.5}, TypeError, "window=1.5"),
     "bool": ({"patience": True}, TypeError, "patience=True"),
     "warm-up": ({"warmup_steps": 0}, ValueError, "warmup_steps=0"),
-    "ratio": ({"min_ratio": 1.0}, ValueError, "min_ratio=1.0; valid: a number above 1"),
+    "ratio": ({"min_ratio": 1.0}, ValueError, "min_ratio=1.0; valid: a finite number > 1"),
     "patience": ({"patience": 0}, ValueError, "patience=0"),
     "scale": ({"scale": "cubic"}, ValueError, "scale='cubic'; valid: log, linear"),
 }

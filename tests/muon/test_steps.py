@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 import pytest
-import reference
+import references
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ def test_fifty_steps_of_all_shapes_are_the_references(engine: str, options: dict
         train(optimizer, params, [step])
         for index, p in enumerate(params):
             assert p.grad is not None
-            exact[index] = reference.step("muon", exact[index][0], p.grad, exact[index][1], optimizer.param_groups[0])
+            exact[index] = references.step("muon", exact[index][0], p.grad, exact[index][1], optimizer.param_groups[0])
             torch.testing.assert_close(p.detach(), exact[index][0], **CLOSE)
             momentum = optimizer.state[p]["momentum_buffer"]
             torch.testing.assert_close(momentum, exact[index][1]["momentum_buffer"], **CLOSE)

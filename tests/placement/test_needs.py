@@ -167,7 +167,7 @@ def test_what_is_lacking_has_its_arithmetic() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"ranks": 0}, "ranks=0; valid: an integer >= 1"),
+        ({"ranks": 0}, "ranks=0; valid: a whole number >= 1"),
         ({"ranks": 2.5}, "ranks=2.5"),
         ({"ranks": 2, "local_ranks": 3}, "local_ranks=3 of ranks=2; valid: 1 to 2"),
         ({"sharding": "zero"}, "sharding='zero'; valid: ddp, fsdp2"),

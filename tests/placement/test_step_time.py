@@ -61,5 +61,5 @@ def test_one_pass_for_everything() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match="clip='soft'; valid: exact, speculative, none"):
         STAGES[0].exposed("soft")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"backward=-1\.0 s"):
+    with pytest.raises(ValueError, match=r"backward=-1\.0; valid: seconds"):
         STAGES[0].exposed("none", -1.0)

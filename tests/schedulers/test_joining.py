@@ -193,18 +193,18 @@ def test_numpy_numbers_stay_out_of_checkpoints(number: Any) -> None:
 @pytest.mark.parametrize(
     ("entry", "error", "message"),
     [
-        ({"last_epoch": "3"}, TypeError, "last_epoch='3' must be an int"),
-        ({"last_epoch": 2.5}, TypeError, r"last_epoch=2\.5 must be an int"),
-        ({"base_lrs": None}, TypeError, "base_lrs=None must be a list of learning rates"),
-        ({"base_lrs": ["a"]}, TypeError, "base_lrs=.*'a' is no number"),
+        ({"last_epoch": "3"}, TypeError, "WSD: last_epoch='3' is a str; valid: a whole number"),
+        ({"last_epoch": 2.5}, TypeError, r"last_epoch=2\.5 is a float; valid: a whole number"),
+        ({"base_lrs": None}, TypeError, "base_lrs=None is a NoneType; valid: a list of learning rates"),
+        ({"base_lrs": ["a"]}, TypeError, r"base_lrs\[0\]='a' is a str; valid: a finite number"),
         ({"base_lrs": [1.0, 2.0, 3.0]}, ValueError, "schedules 3 parameter groups but its optimizer has 1"),
-        ({"rates": [torch.ones(2)]}, TypeError, "rates=.* is no number"),
-        ({"_last_lr": 3}, TypeError, "_last_lr=3 must be a list"),
-        ({"total_steps": 0}, ValueError, "total_steps=0 must be at least 1"),
-        ({"warmup_steps": None}, TypeError, "warmup_steps=None must be an int"),
-        ({"min_lr_ratio": 7}, ValueError, r"min_lr_ratio=7 must be in \[0, 1\]"),
+        ({"rates": [torch.ones(2)]}, TypeError, r"rates\[0\]=.* is a Tensor; valid: a finite number"),
+        ({"_last_lr": 3}, TypeError, "_last_lr=3 is a int; valid: a list"),
+        ({"total_steps": 0}, ValueError, "total_steps=0; valid: a whole number >= 1"),
+        ({"warmup_steps": None}, TypeError, "warmup_steps=None is a NoneType; valid: a whole number"),
+        ({"min_lr_ratio": 7}, ValueError, r"min_lr_ratio=7; valid: a number in \[0, 1\]"),
         ({"factor": 1.0, "step": 2}, ValueError, "factor, step cannot be part of a schedule's state"),
-        ({"decay": "exp"}, ValueError, "decay='exp' must be one of"),
+        ({"decay": "exp"}, ValueError, "decay='exp'; valid: 1-sqrt, linear"),
     ],
 )
 def test_damaged_states_are_refused_by_name(entry: dict[str, Any], error: type[Exception], message: str) -> None:

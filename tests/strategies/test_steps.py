@@ -232,7 +232,7 @@ class OwnAdamW(torch.optim.AdamW):
 
 
 class OwnLion(lightning_optim.Lion):
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Any = None, *, evaluate: Any = None) -> Any:
         return super().step(closure)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from lightning_optim.checks import Range, above, whole
 from lightning_optim.control.rollback.snapshots import WHERE, Where
 from lightning_optim.control.rollback.spikes import SpikeDetector, SpikePolicy
 
@@ -63,15 +64,18 @@ class UndoPolicy(SpikePolicy):
     after_cap: AfterCap = "continue"
     snapshots: Where = "device"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_number("factor", 0.0, 1.0)
-        if self.recover_steps is not None:
-            self._check_count("recover_steps", 1)
-        self._check_count("max_undos", 1)
-        self._check_count("max_consecutive", 1)
-        self._check_choice("after_cap", AFTER_CAP)
-        self._check_choice("snapshots", WHERE)
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **SpikePolicy.ranges,
+        "factor": above(0, 1),
+        "recover_steps": whole(1).or_none(),
+        "max_undos": whole(1),
+        "max_consecutive": whole(1),
+    }
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **SpikePolicy.choices,
+        "after_cap": AFTER_CAP,
+        "snapshots": WHERE,
+    }
 
     @classmethod
     def of(cls, option: bool | Mapping[str, Any] | UndoPolicy) -> UndoPolicy | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from lightning_optim.checks import Range, above, check_choice, check_ranges, whole
 
 #: In which the losses are averaged and compared.
 Scale = Literal["log", "linear"]
@@ -45,7 +48,7 @@ class SpikePolicy:
         100
         >>> SpikePolicy(threshold=-1.0)
         Traceback (most recent call last):
-        ValueError: SpikePolicy: threshold=-1.0; valid: a number above 0
+        ValueError: SpikePolicy: threshold=-1.0; valid: a finite number > 0
     """
 
     threshold: float = 7.0
@@ -55,40 +58,26 @@ class SpikePolicy:
     patience: int = 1
     scale: Scale = "log"
 
+    #: What each number may be, and each word.
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "threshold": above(0),
+        "window": whole(2),
+        "warmup_steps": whole(1).or_none(),
+        "min_ratio": above(1),
+        "patience": whole(1),
+    }
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"scale": SCALES}
+
     def __post_init__(self) -> None:
-        self._check_number("threshold", 0.0)
-        self._check_count("window", 2)
-        if self.warmup_steps is not None:
-            self._check_count("warmup_steps", 1)
-        self._check_number("min_ratio", 1.0)
-        self._check_count("patience", 1)
-        self._check_choice("scale", SCALES)
+        name = type(self).__name__
+        check_ranges(name, self, self.ranges)
+        for option, words in self.choices.items():
+            check_choice(name, option, getattr(self, option), words)
 
     @property
     def warmup(self) -> int:
         """Losses to see before any is a spike by its size."""
         return self.window if self.warmup_steps is None else self.warmup_steps
-
-    def _check_number(self, name: str, above: float, below: float = math.inf) -> None:
-        value = getattr(self, name)
-        valid = f"a number above {above:g}" + (f" and below {below:g}" if below < math.inf else "")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{type(self).__name__}: {name}={value!r}; valid: {valid}")
-        if not above < value < below:
-            raise ValueError(f"{type(self).__name__}: {name}={value!r}; valid: {valid}")
-
-    def _check_count(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        valid = f"a whole number of at least {least}"
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{type(self).__name__}: {name}={value!r}; valid: {valid}")
-        if value < least:
-            raise ValueError(f"{type(self).__name__}: {name}={value!r}; valid: {valid}")
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            raise ValueError(f"{type(self).__name__}: {name}={value!r}; valid: {', '.join(choices)}")
 
 
 class SpikeDetector:

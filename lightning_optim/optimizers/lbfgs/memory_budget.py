@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
+from lightning_optim.checks import POSITIVE_FINITE, check_number
 from lightning_optim.engines.host_memory import host_memory
+
+_BUDGET = POSITIVE_FINITE.or_none().described("bytes, a fraction of the free RAM up to 1, or None for all of it")
 
 
 def memory_limit(budget: int | float | None) -> tuple[float, str]:
@@ -20,11 +23,7 @@ def memory_limit(budget: int | float | None) -> tuple[float, str]:
     >>> memory_limit(2e9)
     (2000000000.0, 'memory_budget=2000000000.0 allows 2.0 GB')
     """
-    valid = "bytes, a fraction of the free RAM up to 1, or None for all of it"
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float)):
-        raise TypeError(f"memory_budget={budget!r} is a {type(budget).__name__}; valid: {valid}")
-    if budget is not None and not 0 < budget < math.inf:
-        raise ValueError(f"memory_budget={budget!r}; valid: {valid}")
+    budget = check_number("LBFGS", "memory_budget", budget, _BUDGET)
     if budget is not None and budget > 1:
         return float(budget), f"memory_budget={budget!r} allows {show_bytes(budget)}"
     try:

@@ -16,6 +16,7 @@ from lightning_optim.optimizers.lbfgs.line_search import LineSearch
 from lightning_optim.optimizers.lbfgs.options import LBFGSOptions, check_memory
 from lightning_optim.optimizers.lbfgs.quasi_newton import Closure, QuasiNewton, Record
 from lightning_optim.optimizers.lbfgs.state import Kind, by_position, check_state, own_state, torchs_pairs
+from lightning_optim.primitives import primitives
 from lightning_optim.stepping.closure import ClosureOptimizer
 from lightning_optim.stepping.divided import refuse_a_part
 from lightning_optim.stepping.evaluations import LossEvaluator
@@ -24,7 +25,6 @@ from lightning_optim.stepping.loading import load_groups, readable
 from lightning_optim.stepping.options import check_options, each_once
 from lightning_optim.stepping.outside_of_graphs import stay_outside
 from lightning_optim.stepping.places import owners
-from lightning_optim.stepping.primitives import primitives
 from lightning_optim.stepping.shards import is_distributed
 from lightning_optim.warnings import warn_once
 
@@ -127,6 +127,8 @@ class LBFGSOptim(ClosureOptimizer):
     >>> weight.detach()
     tensor([1.0000, 1.0000], dtype=torch.float64)
     """
+
+    paper = "Byrd, Nocedal and Schnabel, 1994"
 
     def __init__(
         self,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 
+from lightning_optim.checks import FRACTION, NONNEGATIVE, check_choice, check_number, check_ranges, check_switch, whole
 from lightning_optim.optimizers.lbfgs.iterate import Signature, count, is_wide
 from lightning_optim.optimizers.lbfgs.line_search import LINE_SEARCHES, LineSearch
 from lightning_optim.optimizers.lbfgs.memory_budget import memory_limit, show_bytes
@@ -19,6 +19,16 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 #: Vectors beside the history: the weights, the direction, the step and two gradients; and in the history's type, two
 #: right-hand sides and one result.
 _VECTORS, _OF_HISTORY = 5, 3
+
+_RANGES = {
+    "history_size": whole(1),
+    "max_iter": whole(1),
+    "max_eval": whole(2).or_none(),
+    "min_curvature": FRACTION.described("a cosine in [0, 1)").or_none(),
+    "tolerance_grad": NONNEGATIVE,
+    "tolerance_change": NONNEGATIVE,
+}
+_NOISE = FRACTION.described("a relative error in [0, 1), 'auto'")
 
 
 @dataclass(frozen=True)
@@ -43,28 +53,11 @@ class LBFGSOptions:
     memory_budget: int | float | None
 
     def __post_init__(self) -> None:
-        for name, least in (("history_size", 1), ("max_iter", 1), ("max_eval", 2)):
-            value = getattr(self, name)
-            if value is None and name == "max_eval":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{_NAME}: {name}={value!r} is a {type(value).__name__}; valid: a whole number")
-            if value < least:
-                raise ValueError(f"{_NAME}: {name}={value}; valid: a whole number >= {least}")
-        if self.line_search is not None and self.line_search not in LINE_SEARCHES:
-            raise ValueError(f"{_NAME}: line_search={self.line_search!r}; valid: {', '.join(LINE_SEARCHES)}, None")
+        check_ranges(_NAME, self, _RANGES)
+        check_choice(_NAME, "line_search", self.line_search, (*LINE_SEARCHES, None))
         if self.noise != "auto":
-            _check_fraction("noise", self.noise, "a relative error in [0, 1), 'auto'")
-        if self.min_curvature is not None:
-            _check_fraction("min_curvature", self.min_curvature, "a cosine in [0, 1), None")
-        for name in ("tolerance_grad", "tolerance_change"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(f"{_NAME}: {name}={value!r} is a {type(value).__name__}; valid: a finite number >= 0")
-            if not 0 <= float(value) < float("inf"):
-                raise ValueError(f"{_NAME}: {name}={value!r}; valid: a finite number >= 0")
-        if not isinstance(self.reuse_evaluation, bool):
-            raise TypeError(f"{_NAME}: reuse_evaluation={self.reuse_evaluation!r} is not a bool; valid: True, False")
+            check_number(_NAME, "noise", self.noise, _NOISE)
+        check_switch(_NAME, "reuse_evaluation", self.reuse_evaluation)
         if str(self.history_dtype).removeprefix("torch.") not in ("None", *_DTYPES):
             raise ValueError(f"{_NAME}: history_dtype={self.history_dtype!r}; valid: None, {', '.join(_DTYPES)}")
         memory_limit(self.memory_budget)
@@ -105,10 +98,3 @@ def check_memory(name: str, layout: Signature, options: LBFGSOptions) -> None:
 def _most(elements: int, history: int, other: int, limit: float) -> int:
     """The most pairs that fit."""
     return int((limit / max(1, elements) - _VECTORS * other - _OF_HISTORY * history) // (2 * history))
-
-
-def _check_fraction(name: str, value: float | str, valid: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{_NAME}: {name}={value!r} is a {type(value).__name__}; valid: {valid}")
-    if not 0 <= float(value) < 1:
-        raise ValueError(f"{_NAME}: {name}={value!r}; valid: {valid}")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_optim.checks import NONNEGATIVE, Range, check_number, check_switch, whole
 from lightning_optim.optimizers.lbfgs.byrd_nocedal import CompactHistory
 from lightning_optim.optimizers.lbfgs.iterate import Signature, count
 
 Kind = Literal["own", "torch", "empty"]
 
+_ANY = Range(lambda _: True, "a number")
 _COUNTS = ("iterations", "evaluations", "skipped_pairs", "failed_searches")
 _NEEDED = frozenset({"history", "order", "sy", "yy", "gamma", "pending", "noise", "sizes", *_COUNTS})
 
@@ -133,19 +134,14 @@ def _check_values(name: str, first: Mapping[Any, Any], elements: int) -> None:
     for key in ("sy", "yy"):
         if first[key].shape != (size, size):
             raise ValueError(f"{name}: {key} has shape {tuple(first[key].shape)}; valid: ({size}, {size})")
-    if not isinstance(first["pending"], bool):
-        raise ValueError(f"{name}: pending={first['pending']!r}; valid: True, False")
+    check_switch(name, "pending", first["pending"])
     for key in _COUNTS:
-        if type(first[key]) is not int or first[key] < 0:
-            raise ValueError(f"{name}: {key}={first[key]!r}; valid: a whole number >= 0")
+        check_number(name, key, first[key], whole(0))
     for key in ("gamma", "noise", *(["loss"] if "gradient" in first else [])):
         value = first.get(key)
         if value is None and key == "noise":
             continue
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise ValueError(f"{name}: {key}={value!r} is a {type(value).__name__}; valid: a number")
-        if key != "loss" and not 0 <= float(value) < float("inf"):
-            raise ValueError(f"{name}: {key}={value!r}; valid: a finite number >= 0")
+        check_number(name, key, value, _ANY if key == "loss" else NONNEGATIVE)
     if "gradient" in first:
         _check_tensor(f"{name}: gradient", first["gradient"], elements)
 

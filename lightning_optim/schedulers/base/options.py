@@ -2,80 +2,85 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
 
+from lightning_optim.checks import (
+    FINITE,
+    FRACTION,
+    SHARE,
+    WHOLE,
+    Range,
+    WrongTypeError,
+    check_choice,
+    check_number,
+    shown,
+    whole,
+)
+from lightning_optim.primitives import primitive
 from lightning_optim.schedulers.base.group_rates import Rate, plain
 
+#: Checks an option of a schedule and returns it as what a checkpoint can hold: ``check(schedule, option, value)``.
+Check = Callable[[str, str, Any], Any]
 
-def check_steps(name: str, value: int | float) -> int | float:
-    """Validate an amount that is a count (int >= 0) or a fraction of the run (float in [0, 1)).
+_STEPS = whole(0)
+_EITHER = "a whole number of steps >= 0, or a float in [0, 1) for that fraction of total_steps"
+
+
+def check_steps(who: str, name: str, value: int | float) -> int | float:
+    """Check an amount of steps: a count (an int), or a fraction of the run (a float).
 
     Returns:
-        A plain ``int`` or ``float``, so that NumPy scalars cannot reach a checkpoint.
+        A plain ``int`` or ``float``, so that no NumPy scalar reaches a checkpoint.
 
     Raises:
         TypeError: ``value`` is not a number.
-        ValueError: ``value`` is a negative count, or a float outside [0, 1).
+        ValueError: ``value`` is a negative count, or a float outside of [0, 1).
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}={value!r} must be an int (steps) or a float in [0, 1) (fraction of total_steps)")
-    if isinstance(value, numbers.Integral):
-        if value < 0:
-            raise ValueError(f"{name}={value} must be 0 or more steps, or a float in [0, 1)")
-        return int(value)
-    value = float(value)
-    if not 0 <= value < 1:
-        hint = f"{int(value)} for {int(value)} steps" if value >= 1 and value.is_integer() else "e.g. 100"
-        raise ValueError(
-            f"{name}={value} is neither a count nor a fraction: give an int ({hint}), "
-            f"or a float in [0, 1) for that fraction of total_steps (e.g. 0.1)"
-        )
-    return value
+    value = primitive(value)
+    if isinstance(value, Integral):
+        return check_number(who, name, value, _STEPS.described(_EITHER))
+    counted = isinstance(value, float) and value >= 1 and value.is_integer()
+    meant = f" ({int(value)} for {int(value)} steps)" if counted else ""
+    return check_number(who, name, value, FRACTION.described(_EITHER + meant))
 
 
-def check_ratio(name: str, value: float) -> float:
-    """Validate a ratio in [0, 1] and return it as a plain ``float``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}={value!r} must be a float in [0, 1]")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}={value} must be in [0, 1]")
-    return float(value)
+def check_ratio(who: str, name: str, value: float) -> float:
+    """Check a ratio from 0 to 1 and return it as a plain ``float``."""
+    return float(check_number(who, name, value, SHARE))
 
 
-def check_total(value: int) -> int:
-    """Validate ``total_steps`` and return it as a plain ``int``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"total_steps={value!r} must be an int: the number of step() calls in the whole run")
-    if value < 1:
-        raise ValueError(f"total_steps={value} must be at least 1")
-    return int(value)
+def a_number(valid: Range) -> Check:
+    """A check for the numbers of a range, such as ``whole(1)``."""
+    return lambda who, name, value: check_number(who, name, value, valid)
 
 
-def check_position(name: str, value: int) -> int:
-    """Validate a position of a loaded state, which is below 0 where a schedule waits for its turn."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}={value!r} must be an int: the number of step() calls made")
-    return int(value)
+def one_of(*choices: str) -> Check:
+    """A check for one of a few words."""
+    return lambda who, name, value: check_choice(who, name, value, choices)
 
 
-def check_rates(name: str, value: list[Rate]) -> list[Rate]:
-    """Validate the learning rates of a loaded state, one for each param group."""
+#: ``total_steps``: how often ``step()`` is called in the whole run.
+check_total: Check = a_number(whole(1))
+
+#: A position of a loaded state, which is below 0 where a schedule waits for its turn.
+check_position: Check = a_number(WHOLE)
+
+
+def check_rates(who: str, name: str, value: list[Rate]) -> list[Rate]:
+    """Check the learning rates of a loaded state, one for each param group."""
+    valid = "valid: a list of learning rates, one for each param group"
     if not isinstance(value, list | tuple):
-        raise TypeError(f"{name}={value!r} must be a list of learning rates, one for each param group")
-    for rate in value:
-        if isinstance(rate, Tensor):
-            single = rate.numel() == 1
-        else:  # NumPy's arrays of no dimension among them
-            single = not isinstance(rate, bool) and (isinstance(rate, numbers.Real) or getattr(rate, "ndim", None) == 0)
-        if not single:
-            raise TypeError(f"{name}={value!r} must be a list of learning rates, but {rate!r} is no number")
+        raise WrongTypeError(f"{who}: {name}={shown(value)} is a {type(value).__name__}; {valid}")
+    for index, rate in enumerate(value):
+        if not (isinstance(rate, Tensor) and rate.numel() == 1):
+            check_number(who, f"{name}[{index}]", rate, FINITE)
     return [plain(rate) for rate in value]
 
 
-def optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def optional(check: Check) -> Check:
     """A check that lets None through."""
-    return lambda value: None if value is None else check(value)
+    return lambda who, name, value: None if value is None else check(who, name, value)

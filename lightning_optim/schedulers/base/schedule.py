@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -26,6 +25,7 @@ from lightning_optim.schedulers.base.group_rates import (
     write_rates,
 )
 from lightning_optim.schedulers.base.options import (
+    Check,
     check_position,
     check_rates,
     check_ratio,
@@ -77,11 +77,11 @@ class Schedule(LRScheduler, ABC):
     """
 
     #: What an option of the constructor may be, in a state that is loaded as well: name -> check.
-    checks: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
-        "warmup_steps": partial(check_steps, "warmup_steps"),
+    checks: ClassVar[Mapping[str, Check]] = {
+        "warmup_steps": check_steps,
         "total_steps": optional(check_total),
-        "min_lr_ratio": partial(check_ratio, "min_lr_ratio"),
-        "warmup_start": optional(partial(check_ratio, "warmup_start")),
+        "min_lr_ratio": check_ratio,
+        "warmup_start": optional(check_ratio),
     }
 
     #: ``last_epoch`` after construction; None where a state has been loaded since.
@@ -104,10 +104,10 @@ class Schedule(LRScheduler, ABC):
                 f"{type(self).__name__} schedules a torch.optim.Optimizer, not {type(optimizer).__name__}; "
                 "wrappers such as LightningOptimizer hold theirs as .optimizer"
             )
-        self.warmup_steps = check_steps("warmup_steps", warmup_steps)
-        self.total_steps = None if total_steps is None else check_total(total_steps)
-        self.min_lr_ratio = check_ratio("min_lr_ratio", min_lr_ratio)
-        self.warmup_start = None if warmup_start is None else check_ratio("warmup_start", warmup_start)
+        self.warmup_steps = self.checked("warmup_steps", warmup_steps)
+        self.total_steps = self.checked("total_steps", total_steps)
+        self.min_lr_ratio = self.checked("min_lr_ratio", min_lr_ratio)
+        self.warmup_start = self.checked("warmup_start", warmup_start)
         self.total_is_filled = False
         self.awaits_total = False
         self.filled_for = None
@@ -118,6 +118,15 @@ class Schedule(LRScheduler, ABC):
         super().__init__(optimizer, last_epoch)
         self._joined_at = self.last_epoch
         LoadedRates.watch(self, optimizer)
+
+    @classmethod
+    def checked(cls, name: str, value: Any) -> Any:
+        """An option of the constructor, as its entry in :attr:`checks` returns it.
+
+        Raises:
+            TypeError, ValueError: The value is not valid.
+        """
+        return cls.checks[name](cls.__name__, name, value)
 
     @property
     def has_just_joined(self) -> bool:
@@ -179,7 +188,7 @@ class Schedule(LRScheduler, ABC):
             >>> [schedule.factor(t) for t in range(9)]
             [0.2, 0.4, 0.6, 0.8, 1.0, 0.75, 0.5, 0.25, 0.0]
         """
-        total = check_total(total_steps)
+        total = check_total(type(self).__name__, "total_steps", total_steps)
         if misfit := self._misfit(total):
             if not filled:
                 raise ValueError(misfit)
@@ -250,7 +259,7 @@ class Schedule(LRScheduler, ABC):
         """
         state = {key: value for key, value in state_dict.items() if key not in ("awaits_total", "optimizer", "rates")}
         self._check_state(state)
-        rates = check_rates("rates", state_dict.get("rates", self._rates_of_older_state(state)))
+        rates = check_rates(type(self).__name__, "rates", state_dict.get("rates", self._rates_of_older_state(state)))
         saved_total = state.get("total_steps")
         keep_total = saved_total is None or (state.get("total_is_filled") and self.total_steps is not None)
         if keep_total:
@@ -279,15 +288,16 @@ class Schedule(LRScheduler, ABC):
                 f"{name}: the state is another schedule's, since it has no {', '.join(missing)}: of it, only the "
                 "position and the base learning rates are of use"
             )
-        checks: dict[str, Callable[[Any], Any]] = {
-            "last_epoch": partial(check_position, "last_epoch"),
-            **{name: partial(check_rates, name) for name in ("base_lrs", "_last_lr")},
+        checks: dict[str, Check] = {
+            "last_epoch": check_position,
+            "base_lrs": check_rates,
+            "_last_lr": check_rates,
             **self.checks,
         }
         if methods := sorted(key for key in state if callable(getattr(type(self), key, None))):
             raise ValueError(f"{name}: {', '.join(methods)} cannot be part of a schedule's state")
         for key in checks.keys() & state.keys():
-            state[key] = checks[key](state[key])
+            state[key] = checks[key](name, key, state[key])
         self._check_groups(len(state.get("base_lrs", self.base_lrs)))
 
     def _rates_of_older_state(self, state: dict[str, Any]) -> list[Rate]:
