@@ -107,7 +107,7 @@ def check_option(optimizer: str, name: str, value: Any, default: Any, declared: 
     valid = declared.ranges.get(name, FINITE)
     if isinstance(default, bool):
         check_switch(optimizer, name, value)
-    elif isinstance(default, tuple):
+    elif isinstance(default, tuple | list):
         check_numbers(optimizer, name, value, valid, len(default), tensors=True)
     elif name in declared.choices:
         check_choice(optimizer, name, value, declared.choices[name])
