@@ -64,7 +64,7 @@ class RoutedStepper(Stepper):
             self._keeper = Planner(self.owner, Link(method, rule.state), options, native_state=False)
         self._has_rest = self._has_matrices = self._is_within = self._is_moving = self._left_out = False
         self._batches: list[Batch] = []
-        self._inputs: dict[Tensor, Tensor] = {}  # of the rule within
+        self._turned: dict[Tensor, Tensor] = {}  # of the rule within
         self._updates: dict[Tensor, Tensor] = {}  # of the moves
         self._copies: Mapping[Tensor, Tensor] | None = None
         self._beginning: dict[Tensor, Tensor] = {}  # the gradients of parameters whose state is only made
@@ -160,7 +160,7 @@ class RoutedStepper(Stepper):
             super()._go_on()
         if self._left_out:
             return
-        if self._inputs:
+        if self._turned:
             self._go_on_within()
         self._written.finish()
         while (index := self._written.parts) < len(self._batches):
@@ -183,7 +183,7 @@ class RoutedStepper(Stepper):
         if kind.begins:
             transform.begin(x, stack)
         else:
-            out = self._updates if self._within is None else self._inputs
+            out = self._updates if self._within is None else self._turned
             out.update(batch.divided(transform.forth(x, stack)))
             batch.given = None if self._within is None else x
         batch.directions, batch.stack = None, stack
@@ -195,7 +195,7 @@ class RoutedStepper(Stepper):
             for batch in self._batches:
                 if not batch.kind.begins:
                     places.update(batch.allocate())
-            self._within.plan(self._inputs, places)
+            self._within.plan(self._turned, places)
             self._lend_counters(self._within, later=[self._move])
             self._within._start(self._decided())
             self._is_within = True
@@ -245,7 +245,7 @@ class RoutedStepper(Stepper):
         for batch in self._batches:
             batch.stack = None  # which knows the batch, and the state
         # Memory is held during a step only.
-        self._batches, self._inputs, self._updates, self._copies, self._beginning = [], {}, {}, None, {}
+        self._batches, self._turned, self._updates, self._copies, self._beginning = [], {}, {}, None, {}
 
     def _let_go(self) -> None:
         super()._let_go()
@@ -334,7 +334,7 @@ class RoutedStepper(Stepper):
 
     def _lay_out(self, grads: Mapping[Tensor, Tensor] | None) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
         """Batches for all matrices with a gradient; their gradients, and where their directions are written."""
-        self._inputs, self._updates, self._batches = {}, {}, []
+        self._turned, self._updates, self._batches = {}, {}, []
         rule, transform = self.rule, self.rule.transform
         given: dict[Tensor, Tensor] = {}
         directions: dict[Tensor, Tensor] = {}
