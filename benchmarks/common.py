@@ -22,7 +22,7 @@ from lightning_optim.engines.host.engine import HostEngine
 from lightning_optim.engines.host.threads import thread_count
 from lightning_optim.engines.host.toolchain import find_toolchain
 from lightning_optim.rules import Policy, Rule, Update
-from lightning_optim.stepping.plan import Options
+from lightning_optim.stepping.method import Options
 from lightning_optim.stepping.stepper import Stepper
 from lightning_optim.stepping.undo import UndoBuffers
 

@@ -7,71 +7,28 @@
 """
 
 import sys as _sys
+from typing import TYPE_CHECKING
 
 from lightning_optim._commands import only_usage_is_wanted as _only_usage_is_wanted
-from lightning_optim._version import __version__
+from lightning_optim._version import __version__ as __version__
 from lightning_optim.callbacks.joining import join_trainings as _join_trainings
 from lightning_optim.strategy_names import register as _register_strategies
 
 # `lightning-optim --help` answers at once: all below needs torch.
 if not _only_usage_is_wanted(_sys.argv, _sys.orig_argv):
-    from lightning_optim.optimizers import (
-        LAMB,
-        LBFGS,
-        SAM,
-        SGD,
-        Adam,
-        AdamOptim,
-        AdamW,
-        AdamWOptim,
-        LBFGSOptim,
-        Lion,
-        Muon,
-        MuonOptim,
-        RuleOptimizer,
-        SGDOptim,
-        adopt,
-    )
-    from lightning_optim.param_groups import param_groups
-    from lightning_optim.registry import (
-        create_optimizer,
-        list_optimizers,
-        list_schedulers,
-        optimizer_info,
-        scheduler_info,
-    )
-    from lightning_optim.schedulers import WSD, Cosine, Linear, Schedule
-    from lightning_optim.warnings import LightningOptimWarning
+    from lightning_optim.adopt import adopt as adopt
+    from lightning_optim.optimizers import *  # noqa: F403 # each named there, and nowhere else
+    from lightning_optim.param_groups import param_groups as param_groups
+    from lightning_optim.registry import create_optimizer as create_optimizer
+    from lightning_optim.registry import list_optimizers as list_optimizers
+    from lightning_optim.registry import list_schedulers as list_schedulers
+    from lightning_optim.registry import optimizer_info as optimizer_info
+    from lightning_optim.registry import scheduler_info as scheduler_info
+    from lightning_optim.schedulers import *  # noqa: F403 # likewise
+    from lightning_optim.warnings import LightningOptimWarning as LightningOptimWarning
 
-__all__ = [
-    "LAMB",
-    "LBFGS",
-    "SAM",
-    "SGD",
-    "WSD",
-    "Adam",
-    "AdamOptim",
-    "AdamW",
-    "AdamWOptim",
-    "Cosine",
-    "LBFGSOptim",
-    "LightningOptimWarning",
-    "Linear",
-    "Lion",
-    "Muon",
-    "MuonOptim",
-    "RuleOptimizer",
-    "SGDOptim",
-    "Schedule",
-    "__version__",
-    "adopt",
-    "create_optimizer",
-    "list_optimizers",
-    "list_schedulers",
-    "optimizer_info",
-    "param_groups",
-    "scheduler_info",
-]
+    if not TYPE_CHECKING:  # who checks types reads the imports
+        __all__ = ["__version__", *(name for name, value in globals().items() if callable(value) and name[0] != "_")]
 
 # With the Lightning that is imported already, or will be, if any; neither imports anything itself.
 _register_strategies()

@@ -7,20 +7,16 @@ from dataclasses import replace
 import torch
 
 from lightning_optim.engines.base import requested_engine
-from lightning_optim.optimizers.adam import AdamOptim
-from lightning_optim.optimizers.adamw import AdamWOptim
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.optimizers.sgd import SGDOptim
+from lightning_optim.registry import OPTIMIZERS
+from lightning_optim.stepping.method import Options, Owner
 from lightning_optim.stepping.options import check_option
-from lightning_optim.stepping.plan import Options, Owner
 from lightning_optim.stepping.stepper import Stepper
 from lightning_optim.stepping.tensors import problem_of_weight
 
 #: Which of our classes has the rule of which of torch's.
 ADOPTABLE: dict[type[torch.optim.Optimizer], type[RuleOptimizer]] = {
-    torch.optim.Adam: AdamOptim,
-    torch.optim.AdamW: AdamWOptim,
-    torch.optim.SGD: SGDOptim,
+    info.torch_equivalent: info.cls for info in OPTIMIZERS.values() if info.torch_equivalent is not None
 }
 
 

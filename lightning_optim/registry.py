@@ -1,7 +1,7 @@
 """Every optimizer and schedule by name: what the CLI lists and the tests run through.
 
-A new optimizer is one file in ``optimizers/`` and one line in :data:`OPTIMIZERS`, or, if its step evaluates the model
-again, in :data:`CLOSURE_OPTIMIZERS`, or, if it is made around another one, in :data:`WRAPPERS`.
+A new optimizer is one file in ``optimizers/`` and one line in its ``__init__.py``; its key here is its name in lower
+case.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lightning_optim.hints import did_you_mean
-from lightning_optim.optimizers import LAMB, LBFGS, SAM, SGD, Adam, AdamW, Lion, Muon, RuleOptimizer
+from lightning_optim.optimizers import EXPORTED, RuleOptimizer
 from lightning_optim.optimizers.sam import built_by
 from lightning_optim.param_groups import param_groups
 from lightning_optim.rules.policy import Policy, Update
@@ -40,6 +40,12 @@ class OptimizerInfo:
     paper: str
     torch_equivalent: type[torch.optim.Optimizer] | None = None
 
+    @classmethod
+    def of(cls, optimizer: type[Any]) -> OptimizerInfo:
+        """What an optimizer's class says of itself; its name is the class's in lower case, without ``Optim``."""
+        name = optimizer.__name__.removesuffix("Optim").lower()
+        return cls(name, optimizer, optimizer.paper, getattr(optimizer, "torch_equivalent", None))
+
     @property
     def summary(self) -> str:
         """One line on what it is."""
@@ -53,9 +59,9 @@ class OptimizerInfo:
         ``"closure"`` if it evaluates the model again; ``"wrapper"`` if it is made around another one, which its option
         ``base`` builds.
         """
-        if not issubclass(self.cls, RuleOptimizer):
-            return "closure" if getattr(self.cls, "needs_closure", False) else "wrapper"
-        if issubclass(self.cls, Muon):
+        if not _steps_by_a_rule(self.cls):
+            return "closure" if _evaluates_the_model(self.cls) else "wrapper"
+        if self.cls.matrix_rule is not None:
             return "matrix"
         weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.float32, device="cpu"))
         # What a group would hold: making an optimizer would import torch's compiler, which takes seconds.
@@ -93,26 +99,29 @@ class SchedulerInfo:
         return _first_line(self.cls)
 
 
-OPTIMIZERS: dict[str, OptimizerInfo] = {
-    info.name: info
-    for info in (
-        OptimizerInfo("adam", Adam, "arXiv:1412.6980", torch.optim.Adam),
-        OptimizerInfo("adamw", AdamW, "arXiv:1711.05101", torch.optim.AdamW),
-        OptimizerInfo("lamb", LAMB, "arXiv:1904.00962"),
-        OptimizerInfo("lion", Lion, "arXiv:2302.06675"),
-        OptimizerInfo("muon", Muon, "https://kellerjordan.github.io/posts/muon"),
-        OptimizerInfo("sgd", SGD, "Sutskever et al., ICML 2013", torch.optim.SGD),
-    )
-}
+def _listed(is_listed: Callable[[type], bool]) -> dict[str, OptimizerInfo]:
+    """Some of the optimizers, by name."""
+    classes = {cls for cls in EXPORTED.values() if cls is not RuleOptimizer and is_listed(cls)}
+    return {info.name: info for info in sorted(map(OptimizerInfo.of, classes), key=lambda info: info.name)}
+
+
+def _steps_by_a_rule(cls: type) -> bool:
+    return issubclass(cls, RuleOptimizer)
+
+
+def _evaluates_the_model(cls: type) -> bool:
+    return not _steps_by_a_rule(cls) and getattr(cls, "needs_closure", False) is True
+
+
+#: Those that step by a rule, in one engine or another.
+OPTIMIZERS: dict[str, OptimizerInfo] = _listed(_steps_by_a_rule)
 
 #: Those whose step calls its closure several times. Listed and made by name like the others; apart, because what holds
 #: for rules (engines, rounding, state per parameter) does not hold for them.
-CLOSURE_OPTIMIZERS: dict[str, OptimizerInfo] = {
-    info.name: info for info in (OptimizerInfo("lbfgs", LBFGS, "Byrd, Nocedal and Schnabel, 1994"),)
-}
+CLOSURE_OPTIMIZERS: dict[str, OptimizerInfo] = _listed(_evaluates_the_model)
 
 #: Those around another optimizer. Apart for the same reason.
-WRAPPERS: dict[str, OptimizerInfo] = {info.name: info for info in (OptimizerInfo("sam", SAM, "arXiv:2010.01412"),)}
+WRAPPERS: dict[str, OptimizerInfo] = _listed(lambda cls: not (_steps_by_a_rule(cls) or _evaluates_the_model(cls)))
 
 SCHEDULERS: dict[str, SchedulerInfo] = {
     info.name: info
@@ -124,7 +133,7 @@ def list_optimizers() -> list[str]:
     """Names of all optimizers.
 
     >>> list_optimizers()
-    ['adam', 'adamw', 'lamb', 'lbfgs', 'lion', 'muon', 'sam', 'sgd']
+    ['adam', 'adamw', 'lamb', 'lbfgs', 'lion', 'muon', 'sam', 'sgd', 'soap']
     """
     return sorted({**OPTIMIZERS, **CLOSURE_OPTIMIZERS, **WRAPPERS})
 

@@ -139,7 +139,7 @@ def exported_names(cls: type) -> list[str]:
     """
     import lightning_optim
 
-    names = [name for name in lightning_optim.__all__ if getattr(lightning_optim, name) is cls]
+    names = [name for name, value in vars(lightning_optim).items() if value is cls]
     return sorted(names, key=len)
 
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.rules.policy import Policy, Update
+from lightning_optim.stepping.evaluations import request_of
 from lightning_optim.stepping.stepper import Stepper
 
 FORCE, UNTESTED = "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer"
@@ -155,8 +156,8 @@ def _is_deepspeeds(optimizer: Optimizer) -> bool:
 def _refuse_closures(optimizer: Optimizer, name: str) -> None:
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     required = closure is not None and closure.default is inspect.Parameter.empty  # as torch's LBFGS
-    # `perturb` is between two evaluations: SAM.
-    if required or getattr(optimizer, "needs_closure", False) or hasattr(optimizer, "perturb"):
+    # `perturb` is between two evaluations: of a SAM that is not ours.
+    if required or request_of(optimizer) is not None or hasattr(optimizer, "perturb"):
         raise ValueError(
             f"{name} evaluates the model again for its step, and DeepSpeed steps without a closure, once; valid: "
             f"{', '.join(_elementwise())}, or torch's that need none"

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lightning_optim.engines.scaling import Scaling
 from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.stepping.method import Group
 from lightning_optim.stepping.options import check_option
-from lightning_optim.stepping.plan import Group
 from lightning_optim.stepping.stepper import Stepper
 
 Clip = Literal["per_tensor", "previous_norm"]

@@ -103,7 +103,12 @@ class Unreduced:
         for p in present:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        for bucket in _buckets([local(p.grad) for p in present if p.grad is not None]):
+        self.average_tensors([local(p.grad) for p in present if p.grad is not None])
+
+    @torch.no_grad()
+    def average_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Have all processes have the mean of these tensors, of which all must have as many, and alike. Collective."""
+        for bucket in _buckets(tensors):
             self._average(bucket)
 
     def _average(self, grads: list[Tensor]) -> None:

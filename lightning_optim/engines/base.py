@@ -16,7 +16,10 @@ from lightning_optim.engines.memory import Reading, is_lazy, is_plain, read
 from lightning_optim.engines.progress import Progress, Write
 from lightning_optim.engines.scaling import Scaling
 from lightning_optim.rules import counting
+from lightning_optim.rules.interpret import interpret_results
 from lightning_optim.rules.policy import Update
+from lightning_optim.rules.program import Program
+from lightning_optim.rules.table import wide, widest
 from lightning_optim.warnings import warn_once
 
 ENGINE_VARIABLE = "LIGHTNING_OPTIM_ENGINE"
@@ -176,6 +179,23 @@ class Engine(ABC):
                 when nothing is to be done. For all others the table has ``grad_scale`` already.
         """
 
+    @torch.no_grad()
+    def reduce(self, bucket: Bucket, program: Program, table: Sequence[Scalars]) -> Tensor:
+        """The results of a Program of the bucket's tensors, added up over these: 1-dim float64, on their device.
+
+        Args:
+            bucket: Has the tensors.
+            program: One without stores. Counters count the step that is to come, and are not advanced.
+            table: As of :meth:`run`.
+        """
+        math = bucket.layout.math
+        sums: list[list[Tensor]] = []
+        for index in range(len(bucket)):
+            loaded = {name: bucket.tensors[name][index].to(math) for name in program.loads}
+            values = interpret_results(program, loaded, bucket.scalars(index, table), math)
+            sums.append([_as_number(value, bucket.device) for value in values])
+        return torch.stack([torch.stack(column).sum() for column in zip(*sums, strict=True)])
+
     def sum_of_squares(self, bucket: Bucket) -> Tensor:
         """The sum of squares of the bucket's gradients, in one or more parts: 1-dim float64 on their device."""
         tensors = bucket.tensors["g"]
@@ -184,6 +204,13 @@ class Engine(ABC):
             norms = [torch.linalg.vector_norm(t.double()) for t in tensors]
             return torch.stack([getattr(norm, "full_tensor", lambda norm=norm: norm)() for norm in norms]).square()
         return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)).square()
+
+
+def _as_number(value: float | Tensor, device: torch.device) -> Tensor:
+    """A result, as wide as scalars are; of a tensor that is divided over processes, the whole one's."""
+    if isinstance(value, Tensor):
+        return wide(getattr(value, "full_tensor", lambda: value)()).reshape(())
+    return torch.tensor(value, dtype=widest(device), device=device)
 
 
 def advance(bucket: Bucket) -> list[Write]:

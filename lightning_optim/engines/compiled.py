@@ -13,7 +13,8 @@ from lightning_optim.engines.cache import BuildError
 from lightning_optim.engines.host.reader import native_reader
 from lightning_optim.engines.memory import Reading, read
 from lightning_optim.rules.ops import norm
-from lightning_optim.rules.trace import Program, trace
+from lightning_optim.rules.program import Program
+from lightning_optim.rules.trace import trace
 
 Kernel = TypeVar("Kernel")
 

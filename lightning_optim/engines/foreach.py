@@ -14,7 +14,8 @@ from lightning_optim.engines.base import Bucket, Engine, Scalars, advance, in_pl
 from lightning_optim.engines.progress import Progress, Write
 from lightning_optim.engines.scaling import Scaling
 from lightning_optim.rules.interpret import interpret
-from lightning_optim.rules.ops import OPS, Operand, widest
+from lightning_optim.rules.ops import Operand
+from lightning_optim.rules.table import OPS, widest
 
 # A rule makes a temporary list for each intermediate value; working on parts of a long list bounds their memory.
 # 64 Mi elements are 256 MiB per intermediate in float32, and hundreds of microseconds of memory time: launches
@@ -32,7 +33,7 @@ class TensorList(Operand):
 
     def __rule_op__(self, name: str, args: Sequence[Any], attrs: Mapping[str, Any]) -> TensorList:
         function = _FOREACH.get(name)
-        if function is not None and (not attrs or name == "norm"):
+        if function is not None and (not attrs or (name == "norm" and "over" not in attrs)):
             result = function(*(arg.tensors if isinstance(arg, TensorList) else arg for arg in args), **attrs)
             if result is not None:
                 return TensorList(result)

@@ -15,8 +15,11 @@ from typing import ClassVar
 import torch
 
 from lightning_optim.engines.base import TENSOR_SCALARS, Layout
-from lightning_optim.rules.ops import OPS
-from lightning_optim.rules.trace import Kind, Node, Pass, Program, Rate
+from lightning_optim.rules.program import Kind, Node, Pass, Program, Rate
+from lightning_optim.rules.table import OPS
+
+#: Operations of elements alone.
+ROUNDING_OPS = frozenset({"round_to", "stochastic_round"})
 
 
 class Printer(ABC):
@@ -56,6 +59,14 @@ class Printer(ABC):
         self.layout = layout
         self.dtypes = dict(layout.dtypes)
 
+    @classmethod
+    def lacks(cls, program: Program) -> str | None:
+        """Why a Program cannot be printed, or None if it can."""
+        if program.has_sides:
+            return "a rule with values of rows and columns needs torch's own operators"
+        ops = {node.op for node in program.nodes if node.op in OPS} - set(cls.scalar_templates) - ROUNDING_OPS
+        return f"it has no {', '.join(sorted(ops))}" if ops else None
+
     @abstractmethod
     def source(self) -> str:
         """The whole of the generated code."""
@@ -81,6 +92,14 @@ class Printer(ABC):
         """A statement that rounds ``value`` to ``dtype`` and writes it to the current element of ``tensor``."""
 
     @abstractmethod
+    def load_scalar(self, tensor: str, dtype: torch.dtype) -> str:
+        """An expression: the one number of ``tensor``, in float64."""
+
+    @abstractmethod
+    def store_scalar(self, tensor: str, dtype: torch.dtype, value: str) -> str:
+        """A statement that rounds ``value``, a scalar, to ``dtype`` and writes it to the one number of ``tensor``."""
+
+    @abstractmethod
     def widen(self, value: str) -> str:
         """``value``, an element (a number or a bool), in the type in which reductions accumulate; an operand."""
 
@@ -93,7 +112,7 @@ class Printer(ABC):
 
     def name(self, index: int) -> str:
         """How the generated code calls node ``index``: its number, with a letter for its rate."""
-        return f"{'s' if self.program.nodes[index].rate < Rate.ELEMENT else 'v'}{index}"
+        return f"{'s' if self.program.nodes[index].is_scalar else 'v'}{index}"
 
     def operand(self, index: int, *, element: bool) -> str:
         """A reference to node ``index``; constants are written in place."""
@@ -124,7 +143,7 @@ class Printer(ABC):
                 expression = self.expression(index)
             lines.append(self.assign(self.name(index), expression, node))
         if store:
-            for tensor, index in self.program.stores:
+            for tensor, index in self.program.element_stores:
                 lines.append(self.store(tensor, self.dtypes[tensor], self.operand(index, element=True)))
         return lines
 
@@ -150,6 +169,8 @@ class Printer(ABC):
             node = self.program.nodes[index]
             if node.op == "scalar":
                 expression = read(node.attr("name"))
+            elif node.op == "load":
+                expression = self.load_scalar(node.attr("name"), self.dtypes[node.attr("name")])
             elif OPS[node.op].result == "reduction":
                 expression = self.scalar_templates[node.op].format(reduced(index), numel=self.numel)
             else:
@@ -164,7 +185,7 @@ class Printer(ABC):
     @property
     def work_slots(self) -> dict[int, int]:
         """The place of each scalar node in a tensor's part of ``work``, the memory that keeps scalars."""
-        scalars = [i for i, node in enumerate(self.program.nodes) if node.rate == Rate.SCALAR]
+        scalars = [i for i, node in enumerate(self.program.nodes) if node.is_scalar]
         return {index: slot for slot, index in enumerate(scalars)}
 
     @property
@@ -177,15 +198,26 @@ class Printer(ABC):
         return self.program.passes[stage - 1].reductions if stage else ()
 
     def earlier_scalars(self, sweep: Pass) -> list[int]:
-        """The scalars of earlier stages that the scalars of a pass are computed from."""
+        """The scalars of earlier stages that the scalars of a pass, and in the last one their stores, are made from."""
         nodes, own = self.program.nodes, set(sweep.scalars)
-        read = {arg for i in own for arg in nodes[i].args if nodes[arg].rate == Rate.SCALAR}
+        read = {arg for i in own for arg in nodes[i].args if nodes[arg].is_scalar}
+        if sweep is self.program.passes[-1]:
+            read |= {index for _, index in self.program.scalar_stores if nodes[index].is_scalar}
         return sorted(read - own)
+
+    def scalar_stores(self, sweep: Pass) -> list[str]:
+        """The stores of single numbers, which come with the scalars of the last pass."""
+        if sweep is not self.program.passes[-1]:
+            return []
+        return [
+            self.store_scalar(tensor, self.dtypes[tensor], self.operand(index, element=False))
+            for tensor, index in self.program.scalar_stores
+        ]
 
     @property
     def stored(self) -> frozenset[str]:
-        """Names of the tensors that the Program writes."""
-        return frozenset(tensor for tensor, _ in self.program.stores)
+        """Names of the tensors that the last sweep writes."""
+        return frozenset(tensor for tensor, _ in self.program.element_stores)
 
     def accessed(self, sweep: Pass, *, store: bool) -> list[str]:
         """Names of the tensors that a pass reads or writes, in the order of the calling convention."""

@@ -43,8 +43,12 @@ class Progress:
             writes: Calls in their order, each of which either does all that it does, or nothing, or the same when it
                 is called again.
         """
-        self._current = ([*writes, partial(self._finished.append, None)], [])
+        self.prepare(writes)
         self.finish()
+
+    def prepare(self, writes: Iterable[Write]) -> None:
+        """Say what the next part is, which :meth:`finish` writes."""
+        self._current = ([*writes, partial(self._finished.append, None)], [])
 
     def finish(self) -> None:
         """Do what is left of the last part, if it was cut short."""

@@ -1,15 +1,20 @@
-"""Optimizers, one file each."""
+"""Optimizers: one file each, and one line each here, from which the registry and ``lightning_optim`` have them.
 
-from lightning_optim.adopt import adopt
-from lightning_optim.optimizers.adam import AdamOptim
-from lightning_optim.optimizers.adamw import AdamWOptim
-from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.optimizers.lamb import LAMB
-from lightning_optim.optimizers.lbfgs.optimizer import LBFGSOptim
-from lightning_optim.optimizers.lion import Lion
-from lightning_optim.optimizers.muon import MuonOptim
-from lightning_optim.optimizers.sam import SAM
-from lightning_optim.optimizers.sgd import SGDOptim
+Names are imported as themselves so that type checkers take them for this package's own.
+"""
+
+from typing import TYPE_CHECKING
+
+from lightning_optim.optimizers.adam import AdamOptim as AdamOptim
+from lightning_optim.optimizers.adamw import AdamWOptim as AdamWOptim
+from lightning_optim.optimizers.base import RuleOptimizer as RuleOptimizer
+from lightning_optim.optimizers.lamb import LAMB as LAMB
+from lightning_optim.optimizers.lbfgs.optimizer import LBFGSOptim as LBFGSOptim
+from lightning_optim.optimizers.lion import Lion as Lion
+from lightning_optim.optimizers.muon import MuonOptim as MuonOptim
+from lightning_optim.optimizers.sam import SAM as SAM
+from lightning_optim.optimizers.sgd import SGDOptim as SGDOptim
+from lightning_optim.optimizers.soap import SOAP as SOAP
 
 # The familiar names of the classes that torch.optim has too. Their own names differ because a second subclass of
 # Optimizer called AdamW would make `--optimizer AdamW` ambiguous for every LightningCLI of the process.
@@ -19,20 +24,8 @@ LBFGS = LBFGSOptim
 Muon = MuonOptim
 SGD = SGDOptim
 
-__all__ = [
-    "LAMB",
-    "LBFGS",
-    "SAM",
-    "SGD",
-    "Adam",
-    "AdamOptim",
-    "AdamW",
-    "AdamWOptim",
-    "LBFGSOptim",
-    "Lion",
-    "Muon",
-    "MuonOptim",
-    "RuleOptimizer",
-    "SGDOptim",
-    "adopt",
-]
+#: The classes by the names of this module.
+EXPORTED = {name: value for name, value in globals().items() if isinstance(value, type)}
+
+if not TYPE_CHECKING:  # who checks types reads the imports
+    __all__ = list(EXPORTED)

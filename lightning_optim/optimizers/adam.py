@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, Unpack
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -12,6 +13,7 @@ from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.rules.ops import lerp, maximum, sqrt
 from lightning_optim.rules.policy import Decay
 from lightning_optim.rules.rule import Rule
+from lightning_optim.rules.slots import Slot
 from lightning_optim.stepping.common import Common
 from lightning_optim.stepping.group_keys import check_switches
 
@@ -41,7 +43,7 @@ def adam(
     return (update, exp_avg, exp_avg_sq, max_exp_avg_sq) if amsgrad else (update, exp_avg, exp_avg_sq)
 
 
-ADAM = Rule(adam, optional={"max_exp_avg_sq": "amsgrad"})
+ADAM = Rule(adam, slots={"max_exp_avg_sq": Slot(when="amsgrad")})
 
 
 @known_as("Adam")
@@ -81,6 +83,8 @@ class AdamOptim(RuleOptimizer):
     tensor([ 0.9000, -1.9000])
     """
 
+    paper = "arXiv:1412.6980"
+    torch_equivalent = torch.optim.Adam
     rule = ADAM
     default_decay: ClassVar[Decay] = "l2"
 

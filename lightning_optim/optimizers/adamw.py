@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Unpack
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -13,7 +14,7 @@ from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.rules.policy import Decay
 from lightning_optim.stepping.common import Common
 from lightning_optim.stepping.group_keys import check_switches
-from lightning_optim.stepping.plan import Group
+from lightning_optim.stepping.method import Group
 
 
 @known_as("AdamW")
@@ -54,6 +55,8 @@ class AdamWOptim(RuleOptimizer):
     tensor([ 0.8500, -1.8000])
     """
 
+    paper = "arXiv:1711.05101"
+    torch_equivalent = torch.optim.AdamW
     rule = ADAM
 
     def __init__(

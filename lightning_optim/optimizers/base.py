@@ -16,12 +16,15 @@ from lightning_optim.engines.base import requested_engine
 from lightning_optim.engines.scaling import LossScale
 from lightning_optim.param_groups import Kinds
 from lightning_optim.primitives import primitive, primitives
+from lightning_optim.rules.matrix import MatrixRule
 from lightning_optim.rules.policy import ROUNDINGS, Decay
 from lightning_optim.rules.rule import Rule
 from lightning_optim.stepping.common import OF_GROUPS, Common, declared_defaults, own_options, resolved, signature
 from lightning_optim.stepping.divided import refuse_a_part
 from lightning_optim.stepping.group_keys import check_keys
+from lightning_optim.stepping.links import Rest
 from lightning_optim.stepping.loading import load_groups, load_state, readable
+from lightning_optim.stepping.method import Group, Inputs, Options, Owner
 from lightning_optim.stepping.options import (
     UNDECLARED,
     Declared,
@@ -33,7 +36,8 @@ from lightning_optim.stepping.options import (
     make_known,
     parse_dtype,
 )
-from lightning_optim.stepping.plan import Group, Options, Owner
+from lightning_optim.stepping.routed import RoutedStepper
+from lightning_optim.stepping.scalars import scalars_of
 from lightning_optim.stepping.stepper import Stepper
 
 #: Options that every saved state of an optimizer has that knows them.
@@ -58,6 +62,14 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[Rule]
+    #: The rule of parameters that are stepped as whole matrices, if there are such: see :meth:`by_matrices`.
+    matrix_rule: ClassVar[MatrixRule | None] = None
+    #: Then, the rule of all others.
+    rest: ClassVar[Rest | None] = None
+    #: Where it is defined.
+    paper: ClassVar[str]
+    #: The class of ``torch.optim`` with which state and results are interchangeable, if any.
+    torch_equivalent: ClassVar[type[torch.optim.Optimizer] | None] = None
     #: How weight decay is applied where the group has no ``decoupled_weight_decay`` of its own.
     default_decay: ClassVar[Decay] = "decoupled"
     #: Valid ranges of the class's own numbers by option, where they are not those of all (``RANGES``); a number
@@ -130,7 +142,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             fresh: Whether the parameter has had no step yet.
         """
         del p, fresh
-        return {name: bool(group[name]) for name in cls.rule.flags}
+        return {name: bool(group[name]) for name in cls.rule.flags if name not in cls.rule.every}
 
     @classmethod
     def decay(cls, group: Group) -> Decay:
@@ -143,7 +155,18 @@ class RuleOptimizer(torch.optim.Optimizer):
     @classmethod
     def rules(cls) -> tuple[Rule, ...]:
         """All rules by which a parameter may be stepped."""
-        return (cls.rule,)
+        return (cls.rule,) if cls.matrix_rule is None or cls.rest is None else (cls.matrix_rule.state, cls.rest.rule)
+
+    @classmethod
+    def by_matrices(cls, group: Group, p: Tensor) -> bool:
+        """Whether a parameter is stepped by :attr:`matrix_rule`.
+
+        Args:
+            group: The param group.
+            p: The parameter.
+        """
+        del group, p
+        return False
 
     @classmethod
     def kinds(cls, options: Mapping[str, Any]) -> Kinds | None:
@@ -178,25 +201,34 @@ class RuleOptimizer(torch.optim.Optimizer):
     @classmethod
     def scalars(cls, group: Group) -> dict[str, float | Tensor]:
         """The numbers of a group by the rule's names: ``betas`` gives ``beta1``, ``beta2``, ..."""
-        values = {f"beta{i}": _number(beta) for i, beta in enumerate(group.get("betas", ()), start=1)}
-        for name in (*cls.rule.scalars, "lr", "weight_decay"):
-            if name in group:
-                values[name] = _number(group[name])
-        return values
+        return scalars_of(cls.rule, group)
+
+    def asked_for(self, evaluate: Callable[[], Tensor] | None) -> Inputs | None:
+        """What the rule needs at this step beside gradients: nothing, unless a subclass asks for something.
+
+        Args:
+            evaluate: As of :meth:`step`.
+        """
+        del evaluate
+        return None
 
     # -- torch.optim.Optimizer ----------------------------------------------------------------------------------
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, *, evaluate: Callable[[], Tensor] | None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float], *, evaluate: Callable[[], Tensor] | None = None) -> float: ...
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(
+        self, closure: Callable[[], float] | None = None, *, evaluate: Callable[[], Tensor] | None = None
+    ) -> float | None:
         """Update every parameter that has a gradient; gradients are not changed.
 
         Args:
             closure: Evaluates the model again and returns the loss.
+            evaluate: Runs the model forward and returns the loss, for optimizers that ask for more than gradients. It
+                is called only at steps that do.
 
         Returns:
             What the closure returned.
@@ -217,7 +249,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         amp = None if found_inf is None else LossScale(getattr(self, "grad_scale", None), found_inf, check=False)
         with torch.no_grad():
-            run(self._stepper, loss=amp)
+            run(self._stepper, inputs=self.asked_for(evaluate), loss=amp)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -346,15 +378,12 @@ class RuleOptimizer(torch.optim.Optimizer):
             owner: Has them, with their state; the stepper does not keep it alive.
             options: What holds for all of them.
         """
-        return Stepper(owner, type(self), options)
+        cls = type(self)
+        return (
+            Stepper(owner, cls, options) if cls.matrix_rule is None else RoutedStepper(owner, cast(Any, cls), options)
+        )
 
 
 @torch._disable_dynamo
-def _outside_of_graphs(stepper: Stepper, *, loss: LossScale | None) -> None:
-    stepper.step(loss=loss)
-
-
-def _number(value: Any) -> float | Tensor:
-    if isinstance(value, Tensor):
-        return value.item() if value.device.type == "cpu" else value
-    return cast(float, value)
+def _outside_of_graphs(stepper: Stepper, *, inputs: Inputs | None, loss: LossScale | None) -> None:
+    stepper.step(inputs=inputs, loss=loss)

@@ -13,7 +13,7 @@ from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.rules.ops import lerp, minimum, norm, sqrt, where
 from lightning_optim.rules.rule import Rule
 from lightning_optim.stepping.common import Common
-from lightning_optim.stepping.plan import Group
+from lightning_optim.stepping.method import Group
 
 
 def lamb(
@@ -83,6 +83,7 @@ class LAMB(RuleOptimizer):
     tensor([[ 2.6464, -3.6464]])
     """
 
+    paper = "arXiv:1904.00962"
     rule = Rule(lamb)
     ranges: ClassVar[dict[str, Range]] = {"max_weight_norm": POSITIVE_OR_NONE, "max_trust_ratio": POSITIVE_OR_NONE}
 

@@ -49,6 +49,7 @@ class Lion(RuleOptimizer):
     tensor([ 0.9900, -1.9900])
     """
 
+    paper = "arXiv:2302.06675"
     rule = Rule(lion)
 
     def __init__(

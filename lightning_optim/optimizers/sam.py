@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.checks import NONNEGATIVE, check_number, check_switch
 from lightning_optim.primitives import primitive, primitives
 from lightning_optim.stepping.ascent import ADAPTIVE, RHO, Ascent
 from lightning_optim.stepping.divided import refuse_a_part
+from lightning_optim.stepping.evaluations import ClosureEvaluator, Evaluator, LossEvaluator, Request, request_of
 from lightning_optim.stepping.loading import readable
 from lightning_optim.stepping.outside_of_graphs import stay_outside
 
@@ -58,7 +59,7 @@ class SAM(Optimizer):
 
     - a Lightning Trainer with a strategy of ours does all of it (see ``docs/strategies.md``), with accumulation,
       clipping, ``16-mixed`` and DDP;
-    - ``step(closure)``, in a loop of one's own without these;
+    - ``step(evaluate=...)`` after a backward pass, with a function that returns the loss; or ``step(closure)``;
     - :meth:`perturb`, a second forward and backward pass over the *same* batches from zeroed gradients,
       :meth:`restore`, and ``step()``.
 
@@ -95,6 +96,7 @@ class SAM(Optimizer):
     tensor([2.6700, 3.5600])
     """
 
+    paper = "arXiv:2010.01412"
     param_groups = _Shared()
     state = _Shared()
     defaults = _Shared()
@@ -128,17 +130,18 @@ class SAM(Optimizer):
         self.base = inner
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, *, evaluate: Callable[[], Tensor] | None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], Any]) -> Any: ...
+    def step(self, closure: Callable[[], Any], *, evaluate: Callable[[], Tensor] | None = None) -> Any: ...
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, evaluate: Callable[[], Tensor] | None = None) -> Any:
         """Step the base optimizer with the gradient at the perturbed weights.
 
         Args:
-            closure: Evaluates the model and returns the loss. It is called twice, or once after :meth:`perturb` and
-                :meth:`restore`, when the gradients are there already.
+            closure: Evaluates the model and returns the loss. It is called twice, or once with ``evaluate``, or after
+                :meth:`perturb` and :meth:`restore`, when the gradients are there already.
+            evaluate: Computes the loss at the perturbed weights and returns it, without ``backward()``.
 
         Returns:
             What the closure returned the first time: the loss at the weights themselves.
@@ -147,10 +150,10 @@ class SAM(Optimizer):
         stepped.
 
         Raises:
-            RuntimeError: The weights are perturbed; there is no closure, and nobody has called :meth:`perturb` and
-                :meth:`restore`; or the closure computes no gradients the second time.
+            RuntimeError: The weights are perturbed; there is neither closure nor ``evaluate``, and nobody has called
+                :meth:`perturb` and :meth:`restore`; or the closure computes no gradients the second time.
         """
-        stay_outside(__name__, "lightning_optim.stepping.ascent", "lightning_optim.stepping.shards")
+        stay_outside(__name__, *(f"lightning_optim.stepping.{name}" for name in ("ascent", "evaluations", "shards")))
         ascent = self._ascent
         if ascent.perturbed:
             raise RuntimeError("SAM: step() while the weights are perturbed; call restore() first")
@@ -159,15 +162,36 @@ class SAM(Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            if not ascent.done:
-                if closure is None:
-                    self._refuse_to_step_plainly()
+            if self.asks:
+                if evaluate is not None:
+                    self.ask(LossEvaluator(self, evaluate))
+                elif closure is not None:
+                    self.ask(ClosureEvaluator(self, closure))
                 else:
-                    self._evaluate_again(closure)
+                    self._refuse_to_step_plainly()
         finally:
             self.abandon()
         self.base.step()
         return loss
+
+    #: See :mod:`lightning_optim.stepping.evaluations`.
+    request: ClassVar[Request] = "gradient"
+
+    @property
+    def asks(self) -> bool:
+        """Whether the next step needs a second gradient, which nobody has brought by :meth:`restore` yet."""
+        return not self._ascent.done
+
+    def ask(self, evaluator: Evaluator) -> None:
+        """Replace the gradients by those at the worst weights nearby.
+
+        Whatever is raised on the way, :meth:`abandon` puts the weights back. Where there are no gradients, none are
+        evaluated.
+        """
+        self.perturb(evaluator.loss_scale)
+        if any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            evaluator.gradient()
+        self.restore()
 
     @torch.no_grad()
     def perturb(self, loss_scale: float | Tensor | None = None) -> None:
@@ -267,28 +291,6 @@ class SAM(Optimizer):
     def __repr__(self) -> str:
         return f"SAM over {self.base!r}"
 
-    def _evaluate_again(self, closure: Callable[[], Any]) -> None:
-        """The second evaluation of a step, at the perturbed weights."""
-        first = next((p for group in self.param_groups for p in group["params"] if p.grad is not None), None)
-        if first is None:
-            return  # without a gradient there is nothing to step with
-        came: list[Tensor] = []
-        seen = first.register_hook(came.append)
-        try:
-            self.perturb()
-            self.zero_grad()
-            with torch.enable_grad():
-                closure()
-        finally:
-            seen.remove()
-            self.abandon()
-        # A closure that came to gradients, and dropped them, is another thing.
-        if not came and not any(p.grad is not None for group in self.param_groups for p in group["params"]):
-            raise RuntimeError(
-                "SAM: the closure computed no gradients when it was called a second time; valid: a closure that runs "
-                "forward and backward at each call, or perturb() and restore() around a second pass, then step()"
-            )
-
     def _refuse_to_step_plainly(self) -> None:
         """A step without a second gradient would silently be the base's own."""
         # torch.distributed.checkpoint has optimizers make such a step to allocate their state.
@@ -296,9 +298,9 @@ class SAM(Optimizer):
             return
         raise RuntimeError(
             "SAM: step() without a closure, and without perturb() and restore() before it, would be a step of "
-            f"{type(self.base).__name__} alone; valid: step(closure), where the closure runs forward and backward, or "
-            "perturb(), a second forward and backward pass, restore(), step(). Under a Lightning Trainer: "
-            "strategy='in_graph' or another one of lightning-optim's"
+            f"{type(self.base).__name__} alone; valid: step(closure), where the closure runs forward and backward; "
+            "step(evaluate=...), which returns the loss; or perturb(), a second forward and backward pass, restore(), "
+            "step(). Under a Lightning Trainer: strategy='in_graph' or another one of lightning-optim's"
         )
 
 
@@ -353,8 +355,8 @@ def _check_base(inner: Any) -> None:
     reason = ""
     if isinstance(inner, SAM):
         reason = "a SAM in a SAM perturbs twice"
-    elif isinstance(inner, LBFGS) or getattr(inner, "needs_closure", False):
-        reason = "it evaluates the model itself, at weights that it chooses"
+    elif request_of(inner) is not None:
+        reason = "it evaluates the model itself"
     elif clash := {RHO, ADAPTIVE} & inner.defaults.keys():
         reason = f"it has options {', '.join(sorted(clash))} of its own"
     if reason:

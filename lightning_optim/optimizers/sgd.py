@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, Unpack
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -11,9 +12,10 @@ from lightning_optim.known_as import known_as
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.rules.policy import Decay
 from lightning_optim.rules.rule import Rule
+from lightning_optim.rules.slots import Slot
 from lightning_optim.stepping.common import Common
 from lightning_optim.stepping.group_keys import check_switches
-from lightning_optim.stepping.plan import Group
+from lightning_optim.stepping.method import Group
 
 
 def sgd(
@@ -71,7 +73,9 @@ class SGDOptim(RuleOptimizer):
     tensor([ 0.8000, -1.6000])
     """
 
-    rule = Rule(sgd, optional={"momentum_buffer": "has_momentum"})
+    paper = "Sutskever et al., ICML 2013"
+    torch_equivalent = torch.optim.SGD
+    rule = Rule(sgd, slots={"momentum_buffer": Slot(when="has_momentum")})
     default_decay: ClassVar[Decay] = "l2"
 
     def __init__(

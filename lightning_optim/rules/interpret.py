@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.rules.ops import OPS, apply, wide, widest
-from lightning_optim.rules.trace import Node, Program, Rate
+from lightning_optim.rules.ops import apply
+from lightning_optim.rules.program import Node, Program, Rate
+from lightning_optim.rules.table import OPS, wide, widest
 
 #: Applies a function of tensors to an operand.
 Each = Callable[[Callable[[Tensor], Tensor], Any], Any]
@@ -44,12 +45,35 @@ def interpret(
     >>> interpret(program, {"p": torch.ones(2), "g": torch.ones(2)}, {"lr": 0.5}, torch.float32)
     {'p': tensor([0.5000, 0.5000])}
     """
+    run = _evaluated(program, tensors, scalars, dtype, each)
+    return {
+        name: run.values[index] if name in program.scalar_tensors else run.element(index)
+        for name, index in program.stores
+    }
+
+
+def interpret_results(
+    program: Program,
+    tensors: Mapping[str, Any],
+    scalars: Mapping[str, float | Tensor],
+    dtype: torch.dtype,
+    each: Each = lambda function, tensor: function(tensor),
+) -> list[Any]:
+    """The results of a Program, as :func:`interpret` has its stores: scalars, in float64."""
+    run = _evaluated(program, tensors, scalars, dtype, each)
+    return [run.values[index] for index in program.results]
+
+
+def _evaluated(
+    program: Program, tensors: Mapping[str, Any], scalars: Mapping[str, float | Tensor], dtype: torch.dtype, each: Each
+) -> _Run:
     run = _Run(program, dtype, each)
     last = {arg: index for index, node in enumerate(program.nodes) for arg in node.args}
-    stored = {index for _, index in program.stores}
+    kept = {index for _, index in program.stores} | set(program.results)
     for index, node in enumerate(program.nodes):
         if node.op == "load":
-            run.values[index] = tensors[node.attr("name")]
+            value = tensors[node.attr("name")]
+            run.values[index] = each(wide, value) if node.is_scalar else value
         elif node.op == "scalar":
             value = scalars[node.attr("name")]
             run.values[index] = wide(value) if isinstance(value, Tensor) else float(value)
@@ -58,9 +82,9 @@ def interpret(
         else:
             run.values[index] = run.operation(node)
             for arg in set(node.args):  # memory is held no longer than it is needed
-                if last[arg] == index and arg not in stored:
+                if last[arg] == index and arg not in kept:
                     del run.values[arg]
-    return {name: run.element(index) for name, index in program.stores}
+    return run
 
 
 class _Run:
@@ -80,8 +104,9 @@ class _Run:
         """The value of an operation."""
         op = OPS[node.op]
         if op.result == "reduction":
-            return apply(node.op, self.element(node.args[0]), wide=True)
-        value = self.element if node.rate == Rate.ELEMENT else self.values.__getitem__
+            reduced = apply(node.op, self.element(node.args[0]), wide=True, **dict(node.attrs))
+            return reduced if node.is_scalar else self.each(lambda tensor: tensor.to(self.dtype), reduced)
+        value = self.element if node.rate > Rate.SCALAR else self.values.__getitem__
         operands = [value(arg) for arg in node.args]
         if node.op == "where":
             return self._selected(node, *operands)
@@ -92,7 +117,7 @@ class _Run:
     def element(self, index: int) -> Any:
         """A value for use with elements: a scalar is rounded to the math type then, as where kernels read it."""
         node, value = self.program.nodes[index], self.values[index]
-        if node.rate == Rate.ELEMENT or self.program.kind(node) == "key":
+        if node.rate > Rate.SCALAR or self.program.kind(node) == "key":
             return value
         if isinstance(value, int | float):
             # What float32 does not hold is infinite: torch refuses such numbers in some of its functions.
@@ -121,4 +146,4 @@ class _Run:
         return self.each(lambda tensor: tensor.to(self._type(node, tensor)), value)
 
     def _type(self, node: Node, tensor: Tensor) -> torch.dtype:
-        return self.dtype if node.rate == Rate.ELEMENT else widest(tensor.device)
+        return self.dtype if node.rate > Rate.SCALAR else widest(tensor.device)

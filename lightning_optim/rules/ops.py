@@ -16,182 +16,14 @@ tensor([0.2500, 0.2500])
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_optim.rules import rounding
+from lightning_optim.rules.table import DIMENSION, OPS
 
 # What rules compute with. `Any` keeps rules readable: `Tensor | float | Expr | TensorList` has no common operators.
 Value = Any
-
-
-@dataclass(frozen=True)
-class Op:
-    """One operation of the language.
-
-    Attributes:
-        name: Key in :data:`OPS`, and in every printer's table.
-        arity: Number of operands.
-        scalar: Meaning for Python floats (and bools).
-        tensor: Meaning when at least one operand is a tensor.
-        result: ``"number"``, ``"bool"``, ``"reduction"`` (one number per tensor), or ``"key"`` (an unsigned 32-bit
-            integer, which travels as a float64 scalar: float32 would lose bits of it).
-    """
-
-    name: str
-    arity: int
-    scalar: Callable[..., Any]
-    tensor: Callable[..., Any]
-    result: Literal["number", "bool", "key", "reduction"] = "number"
-
-
-def _tensor_like(reference: Tensor, value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    return torch.full((), value, dtype=reference.dtype, device=reference.device)
-
-
-def _tensor_binary(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], Tensor]:
-    """Torch's function for tensors only (maximum, pow, ...), made to accept a number on either side."""
-
-    def call(a: Any, b: Any) -> Tensor:
-        reference = a if isinstance(a, Tensor) else b
-        return function(_tensor_like(reference, a), _tensor_like(reference, b))
-
-    return call
-
-
-def _tensor_pow(a: Any, b: Any) -> Tensor:
-    if isinstance(b, Tensor) or abs(b) != 0.5:
-        return a**b
-    # torch takes square roots there, which of -inf and -0 are others than powers.
-    return torch.where(a == -math.inf, math.inf**b, (a + 0.0) ** b)
-
-
-def _scalar_sign(x: float) -> float:
-    return float(x > 0) - float(x < 0)
-
-
-def _scalar_maximum(a: float, b: float) -> float:
-    return a if a > b or a != a else b  # Python's max(0.0, nan) is 0
-
-
-def _scalar_minimum(a: float, b: float) -> float:
-    return a if a < b or a != a else b
-
-
-def _scalar_lerp(a: float, b: float, weight: float) -> float:
-    # The two branches of torch.lerp: exact at both ends.
-    return a + weight * (b - a) if abs(weight) < 0.5 else b - (b - a) * (1 - weight)
-
-
-def _tensor_lerp(a: Any, b: Any, weight: Any) -> Tensor:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.lerp(a, b, weight)
-    reference = next(x for x in (a, b, weight) if isinstance(x, Tensor))
-    return torch.lerp(*(_tensor_like(reference, x) for x in (a, b, weight)))
-
-
-def _ieee(scalar: Callable[..., float], tensor: Callable[..., Tensor]) -> Callable[..., float]:
-    """Python's function, but where it raises, the infinity or NaN that tensors and C have.
-
-    A rule may divide by a zero that a ``where`` discards.
-    """
-
-    def call(*args: float) -> float:
-        try:
-            return scalar(*args)
-        except (ArithmeticError, ValueError):
-            return tensor(*(torch.tensor(arg, dtype=torch.float64, device="cpu") for arg in args)).item()
-
-    return call
-
-
-def _scalar_where(condition: bool, a: Any, b: Any) -> Any:
-    return a if condition else b
-
-
-def _tensor_where(condition: Any, a: Any, b: Any) -> Any:
-    if not isinstance(condition, Tensor):
-        return a if condition else b
-    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
-        # Two bare numbers would give a tensor of torch's default dtype, whatever the rule's precision.
-        raise TypeError(f"where(condition, {a}, {b}): one of the two branches must be a tensor")
-    return torch.where(condition, a, b)
-
-
-def _not_for_scalars(name: str) -> Callable[..., float]:
-    def call(*_: float, **__: Any) -> float:
-        raise TypeError(f"{name}() reduces or rounds a tensor; it was given a Python number")
-
-    return call
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """The type of scalars: float64, where a device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """A tensor in the type of scalars."""
-    return tensor.to(widest(tensor.device))
-
-
-# Reductions of a tensor are of its own type, or, where engines ask for it, as wide as scalars are.
-
-
-def _tensor_sum(x: Tensor, wide: bool = False) -> Tensor:
-    return x.sum(dtype=widest(x.device) if wide else x.dtype)
-
-
-def _tensor_norm(x: Tensor, wide: bool = False) -> Tensor:
-    dtype = widest(x.device) if wide else x.dtype
-    if x.device.type == "cpu":
-        # torch's CPU kernel adds float32 squares one after the other: 7e-4 off at 16 M elements (with `dtype=float64`
-        # it is right, but not vectorized: 11 ns an element).
-        return torch.linalg.vector_norm(x.double()).to(dtype)
-    return torch.linalg.vector_norm(x, dtype=dtype)
-
-
-def _tensor_mean(x: Tensor, wide: bool = False) -> Tensor:
-    return _tensor_sum(x, wide) / max(x.numel(), 1)  # an empty tensor has mean 0, not NaN
-
-
-OPS: dict[str, Op] = {
-    op.name: op
-    for op in (
-        Op("add", 2, lambda a, b: a + b, lambda a, b: a + b),
-        Op("sub", 2, lambda a, b: a - b, lambda a, b: a - b),
-        Op("mul", 2, lambda a, b: a * b, lambda a, b: a * b),
-        Op("div", 2, _ieee(lambda a, b: a / b, torch.div), lambda a, b: a / b),
-        Op("neg", 1, lambda a: -a, lambda a: -a),
-        Op("pow", 2, _ieee(math.pow, torch.pow), _tensor_pow),
-        Op("sqrt", 1, _ieee(math.sqrt, torch.sqrt), torch.sqrt),
-        Op("abs", 1, abs, torch.abs),
-        Op("exp", 1, _ieee(math.exp, torch.exp), torch.exp),
-        Op("log", 1, _ieee(math.log, torch.log), torch.log),
-        Op("sign", 1, _scalar_sign, torch.sign),
-        Op("maximum", 2, _scalar_maximum, _tensor_binary(torch.maximum)),
-        Op("minimum", 2, _scalar_minimum, _tensor_binary(torch.minimum)),
-        Op("lerp", 3, _scalar_lerp, _tensor_lerp),
-        Op("gt", 2, lambda a, b: a > b, lambda a, b: a > b, "bool"),
-        Op("ge", 2, lambda a, b: a >= b, lambda a, b: a >= b, "bool"),
-        Op("lt", 2, lambda a, b: a < b, lambda a, b: a < b, "bool"),
-        Op("le", 2, lambda a, b: a <= b, lambda a, b: a <= b, "bool"),
-        Op("where", 3, _scalar_where, _tensor_where),
-        Op("round_to", 1, _not_for_scalars("round_to"), rounding.round_to),
-        Op("noise_key", 4, rounding.noise_key, rounding.noise_key, "key"),
-        Op("stochastic_round", 2, _not_for_scalars("stochastic_round"), rounding.stochastic_round),
-        Op("sum", 1, _not_for_scalars("sum"), _tensor_sum, "reduction"),
-        Op("norm", 1, _not_for_scalars("norm"), _tensor_norm, "reduction"),
-        Op("mean", 1, _not_for_scalars("mean"), _tensor_mean, "reduction"),
-    )
-}
 
 
 def apply(name: str, *args: Value, **attrs: Any) -> Value:
@@ -228,6 +60,26 @@ def log(x: Value) -> Value:
 def sign(x: Value) -> Value:
     """-1, 0 or 1; the sign of NaN is 0, as ``torch.sign`` has it."""
     return apply("sign", x)
+
+
+def floor(x: Value) -> Value:
+    """The largest whole number that is not above ``x``."""
+    return apply("floor", x)
+
+
+def tanh(x: Value) -> Value:
+    """Hyperbolic tangent."""
+    return apply("tanh", x)
+
+
+def atan2(y: Value, x: Value) -> Value:
+    """The angle of the point ``(x, y)``: the arc tangent of ``y / x``, for any ``x``."""
+    return apply("atan2", y, x)
+
+
+def clip(x: Value, low: Value, high: Value) -> Value:
+    """``x``, but not below ``low`` and not above ``high``; NaN stays NaN."""
+    return minimum(maximum(x, low), high)
 
 
 def maximum(a: Value, b: Value) -> Value:
@@ -268,19 +120,39 @@ def stochastic_round(x: Value, key: Value) -> Value:
 # `abs`, `pow` and the comparisons are Python's own operators, which every kind of value has.
 
 
-def sum(x: Value) -> Value:
-    """Sum over the elements of one parameter tensor: ends a pass over memory."""
-    return apply("sum", x)
+def sum(x: Value, over: str | None = None) -> Value:
+    """Sum over the elements of one parameter tensor: ends a pass over memory.
+
+    Args:
+        x: Elements; or, summed over rows, one number for each row.
+        over: None; ``"rows"``, which leaves one number for each column; or ``"columns"``, one for each row.
+    """
+    return _reduced("sum", x, over)
 
 
-def norm(x: Value) -> Value:
-    """Euclidean norm over the elements of one parameter tensor: ends a pass over memory."""
-    return apply("norm", x)
+def norm(x: Value, over: str | None = None) -> Value:
+    """Euclidean norm over the elements of one parameter tensor: ends a pass over memory; ``over`` as of :func:`sum`."""
+    return _reduced("norm", x, over)
 
 
-def mean(x: Value) -> Value:
-    """Mean over the elements of one parameter tensor (0 if it has none): ends a pass over memory."""
-    return apply("mean", x)
+def mean(x: Value, over: str | None = None) -> Value:
+    """Mean over the elements of one parameter tensor (0 if it has none): ends a pass; ``over`` as of :func:`sum`."""
+    return _reduced("mean", x, over)
+
+
+def total(x: Value) -> Value:
+    """Sum over all parameters of an optimizer, and over all processes that they are divided over: ends a phase.
+
+    Args:
+        x: Elements, or one number for each parameter tensor.
+    """
+    return apply("total", x)
+
+
+def _reduced(name: str, x: Value, over: str | None) -> Value:
+    if over not in (None, *DIMENSION):
+        raise ValueError(f"{name}() over {over!r}; valid: None, {', '.join(DIMENSION)}")
+    return apply(name, x) if over is None else apply(name, x, over=over)
 
 
 class Operand:

@@ -7,21 +7,27 @@ runs; :func:`wrap` puts them around it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from lightning_optim.rules.ops import maximum, mean, noise_key, round_to, sign, stochastic_round
-from lightning_optim.rules.rule import Rule
-from lightning_optim.rules.trace import Program, trace
+import torch
 
-Decay = Literal["none", "l2", "decoupled", "proximal"]
+from lightning_optim.rules.ops import maximum, mean, noise_key, round_to, sign, stochastic_round
+from lightning_optim.rules.program import Program, Rate
+from lightning_optim.rules.rule import Rule, Step
+from lightning_optim.rules.slots import Slot
+from lightning_optim.rules.trace import trace
+
+Decay = Literal["none", "l2", "decoupled", "after", "proximal"]
 Rounding = Literal["nearest", "stochastic", "kahan"]
-DECAYS: tuple[Decay, ...] = ("none", "l2", "decoupled", "proximal")
+DECAYS: tuple[Decay, ...] = ("none", "l2", "decoupled", "after", "proximal")
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "kahan")
 KAHAN_SLOT = "kahan_compensation"
 #: Before a tensor's name: the tensor that gets its old value, if a step is to be taken back.
 UNDO = "undo_"
+#: Before a name: the tensor of one number that gets what a rule observes.
+OBSERVED = "observed_"
 
 # The floor of the cautious mask's mean, as in the authors' code (kyleliang919/C-Optim): a tensor in which almost
 # every sign disagrees must not take a thousandfold step.
@@ -34,8 +40,9 @@ class Policy:
 
     Args:
         decay: ``"l2"`` adds ``weight_decay * p`` to the gradient; ``"decoupled"`` multiplies the weight by
-            ``1 - lr * weight_decay`` before the update (AdamW); ``"proximal"`` divides it by
-            ``1 + lr * weight_decay`` after the update (Adan); ``"none"``.
+            ``1 - lr * weight_decay`` before the update (AdamW), ``"after"`` after it (SOAP); ``"proximal"`` divides it
+            by ``1 + lr * weight_decay`` after the update (Adan); ``"none"``. Where a rule returns a
+            :class:`~lightning_optim.rules.rule.Step`, its size stands for ``lr``.
         cautious: Zero the update where its sign disagrees with the gradient's, and rescale the rest by the inverse
             of the kept share (Cautious Optimizers, arXiv:2411.16085).
         maximize: Ascend.
@@ -49,6 +56,7 @@ class Policy:
         undo: Also write the old values of the weight and of each slot to tensors named ``undo_p``, ``undo_<slot>``.
         direction: Write the rule's update to ``copy`` instead, and leave the weight alone: what a whole matrix is
             needed for comes next, and another rule after it.
+        observe: Write what the rule observes to tensors named ``observed_<name>``, one number each.
 
     Raises:
         ValueError: An unknown decay or rounding.
@@ -64,6 +72,7 @@ class Policy:
     copy: bool = False
     undo: bool = False
     direction: bool = False
+    observe: bool = False
 
     def __post_init__(self) -> None:
         """Check the names."""
@@ -95,27 +104,67 @@ class Update:
 
     def __post_init__(self) -> None:
         """Derive the slots."""
-        slots = self.rule.slots(dict(self.flags))
+        slots = tuple(name for name in self.rule.slots_under(dict(self.flags)) if name not in self.shared_slots)
         if self.policy.rounding == "kahan" and self.policy.rounds:
             slots += (KAHAN_SLOT,)
         object.__setattr__(self, "slots", slots)
 
     @property
+    def shared_slots(self) -> tuple[str, ...]:
+        """The slots that all parameters of an optimizer have in common: engines do not see them."""
+        return tuple(name for name in self.rule.slots_under(dict(self.flags)) if self.rule.slots[name].rate == "shared")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the tensors that come from outside, beside the gradient."""
+        return self.rule.inputs_under(dict(self.flags))
+
+    @property
     def tensors(self) -> tuple[str, ...]:
         """Names of the tensors of one parameter, in the order of the calling convention."""
-        return ("p", "g", *self.slots, *self.outputs)
+        return ("p", "g", *self.slots, *self.inputs, *self.outputs)
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the tensors that are only written."""
         undo = tuple(UNDO + name for name in ("p", *self.slots)) if self.policy.undo else ()
-        return (("copy",) if self.policy.copy else ()) + undo
+        return (("copy",) if self.policy.copy else ()) + undo + self.observations
+
+    @property
+    def observations(self) -> tuple[str, ...]:
+        """Names of the tensors that get what the rule observes."""
+        return tuple(OBSERVED + name for name in self.rule.observe) if self.policy.observe else ()
+
+    def slot(self, name: str) -> Slot:
+        """What a slot is."""
+        return self.rule.slots.get(name, _PLAIN)
+
+    def is_elementwise(self, tensor: str) -> bool:
+        """Whether a tensor of the calling convention has one number for each element of the weight."""
+        return tensor not in self.observations and self.slot(tensor.removeprefix(UNDO)).is_plain
+
+    def shape_of(self, tensor: str, weight: torch.Size) -> torch.Size:
+        """The shape of a tensor of the calling convention, beside a weight of this shape."""
+        return torch.Size(()) if tensor in self.observations else self.slot(tensor.removeprefix(UNDO)).shape_for(weight)
 
     @cached_property
     def program(self) -> Program:
         """The traced form."""
+        rates = {name: _RATES[self.slot(name).rate] for name in (*self.slots, *self.shared_slots)}
+        rates |= {UNDO + name: rate for name, rate in rates.items()} | dict.fromkeys(self.observations, Rate.SCALAR)
         scalars = dict.fromkeys((*self.rule.scalars, "lr", "weight_decay", "grad_scale", "seed", "tensor_id", "step"))
-        return trace(self.run, tensors=self.tensors, scalars=scalars, name=self.rule.name)
+        program = trace(
+            self.run,
+            tensors=(*self.tensors, *self.shared_slots),
+            scalars=scalars,
+            name=self.rule.name,
+            rates=rates,
+            shared=self.rule.shared,
+        )
+        if self.rule.counts_steps and not program.counts_steps:
+            # The state has a counter that the mathematics does not need, as some of torch's classes have it.
+            return replace(program, scalars=(*program.scalars, "step"))
+        return program
 
     def run(self, **values: Any) -> dict[str, Any]:
         """The new value of each tensor that is written, from the tensors and scalars by name."""
@@ -127,12 +176,22 @@ class Update:
             g = -g
         if policy.decay == "l2":
             g = g + values["weight_decay"] * p
-        shrink = values["lr"] * values["weight_decay"] if policy.decay in ("decoupled", "proximal") else 0.0
-        base = p * (1 - shrink) if policy.decay == "decoupled" else p
-        slots = {name: values[name] for name in self.slots if name != KAHAN_SLOT}
+        given = {
+            name: values[name]
+            for name in self.rule.positional
+            if name in self.slots or name in self.shared_slots or name in self.inputs
+        }
         # First: an engine whose values are the tensors themselves must save them before it overwrites them.
         old = {UNDO + name: values[name] for name in ("p", *self.slots)} if policy.undo else {}
-        update, stores = self.rule(base, g, slots, values, dict(self.flags))
+        shrinks = policy.decay in ("decoupled", "after", "proximal")
+        shrink = values["lr"] * values["weight_decay"] if shrinks else 0.0
+        base = p * (1 - shrink) if policy.decay == "decoupled" else p
+        update, stores = self.rule(p, g, given, values, dict(self.flags))
+        observed: Mapping[str, Any] = {}
+        if isinstance(update, Step):
+            shrink = update.size * values["weight_decay"] if shrinks else 0.0
+            base = p * (1 - shrink) if policy.decay == "decoupled" else p
+            update, observed = update.size * update.direction, update.observe
         if policy.cautious:
             # A product, not a selection: a NaN must not become a harmless zero. And one of signs, since that of the
             # numbers may be too small for float32.
@@ -141,19 +200,22 @@ class Update:
         if policy.direction:
             new = update
         elif KAHAN_SLOT in self.slots:
+            # Not `base - p - update`: the difference of two close numbers would lose the small decay.
+            change = -update
             if policy.decay == "decoupled":
-                # Not `base - p - update`: the difference of two close numbers would lose the small decay.
                 change = -(shrink * p) - update
+            elif policy.decay == "after":
+                change = -(shrink * (p - update)) - update
             elif policy.decay == "proximal":
                 change = -(update + shrink * p) / (1 + shrink)
-            else:
-                change = -update
             change = change + values[KAHAN_SLOT]
             new = round_to(p + change, policy.weight_dtype)
             stores[KAHAN_SLOT] = change - (new - p)
         else:
             new = base - update
-            if policy.decay == "proximal":
+            if policy.decay == "after":
+                new = new * (1 - shrink)
+            elif policy.decay == "proximal":
                 new = new / (1 + shrink)
         if policy.rounding == "stochastic":
             stores = {
@@ -166,9 +228,22 @@ class Update:
             stores["p"] = new
         if policy.copy:
             stores["copy"] = new
+        if policy.observe:
+            stores |= {OBSERVED + name: value for name, value in observed.items()}
         return old | stores
 
     @staticmethod
     def _dither(values: Mapping[str, Any], value: Any, salt: int) -> Any:
         key = noise_key(values["seed"], values["tensor_id"], values["step"], salt)
         return stochastic_round(value, key)
+
+
+_PLAIN = Slot()
+
+_RATES: dict[str, Rate] = {
+    "element": Rate.ELEMENT,
+    "row": Rate.ROW,
+    "column": Rate.COLUMN,
+    "scalar": Rate.SCALAR,
+    "shared": Rate.SHARED,
+}

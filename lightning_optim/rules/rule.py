@@ -1,44 +1,79 @@
-"""An update rule: a pure function, and what can be read off its signature."""
+"""An update rule: a pure function, what can be read off its signature, and what it declares beside it."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from lightning_optim.rules.slots import Slot
+
+
+@dataclass(frozen=True)
+class Step:
+    """An update whose size is not the learning rate alone: ``size * direction``.
+
+    A rule may return it in place of an update. Weight decay then multiplies by the size, as by the learning rate
+    otherwise.
+
+    Args:
+        size: A scalar.
+        direction: What it multiplies.
+        observe: Numbers of interest, one for each tensor, by name: see
+            :meth:`~lightning_optim.optimizers.base.RuleOptimizer.observed`.
+    """
+
+    size: Any
+    direction: Any
+    observe: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)  # a rule is itself: functions cannot be compared otherwise
 class Rule:
     """An optimizer's mathematics, once, for every engine.
 
-    The function's signature is its declaration. Positional parameters are tensors: the weight ``p``, the gradient
-    ``g``, then the state *slots* by their names in ``state_dict``. Keyword-only parameters are scalars, by the
-    names of the param-group options (``betas`` gives ``beta1``, ``beta2``, ...; ``step`` counts from 1); those
-    annotated ``bool`` are *flags*: known when the rule is traced, so that plain ``if`` works on them. The function
-    returns the update, which is subtracted from the weight, and the new value of every slot.
+    The function's signature is its declaration. Positional parameters are tensors: the weight ``p`` (before decay),
+    the gradient ``g``, the state *slots* by their names in ``state_dict``, then further *inputs*. Keyword-only
+    parameters are scalars, by the names of the param-group options (``betas`` gives ``beta1``, ``beta2``, ...; ``step``
+    counts from 1); those annotated ``bool`` are *flags*: known when the rule is traced, so that plain ``if`` works on
+    them. The function returns the update, which is subtracted from the weight, or a :class:`Step`, and the new value of
+    every slot.
 
     Decay, clipping, rounding and the write are not the rule's business: see
     :class:`~lightning_optim.rules.policy.Policy`.
 
     Args:
         function: The mathematics, in the operations of :mod:`lightning_optim.rules.ops`.
-        optional: Slots (default ``None`` in the signature) that exist only when a flag of this name is set.
+        slots: What slots are, where they are not zeros of the weight's shape that always exist.
+        inputs: Tensors of the weight's shape that come from outside of the rule, each with the flag that it comes with.
+        every: Flags that are set at every n-th step of the optimizer, each with the option that has n.
+        shared: Scalars that are the first param group's for all parameters: those from which shared slots are made.
+        evaluate: The weight to evaluate the model with, from ``p``, slots and scalars, if it is another one.
+        train: From that, the weight to train with.
+        observe: Names of what its Steps observe.
 
     Raises:
-        TypeError: The signature does not begin with ``(p, g)``, or ``optional`` names something it does not have.
+        TypeError: The signature does not begin with ``(p, g)``, or a declaration names something it does not have.
 
     >>> from lightning_optim.rules.ops import lerp, sign
     >>> def signum(p, g, momentum_buffer, *, lr, momentum):
     ...     momentum_buffer = lerp(momentum_buffer, g, 1 - momentum)
     ...     return lr * sign(momentum_buffer), momentum_buffer
     >>> rule = Rule(signum)
-    >>> rule.slots({}), rule.scalars
+    >>> rule.slots_under({}), rule.scalars
     (('momentum_buffer',), ('lr', 'momentum'))
     """
 
     function: Callable[..., Any]
-    optional: Mapping[str, str] = field(default_factory=dict)
+    slots: Mapping[str, Slot] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    every: Mapping[str, str] = field(default_factory=dict)
+    shared: Collection[str] = ()
+    evaluate: Callable[..., Any] | None = None
+    train: Callable[..., Any] | None = None
+    observe: tuple[str, ...] = ()
+    positional: tuple[str, ...] = field(init=False)
     all_slots: tuple[str, ...] = field(init=False)
     scalars: tuple[str, ...] = field(init=False)
     flags: tuple[str, ...] = field(init=False)
@@ -50,19 +85,30 @@ class Rule:
         keyword = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
         if positional[:2] != ["p", "g"] or len(positional) + len(keyword) != len(parameters):
             raise TypeError(
-                f"a rule's signature is (p, g, *slots by name, *, scalars by name); "
+                f"a rule's signature is (p, g, *slots by name, *inputs by name, *, scalars by name); "
                 f"{self.name} has {inspect.signature(self.function)}"
             )
         flags = tuple(p.name for p in keyword if p.annotation in (bool, "bool"))
-        for slot, flag in self.optional.items():
-            if slot not in positional[2:] or flag not in flags:
-                raise TypeError(
-                    f"optional slot {slot!r} with flag {flag!r}: the slots of {self.name} are {positional[2:]}, "
-                    f"its flags {list(flags)}"
-                )
-        object.__setattr__(self, "all_slots", tuple(positional[2:]))
+        scalars = tuple(p.name for p in keyword if p.name not in flags)
+        slots = tuple(name for name in positional[2:] if name not in self.inputs)
+        conditions = [flag for slot in self.slots.values() for flag in (slot.when, slot.unless) if flag is not None]
+        options = [slot.init for slot in self.slots.values() if isinstance(slot.init, str) and slot.init != "p"]
+        for what, names, valid in (
+            ("slots", self.slots, slots),
+            ("inputs", self.inputs, positional[2 + len(slots) :]),
+            ("the flags of slots", conditions, flags),
+            ("the flags of inputs", self.inputs.values(), flags),
+            ("flags at every n-th step", self.every, flags),
+            ("shared scalars", self.shared, scalars),
+            ("initial values", options, scalars),
+        ):
+            if unknown := sorted(set(names) - set(valid)):
+                raise TypeError(f"{self.name}: {what} named {', '.join(unknown)}; it has {', '.join(valid) or 'none'}")
+        object.__setattr__(self, "positional", tuple(positional[2:]))
+        object.__setattr__(self, "all_slots", slots)
+        object.__setattr__(self, "slots", {name: self.slots.get(name, Slot()) for name in slots})
         object.__setattr__(self, "flags", flags)
-        object.__setattr__(self, "scalars", tuple(p.name for p in keyword if p.name not in flags))
+        object.__setattr__(self, "scalars", scalars)
 
     @property
     def name(self) -> str:
@@ -74,23 +120,44 @@ class Rule:
         """Whether the rule reads ``step``, so that the state must keep it."""
         return "step" in self.scalars
 
-    def slots(self, flags: Mapping[str, bool]) -> tuple[str, ...]:
+    @property
+    def shares(self) -> bool:
+        """Whether all parameters have slots in common."""
+        return any(slot.rate == "shared" for slot in self.slots.values())
+
+    def slots_under(self, flags: Mapping[str, bool]) -> tuple[str, ...]:
         """The slots that exist under ``flags``."""
-        return tuple(s for s in self.all_slots if s not in self.optional or flags[self.optional[s]])
+        return tuple(name for name, slot in self.slots.items() if slot.exists(flags))
+
+    def inputs_under(self, flags: Mapping[str, bool]) -> tuple[str, ...]:
+        """The inputs that come under ``flags``."""
+        return tuple(name for name, flag in self.inputs.items() if flags[flag])
 
     def __call__(
-        self, p: Any, g: Any, slots: Mapping[str, Any], scalars: Mapping[str, Any], flags: Mapping[str, bool]
+        self, p: Any, g: Any, tensors: Mapping[str, Any], scalars: Mapping[str, Any], flags: Mapping[str, bool]
     ) -> tuple[Any, dict[str, Any]]:
-        """The update and the new value of each slot.
+        """The update or Step, and the new value of each slot.
+
+        Args:
+            p: The weight.
+            g: The gradient.
+            tensors: By name, the slots and inputs that exist; for the others the function gets None.
+            scalars: By name.
+            flags: By name.
 
         Raises:
-            TypeError: The function returned another number of values than an update and its slots.
+            TypeError: The function returned another number of values than an update and its slots, or observes
+                something else than was declared.
         """
-        result = self.function(p, g, **slots, **{name: scalars[name] for name in self.scalars}, **flags)
+        given = dict.fromkeys(self.positional) | dict(tensors)
+        result = self.function(p, g, **given, **{name: scalars[name] for name in self.scalars}, **flags)
         values = result if isinstance(result, tuple) else (result,)
+        slots = [name for name in tensors if name not in self.inputs]
         if len(values) != 1 + len(slots):
             raise TypeError(
-                f"{self.name} must return the update and {len(slots)} slots {list(slots)}; it returned "
-                f"{len(values)} values"
+                f"{self.name} must return the update and {len(slots)} slots {slots}; it returned {len(values)} values"
             )
+        observed = set(values[0].observe) if isinstance(values[0], Step) else set[str]()
+        if observed != set(self.observe):
+            raise TypeError(f"{self.name} observes {sorted(observed)}; it declares {sorted(self.observe)}")
         return values[0], dict(zip(slots, values[1:], strict=True))

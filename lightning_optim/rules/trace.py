@@ -1,9 +1,10 @@
-"""Tracing: run a rule once on symbols and get a :class:`Program` that printers turn into C or Triton.
+"""Tracing: run a rule once on symbols and get a :class:`~lightning_optim.rules.program.Program` that engines run.
 
 Every node has a *rate*: a constant, a scalar (one value per tensor), or an element. Scalars are hoisted out of
 the loop over memory by construction: whatever a rule computes from ``lr``, ``step`` and other scalars alone is
 evaluated once per tensor in float64 and enters the loop as a number. A reduction (``norm``, ``sum``, ``mean``)
 makes a scalar out of elements, and so splits the program into *passes* over memory; all stores are in the last.
+A ``total`` is over all tensors, and so splits it into Programs that are run one after the other, its *phases*.
 
 >>> from lightning_optim.rules.ops import lerp, sign
 >>> def lion(p, g, exp_avg, lr, beta1, beta2):
@@ -15,130 +16,14 @@ makes a scalar out of elements, and so splits the program into *passes* over mem
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
-from functools import cached_property
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
-from lightning_optim.rules.ops import OPS, Operand
+from lightning_optim.rules.ops import Operand
+from lightning_optim.rules.program import Node, Phase, Program, Rate
+from lightning_optim.rules.table import OPS
 
-#: What a value is: see :meth:`Program.kind`.
-Kind = Literal["number", "bool", "key"]
-
-
-class Rate(IntEnum):
-    """How often a value changes."""
-
-    CONSTANT = 0
-    SCALAR = 1  # one value per tensor: hyperparameters, step, reductions and what is computed from them
-    ELEMENT = 2  # one value per element
-
-
-@dataclass(frozen=True)
-class Node:
-    """One operation, load, scalar input or constant of a Program.
-
-    Attributes:
-        op: A name of :data:`~lightning_optim.rules.ops.OPS`, or ``"load"``, ``"scalar"``, ``"constant"``.
-        args: Indices of the operands among the Program's nodes.
-        rate: See :class:`Rate`.
-        stage: The pass over memory that must have ended before this value can be computed (scalars), or in
-            which it first can be (elements): the number of reductions on the longest path to it.
-        attrs: Constants of the operation: the name of a load or scalar, a constant's value, a dtype's name.
-    """
-
-    op: str
-    args: tuple[int, ...]
-    rate: Rate
-    stage: int
-    attrs: tuple[tuple[str, Any], ...] = ()
-
-    def attr(self, name: str) -> Any:
-        """The value of one of :attr:`attrs`."""
-        return dict(self.attrs)[name]
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One sweep over memory.
-
-    Attributes:
-        scalars: Scalar nodes to evaluate, per tensor, before the sweep; in order.
-        elements: Element nodes to evaluate in the loop; in order.
-        reductions: Reduction nodes whose operand the sweep accumulates.
-        inputs: Nodes of rate SCALAR (not constants) that the loop reads.
-    """
-
-    scalars: tuple[int, ...]
-    elements: tuple[int, ...]
-    reductions: tuple[int, ...]
-    inputs: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Program:
-    """A traced rule: straight-line code over the elements of one tensor, in one or more passes.
-
-    Attributes:
-        name: For reading and for the names of generated functions.
-        tensors: Names of the tensors of a parameter, in the order of the calling convention.
-        scalars: Names of the scalar inputs that are read.
-        nodes: In an order in which each comes after its operands.
-        stores: ``(tensor name, node)`` pairs, written in the last pass.
-        results: Scalar nodes returned for each tensor (a reduction's value, say).
-    """
-
-    name: str
-    tensors: tuple[str, ...]
-    scalars: tuple[str, ...]
-    nodes: tuple[Node, ...]
-    stores: tuple[tuple[str, int], ...]
-    results: tuple[int, ...] = ()
-    passes: tuple[Pass, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Derive the passes."""
-        object.__setattr__(self, "passes", _split(self))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of all that the Program says: equal for equal rules, whatever process traced them."""
-        return hashlib.sha256(str(self).encode()).hexdigest()
-
-    def kind(self, node: Node) -> Kind:
-        """What the value of one of the nodes is.
-
-        - ``"number"``: float64 as a scalar, the math type as an element;
-        - ``"bool"``: a comparison, which rules also use as a number, 0 or 1;
-        - ``"key"``: an unsigned 32-bit integer.
-        """
-        if node.op == "where":
-            first, second = (self.kind(self.nodes[arg]) for arg in node.args[1:])
-            return first if first == second else "number"
-        result = OPS[node.op].result if node.op in OPS else "number"
-        return "number" if result == "reduction" else result
-
-    @property
-    def reduces(self) -> bool:
-        """Whether a value depends on all elements of a tensor."""
-        return any(node.op in OPS and OPS[node.op].result == "reduction" for node in self.nodes)
-
-    @cached_property
-    def loads(self) -> tuple[str, ...]:
-        """Names of the tensors that are read."""
-        return tuple(node.attr("name") for node in self.nodes if node.op == "load")
-
-    def __str__(self) -> str:
-        lines = [f"{self.name}({', '.join(self.tensors)}; {', '.join(self.scalars)})"]
-        for index, node in enumerate(self.nodes):
-            attrs = "".join(f" {key}={value!r}" for key, value in node.attrs)
-            args = "".join(f" %{arg}" for arg in node.args)
-            lines.append(f"  %{index} = {node.op}{args}{attrs}  # {node.rate.name.lower()}, stage {node.stage}")
-        lines += [f"  store {tensor} %{index}" for tensor, index in self.stores]
-        lines += [f"  return %{index}" for index in self.results]
-        return "\n".join(lines)
+__all__ = ["Node", "Program", "Rate", "trace"]
 
 
 class Graph:
@@ -160,6 +45,43 @@ class Graph:
         # repr keeps -0.0 apart from 0.0, which compare (and hash) equal.
         return self.add(Node("constant", (), Rate.CONSTANT, 0, (("value", float(value)), ("repr", repr(float(value))))))
 
+    def operation(self, name: str, args: Sequence[int], attrs: Mapping[str, Any]) -> Symbol:
+        """The symbol of an operation on nodes.
+
+        Raises:
+            TypeError: Its operands have rates that it is not for.
+        """
+        op = OPS[name]
+        nodes = [self.nodes[index] for index in args]
+        rate = Rate.of(node.rate for node in nodes)
+        stage = max(node.stage for node in nodes)
+        if op.result == "total":
+            if rate not in (Rate.SCALAR, Rate.ELEMENT):
+                raise TypeError(f"total() is over elements, or over one number for each tensor; it was given a {rate}")
+            if rate == Rate.ELEMENT:
+                return self.operation("total", [self.operation("sum", args, {}).index], attrs)
+            rate, stage = Rate.SHARED, 0
+        elif op.result == "reduction":
+            rate, stage = _reduced_rate(name, rate, attrs.get("over")), stage + 1
+        elif rate == Rate.CONSTANT:
+            return self.constant(op.scalar(*(node.attr("value") for node in nodes), **attrs))
+        elif name == "where" and nodes[0].rate > Rate.SCALAR and max(nodes[1].rate, nodes[2].rate) <= Rate.SCALAR:
+            raise TypeError("where(condition, a, b) with an element-wise condition: one branch must be element-wise")
+        return self.add(Node(name, tuple(args), rate, stage, tuple(sorted(attrs.items()))))
+
+
+def _reduced_rate(name: str, rate: Rate, over: str | None) -> Rate:
+    if over is None:
+        if rate != Rate.ELEMENT:
+            raise TypeError(f"{name}() reduces a tensor; it was given a {rate}")
+        return Rate.SCALAR
+    left, along = (Rate.COLUMN, Rate.ROW) if over == "rows" else (Rate.ROW, Rate.COLUMN)
+    if rate == Rate.ELEMENT:
+        return left
+    if rate != along:
+        raise TypeError(f"{name}() over {over} reduces elements or one number for each of the {over}; not a {rate}")
+    return along  # of each matrix, one number: it goes with rows and columns alike
+
 
 class Symbol(Operand):
     """A value that is not known yet; operations on it add nodes to its graph."""
@@ -173,21 +95,7 @@ class Symbol(Operand):
     def __rule_op__(self, name: str, args: Sequence[Any], attrs: Mapping[str, Any]) -> Symbol:
         if name not in OPS:
             raise ValueError(f"unknown operation {name!r}; the language has: {', '.join(OPS)}")
-        op = OPS[name]
-        graph = self.graph
-        symbols = [arg if isinstance(arg, Symbol) else graph.constant(arg) for arg in args]
-        nodes = [graph.nodes[symbol.index] for symbol in symbols]
-        rate = max(node.rate for node in nodes)
-        stage = max(node.stage for node in nodes)
-        if op.result == "reduction":
-            if rate != Rate.ELEMENT:
-                raise TypeError(f"{name}() reduces a tensor; it was given a scalar")
-            rate, stage = Rate.SCALAR, stage + 1
-        elif rate == Rate.CONSTANT:
-            return graph.constant(op.scalar(*(node.attr("value") for node in nodes), **attrs))
-        elif name == "where" and nodes[0].rate == Rate.ELEMENT and max(nodes[1].rate, nodes[2].rate) < Rate.ELEMENT:
-            raise TypeError("where(condition, a, b) with an element-wise condition: one branch must be element-wise")
-        return graph.add(Node(name, tuple(s.index for s in symbols), rate, stage, tuple(sorted(attrs.items()))))
+        return self.graph.operation(name, [_as_symbol(self.graph, arg).index for arg in args], attrs)
 
 
 def trace(
@@ -196,6 +104,8 @@ def trace(
     tensors: Iterable[str],
     scalars: Iterable[str],
     name: str | None = None,
+    rates: Mapping[str, Rate] | None = None,
+    shared: Collection[str] = (),
 ) -> Program:
     """Run ``function`` on symbols and record what it does.
 
@@ -206,90 +116,120 @@ def trace(
             tensor of this list that is not read (a second copy of the weight, say).
         scalars: Names of the scalar arguments.
         name: Name of the Program; default ``function.__name__``.
+        rates: Of those tensors that do not have one number for each element.
+        shared: Names of those scalars that are the same for all tensors.
 
     Returns:
-        The Program; scalars and loads that nothing depends on are left out of its nodes.
+        The Program; scalars and loads that nothing depends on are left out of its nodes, as are stores of what was
+        loaded from the same place.
 
     Raises:
-        TypeError: The rule branches on a value, or reduces a scalar.
+        TypeError: The rule branches on a value, or gives an operation or a store what it is not for.
         ValueError: A store names an unknown tensor.
     """
-    tensors, scalars = tuple(tensors), tuple(scalars)
+    tensors, scalars, rates = tuple(tensors), tuple(scalars), dict(rates or {})
     graph = Graph()
     inputs: dict[str, Symbol] = {}
     for tensor in tensors:
-        inputs[tensor] = graph.add(Node("load", (), Rate.ELEMENT, 0, (("name", tensor),)))
+        inputs[tensor] = graph.add(Node("load", (), rates.get(tensor, Rate.ELEMENT), 0, (("name", tensor),)))
     for scalar in scalars:
-        inputs[scalar] = graph.add(Node("scalar", (), Rate.SCALAR, 0, (("name", scalar),)))
+        rate = Rate.SHARED if scalar in shared else Rate.SCALAR
+        inputs[scalar] = graph.add(Node("scalar", (), rate, 0, (("name", scalar),)))
     outputs = dict(function(**inputs))
     results = [_as_symbol(graph, value).index for value in outputs.pop("return", ())]
     unknown = sorted(set(outputs) - set(tensors))
     if unknown:
         raise ValueError(f"the rule stores {unknown}, but its tensors are {list(tensors)}")
     stores = [(tensor, _as_symbol(graph, outputs[tensor]).index) for tensor in tensors if tensor in outputs]
-    kept, renumbered = _reachable(graph.nodes, [index for _, index in stores] + results)
-    return Program(
-        name=name or function.__name__,
-        tensors=tensors,
-        scalars=tuple(node.attr("name") for node in kept if node.op == "scalar"),
-        nodes=kept,
-        stores=tuple((tensor, renumbered[index]) for tensor, index in stores),
-        results=tuple(renumbered[index] for index in results),
-    )
+    stores = [(tensor, index) for tensor, index in stores if index != inputs[tensor].index]
+    for tensor, index in stores:
+        _check_store(tensor, rates.get(tensor, Rate.ELEMENT), graph.nodes[index].rate)
+    name = name or function.__name__
+    return _Phases(name, tensors, rates, graph).program(stores, results)
+
+
+def _check_store(tensor: str, rate: Rate, value: Rate) -> None:
+    if Rate.of((rate, value)) != rate:
+        raise TypeError(f"the rule stores a {value} in {tensor}, which is a {rate}")
 
 
 def _as_symbol(graph: Graph, value: Any) -> Symbol:
     return value if isinstance(value, Symbol) else graph.constant(value)
 
 
-def _reachable(nodes: Sequence[Node], roots: Iterable[int]) -> tuple[tuple[Node, ...], dict[int, int]]:
-    """The nodes that ``roots`` depend on, renumbered, with the new numbers."""
+class _Phases:
+    """Divides a graph into Programs: each total is a result of one, and a scalar of those after it."""
+
+    def __init__(self, name: str, tensors: tuple[str, ...], rates: Mapping[str, Rate], graph: Graph) -> None:
+        self.name, self.tensors, self.rates, self.nodes = name, tensors, rates, graph.nodes
+        self.totals: dict[int, str] = {}
+
+    def program(self, stores: Sequence[tuple[str, int]], results: Sequence[int]) -> Program:
+        """The Program of some stores and results, with the phases before it."""
+        roots = [index for _, index in stores] + list(results)
+        phases: list[Phase] = []
+        for waiting in self._in_order(roots):
+            names = tuple(f"total_{len(self.totals) + place}" for place in range(len(waiting)))
+            summed = [self.nodes[index].args[0] for index in waiting]
+            phases.append(Phase(names, self._cut(f"{self.name}_totals", [], summed)))
+            self.totals.update(zip(waiting, names, strict=True))
+        common = [(tensor, index) for tensor, index in stores if self.rates.get(tensor) == Rate.SHARED]
+        own = [(tensor, index) for tensor, index in stores if self.rates.get(tensor) != Rate.SHARED]
+        shared = self._cut(f"{self.name}_shared", common, []) if common else None
+        return self._cut(self.name, own, results, tuple(phases), shared)
+
+    def _in_order(self, roots: Sequence[int]) -> list[list[int]]:
+        """The totals that roots depend on: first those that depend on no other one."""
+        depth: dict[int, int] = {}  # how many totals there are on the longest path to a node, itself included
+        needed = _needed(self.nodes, roots)
+        for index in sorted(needed):
+            node = self.nodes[index]
+            depth[index] = max((depth[arg] for arg in node.args), default=0) + (node.op == "total")
+        totals = [index for index in sorted(needed) if self.nodes[index].op == "total"]
+        deepest = max((depth[index] for index in totals), default=0)
+        return [[index for index in totals if depth[index] == level] for level in range(1, deepest + 1)]
+
+    def _cut(
+        self,
+        name: str,
+        stores: Sequence[tuple[str, int]],
+        results: Sequence[int],
+        phases: tuple[Phase, ...] = (),
+        shared: Program | None = None,
+    ) -> Program:
+        """The Program of stores and results, in which totals that are known are scalars, as shared slots are."""
+        graph, new = Graph(), dict[int, int]()
+        for index in sorted(_needed(self.nodes, [i for _, i in stores] + list(results), self.totals)):
+            node = self.nodes[index]
+            if index in self.totals:
+                symbol = graph.add(Node("scalar", (), Rate.SHARED, 0, (("name", self.totals[index]),)))
+            elif node.op == "load" and node.rate == Rate.SHARED:
+                symbol = graph.add(Node("scalar", (), Rate.SHARED, 0, node.attrs))
+            elif node.args:
+                symbol = graph.operation(node.op, [new[arg] for arg in node.args], dict(node.attrs))
+            else:
+                symbol = graph.add(node)
+            new[index] = symbol.index
+        return Program(
+            name=name,
+            tensors=tuple(tensor for tensor in self.tensors if self.rates.get(tensor) != Rate.SHARED),
+            scalars=tuple(node.attr("name") for node in graph.nodes if node.op == "scalar"),
+            nodes=tuple(graph.nodes),
+            stores=tuple((tensor, new[index]) for tensor, index in stores),
+            results=tuple(new[index] for index in results),
+            phases=phases,
+            shared=shared,
+            scalar_tensors=tuple(tensor for tensor in self.tensors if self.rates.get(tensor) == Rate.SCALAR),
+        )
+
+
+def _needed(nodes: Sequence[Node], roots: Iterable[int], known: Collection[int] = ()) -> set[int]:
+    """The nodes that ``roots`` depend on, but for what known ones depend on."""
     needed: set[int] = set()
     stack = list(roots)
     while stack:
         index = stack.pop()
         if index not in needed:
             needed.add(index)
-            stack.extend(nodes[index].args)
-    renumbered = {old: new for new, old in enumerate(sorted(needed))}
-    kept = tuple(
-        Node(node.op, tuple(renumbered[arg] for arg in node.args), node.rate, node.stage, node.attrs)
-        for node in (nodes[old] for old in sorted(needed))
-    )
-    return kept, renumbered
-
-
-def _split(program: Program) -> tuple[Pass, ...]:
-    """Assign nodes to passes: pass k computes the reductions of stage k + 1; the last one stores."""
-    nodes = program.nodes
-    reductions = [i for i, node in enumerate(nodes) if node.op in OPS and OPS[node.op].result == "reduction"]
-    last = max((nodes[i].stage for i in reductions), default=0)
-    passes = []
-    for stage in range(last + 1):
-        reduced = tuple(i for i in reductions if nodes[i].stage == stage + 1)
-        roots = [nodes[i].args[0] for i in reduced]
-        if stage == last:
-            roots += [index for _, index in program.stores]
-        elements = _elements(nodes, roots)
-        # What the loop or a store reads of rate SCALAR; constants are printed in place.
-        read = {arg for i in elements for arg in nodes[i].args} | set(roots)
-        passes.append(
-            Pass(
-                scalars=tuple(i for i, n in enumerate(nodes) if n.rate == Rate.SCALAR and n.stage == stage),
-                elements=elements,
-                reductions=reduced,
-                inputs=tuple(sorted(i for i in read if nodes[i].rate == Rate.SCALAR)),
-            )
-        )
-    return tuple(passes)
-
-
-def _elements(nodes: Sequence[Node], roots: Iterable[int]) -> tuple[int, ...]:
-    needed: set[int] = set()
-    stack = [index for index in roots if nodes[index].rate == Rate.ELEMENT]
-    while stack:
-        index = stack.pop()
-        if index not in needed:
-            needed.add(index)
-            stack.extend(arg for arg in nodes[index].args if nodes[arg].rate == Rate.ELEMENT)
-    return tuple(sorted(needed))
+            stack.extend(() if index in known else nodes[index].args)
+    return needed

@@ -6,6 +6,8 @@ from typing import ClassVar
 
 import torch
 
+from lightning_optim.stepping.evaluations import Request
+
 
 class ClosureOptimizer(torch.optim.Optimizer):
     """An optimizer whose step needs the loss at further weights than those at which it is called.
@@ -23,6 +25,8 @@ class ClosureOptimizer(torch.optim.Optimizer):
     True
     """
 
+    #: See :mod:`lightning_optim.stepping.evaluations`.
+    request: ClassVar[Request] = "loss_and_gradient"
     #: Whether ``step`` must be given a closure that can be called again.
     needs_closure: ClassVar[bool] = True
 

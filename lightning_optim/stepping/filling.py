@@ -26,6 +26,8 @@ from lightning_optim.engines.memory import (
     read_any,
     same_order,
 )
+from lightning_optim.stepping.method import Inputs
+from lightning_optim.stepping.observing import Observed
 from lightning_optim.stepping.plan import Planned, counter_device
 from lightning_optim.stepping.shards import is_distributed, local, same_parts, shards_of
 from lightning_optim.stepping.sight import as_seen
@@ -42,6 +44,8 @@ def fill(
     gradients: list[Tensor],
     copies: Mapping[Tensor, Tensor] | None,
     undo: UndoBuffers | None,
+    inputs: Inputs,
+    observed: Observed,
 ) -> bool:
     """Gather the tensors of one step; False if one no longer is what the plan was made for.
 
@@ -51,10 +55,12 @@ def fill(
         gradients: Of all parameters that have one.
         copies: For each parameter, where the new weight is written too.
         undo: Where old values are kept.
+        inputs: What rules need beside gradients.
+        observed: Where what they observe is kept.
     """
     bucket, params = planned.bucket, planned.params
     update = bucket.update
-    counts = "step" in update.program.scalars
+    counts = update.program.counts_steps
     states = [state.get(p) for p in params] if counts or update.slots else []
     try:
         kept = {slot: [s[slot] for s in states] for slot in update.slots}  # type: ignore[index] # None is an error
@@ -64,23 +70,30 @@ def fill(
     try:
         if undo is not None:
             old = {name: kept.get(name, params) for name in ("p", *update.slots)}
+        for name in update.inputs:
+            kept[name] = [inputs[name][p] for p in params]
         if copies is not None:
             kept["copy"] = [copies[p] for p in params]
         if undo is not None:
             for name, tensors_of in old.items():
                 kept[undo_name(name)] = list(map(undo.buffer, params, [name] * len(bucket), tensors_of))
+        for name in update.observations:
+            kept[name] = [observed.place(name, p) for p in params]
         tensors = {"p": params, "g": [gradients[i] for i in planned.sources], **kept}
         if planned.view is not None:
             if planned.view is local and not _divided_as_planned(planned, tensors):
                 return False
-            tensors = {name: as_seen(planned.view, name, column) for name, column in tensors.items()}
+            tensors = {
+                name: as_seen(planned.view, name, column) if update.is_elementwise(name) else column
+                for name, column in tensors.items()
+            }
         if planned.reorder:
             tensors["g"] = list(map(in_order_of, tensors["g"], tensors["p"]))
         every = [*chain.from_iterable(tensors.values()), *steps]
         reading = planned.engine.read(every) if planned.strict else read_any(every)
     except _OF_THE_DEVICE:
         raise
-    except (RuntimeError, TypeError, AttributeError):  # no tensor at all, or one of quite another kind
+    except (KeyError, RuntimeError, TypeError, AttributeError):  # no tensor at all, or one of quite another kind
         return False
     if not _as_planned(planned, tensors, steps, reading):
         return False
@@ -97,6 +110,7 @@ def _divided_as_planned(planned: Planned, tensors: Mapping[str, list[Tensor]]) -
     return all(shards_of(p) == planned.shards for p in planned.params if hasattr(p, "placements")) and all(
         same_parts(t, p) or (name == "copy" and not is_distributed(t))
         for name, column in tensors.items()
+        if planned.bucket.update.is_elementwise(name)
         for t, p in zip(column, planned.params, strict=True)
     )
 
@@ -125,8 +139,10 @@ def _are_of_the_form(planned: Planned, tensors: Mapping[str, list[Tensor]]) -> b
     if list(map(form, tensors["p"])) != planned.forms:
         return False
     for name, dtype in bucket.layout.dtypes:
+        elementwise = bucket.update.is_elementwise(name)
         for tensor, p in zip(tensors[name], tensors["p"], strict=True):
-            if tensor.dtype != dtype or tensor.shape != p.shape or tensor.device != p.device:
+            shape = p.shape if elementwise else bucket.update.shape_of(name, p.shape)
+            if tensor.dtype != dtype or tensor.shape != shape or tensor.device != p.device:
                 return False
             if bucket.plain and not (name == "p" or is_plain(tensor)):
                 return False
@@ -134,7 +150,7 @@ def _are_of_the_form(planned: Planned, tensors: Mapping[str, list[Tensor]]) -> b
                 return False
             if name != "g" and tensor.is_inference() and not torch.is_inference_mode_enabled():
                 return False
-            if bucket.dense:
+            if bucket.dense and elementwise:
                 if not same_order(tensor, p) or (name != "p" and is_lazy(tensor)):
                     return False
             elif name != "g" and is_plain(tensor) and overlaps_itself(tensor):

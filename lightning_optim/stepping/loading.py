@@ -15,12 +15,15 @@ from lightning_optim.engines.memory import is_dense
 from lightning_optim.primitives import primitive
 from lightning_optim.rules.policy import KAHAN_SLOT
 from lightning_optim.rules.rule import Rule
+from lightning_optim.rules.slots import Slot
 from lightning_optim.stepping.group_keys import near_miss
 from lightning_optim.stepping.names import by_name
 from lightning_optim.stepping.options import UNDECLARED, Declared, check_option, known_options
+from lightning_optim.stepping.preparing import zeros_for
 
 if TYPE_CHECKING:
-    from lightning_optim.stepping.plan import Group, Planner
+    from lightning_optim.stepping.method import Group
+    from lightning_optim.stepping.plan import Planner
 
 #: Above it, not every whole number of steps is a floating-point number.
 _MOST_STEPS = 2**53
@@ -139,7 +142,7 @@ def load_state(
     optimizer: str,
     groups: Sequence[Group],
     state_dict: Mapping[str, Any],
-    planner_of: Callable[[Group], Planner],
+    planner_of: Callable[[Group, Tensor], Planner],
     rules: Sequence[Rule],
 ) -> defaultdict[Any, Any]:
     """The saved state as this optimizer's: its own copies, on each parameter's device, in its storage types.
@@ -148,7 +151,7 @@ def load_state(
         optimizer: The optimizer's name, for messages.
         groups: From :func:`load_groups`.
         state_dict: What was saved, as :func:`readable` returns it.
-        planner_of: What knows the state of a group's parameters.
+        planner_of: What knows the state of a group's parameter.
         rules: All by which this optimizer may have stepped a parameter.
 
     Raises:
@@ -172,7 +175,7 @@ def load_state(
             raise ValueError(f"{optimizer}: parameter {key}: its state is a {type(values).__name__}; valid: a dict")
         values = {name: value for name, value in values.items() if value is not None}
         if values:
-            state[p] = _load_one(f"{optimizer}: parameter {key}", group, p, values, planner_of(group), rules)
+            state[p] = _load_one(f"{optimizer}: parameter {key}", group, p, values, planner_of(group, p), rules)
     return state
 
 
@@ -186,7 +189,7 @@ def _load_one(
     rule has such and none is there, another rule of this optimizer must have stepped the parameter.
     """
     known = {"step": None, KAHAN_SLOT: None} | {slot: None for rule in rules for slot in rule.all_slots}
-    always = {rule: set(rule.all_slots) - set(rule.optional) for rule in rules}
+    always = {rule: {name for name, slot in rule.slots.items() if not slot.is_optional} for rule in rules}
     used = [rule for rule in rules if set(rule.all_slots) & set(values)]
     if not used and always[planner.method.rule]:
         used = [planner.method.rule]
@@ -202,24 +205,29 @@ def _load_one(
         if name == "step":
             loaded[name] = _load_step(where, value)
         elif name != KAHAN_SLOT or name in slots:
-            loaded[name] = _load_slot(f"{where}: {name}", p, value, planner.slot_dtype(p, name))
+            slot = next((rule.slots[name] for rule in rules if name in rule.slots), Slot())
+            loaded[name] = _load_slot(f"{where}: {name}", p, value, planner.slot_dtype(p, name), slot)
     return loaded
 
 
-def _load_slot(where: str, p: Tensor, value: Any, dtype: torch.dtype) -> Tensor:
+def _load_slot(where: str, p: Tensor, value: Any, dtype: torch.dtype, slot: Slot) -> Tensor:
     if not isinstance(value, Tensor):
         raise ValueError(f"{where} is a {type(value).__name__}; valid: a tensor")
     if value.is_nested or value.layout != torch.strided or (value.is_meta and not p.is_meta):
         kind = "a nested tensor" if value.is_nested else f"of layout {value.layout} on {value.device}"
         raise ValueError(f"{where} is {kind}; valid: a dense tensor with values")
-    if value.shape != p.shape:
+    if value.shape != _shape(slot, p):
         raise ValueError(f"{where} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
-    if value.is_complex() != p.is_complex() or not (value.is_complex() or value.is_floating_point()):
+    is_complex = p.is_complex() and not slot.is_scalar
+    if value.is_complex() != is_complex or not (value.is_complex() or value.is_floating_point()):
         raise ValueError(f"{where} has dtype {value.dtype}; valid: what can be stored as {dtype}")
     memory_format = torch.preserve_format if is_dense(p) else torch.contiguous_format
     # Whatever is the mode of the moment, steps will write to it.
     with torch.inference_mode(False), torch.no_grad():
-        own = torch.empty_like(p, dtype=dtype, memory_format=memory_format, requires_grad=False)
+        if slot.is_plain:
+            own = torch.empty_like(p, dtype=dtype, memory_format=memory_format, requires_grad=False)
+        else:
+            own = zeros_for(p, slot, dtype)
         try:
             own.copy_(value)
         except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
@@ -228,6 +236,13 @@ def _load_slot(where: str, p: Tensor, value: Any, dtype: torch.dtype) -> Tensor:
                 f"be stored as {dtype}"
             ) from error
     return own
+
+
+def _shape(slot: Slot, p: Tensor) -> torch.Size:
+    try:
+        return slot.shape_for(p.shape)
+    except ValueError:  # a weight that has no such slot
+        return p.shape
 
 
 def _load_step(where: str, value: Any) -> Tensor:

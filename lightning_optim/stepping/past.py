@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ class Past:
         states: Of each parameter, as it was then.
         new: What of it the step has made.
         undo: Where the old values are.
+        restores: The writes that take back what all parameters have in common.
         progress: How far they are back.
     """
 
@@ -32,6 +33,7 @@ class Past:
     states: dict[Tensor, Any]
     new: NewState
     undo: UndoBuffers
+    restores: Sequence[Write] = ()
     progress: Progress = field(default_factory=Progress)
 
     def take_back(self, current: Mapping[Any, Any]) -> None:
@@ -46,7 +48,7 @@ class Past:
         if self.progress.begun:
             self.progress.finish()
         else:
-            self.progress.write([*self._writes(current), partial(self.new.forget, current)])
+            self.progress.write([*self._writes(current), *self.restores, partial(self.new.forget, current)])
 
     def _writes(self, current: Mapping[Any, Any]) -> Iterator[Write]:
         for planned in reversed(self.written):  # weights that share memory were updated one after the other
@@ -58,5 +60,5 @@ class Past:
                     continue  # another was loaded since
                 for slot in slots:
                     yield partial(self.undo.give_back, p, slot, state[slot])
-                if "step" in planned.bucket.update.program.scalars:
+                if planned.bucket.update.program.counts_steps:
                     yield partial(state["step"].copy_, counting.previous(state["step"]))

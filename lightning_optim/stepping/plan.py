@@ -7,12 +7,11 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_optim.engines.ambient import of_normal_tensors
 from lightning_optim.engines.base import Bucket, Decision, Engine, Layout, choose, dtype_name
 from lightning_optim.engines.memory import (
     Ranges,
@@ -21,74 +20,20 @@ from lightning_optim.engines.memory import (
     has_address,
     in_order_of,
     is_dense,
-    is_lazy,
     is_plain,
-    overlaps_itself,
 )
-from lightning_optim.rules.policy import KAHAN_SLOT, Decay, Policy, Rounding, Update
-from lightning_optim.rules.rule import Rule
+from lightning_optim.rules.policy import KAHAN_SLOT, Policy, Update
+from lightning_optim.rules.slots import Slot
+from lightning_optim.stepping.method import UPDATES, Group, Inputs, Method, Options, Owner, Part
 from lightning_optim.stepping.new_state import NewState
 from lightning_optim.stepping.shards import Shards, local, shards_of
 from lightning_optim.stepping.sight import as_seen, share_memory, view_of
-from lightning_optim.stepping.tensors import check_gradient, check_slot, check_weight, counted, usable_counter
+from lightning_optim.stepping.tensors import check_gradient, check_weight
 from lightning_optim.stepping.undo import undo_name
 
-Group = dict[str, Any]
-
-#: What of an update a Program does: all of it; its direction alone; or the move along a direction that is given in
-#: place of the gradient.
-Part = Literal["all", "direction", "move"]
+_PLAIN = Slot()
 
 make_update = lru_cache(maxsize=None)(Update)  # few distinct ones; each is traced once per process
-
-
-class Method(Protocol):
-    """What an optimizer class says about itself: see :class:`~lightning_optim.optimizers.base.RuleOptimizer`."""
-
-    rule: Rule
-
-    def public_name(self) -> str:
-        """The name under which users know it."""
-
-    def flags(self, group: Group, p: Tensor, fresh: bool) -> dict[str, bool]:
-        """Values of the rule's flags."""
-
-    def decay(self, group: Group) -> Decay:
-        """How weight decay is applied."""
-
-    def scalars(self, group: Group) -> dict[str, float | Tensor]:
-        """The numbers of a param group, by the rule's names."""
-
-
-class Owner(Protocol):
-    """What holds the parameters and the state: a ``torch.optim.Optimizer``."""
-
-    @property
-    def param_groups(self) -> list[Group]:
-        """The groups of parameters with their options."""
-
-    @property
-    def state(self) -> Any:
-        """By parameter, a dict of slots."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What holds for all parameters of one optimizer.
-
-    Attributes:
-        engine: Name of the engine, or ``"auto"``.
-        rounding: See :class:`~lightning_optim.rules.policy.Policy`.
-        state_dtype: Storage type of new slots; None: float32 (float64 for float64 weights).
-        max_grad_norm: Clip the global norm of the gradients to this, inside the step; None: no clipping.
-        capture: Record the step as a CUDA graph.
-    """
-
-    engine: str = "auto"
-    rounding: Rounding = "nearest"
-    state_dtype: torch.dtype | None = None
-    max_grad_norm: float | None = None
-    capture: bool = False
 
 
 @dataclass
@@ -167,17 +112,24 @@ class Planner:
         #: The parameters' numbers, for the noise of stochastic rounding; None: as they are counted.
         self.numbers: Sequence[int] | None = None
 
+    def slot(self, name: str) -> Slot:
+        """What a slot is."""
+        return self.method.rule.slots.get(name, _PLAIN)
+
     def slot_dtype(self, p: Tensor, slot: str) -> torch.dtype:
         """The storage type of a new slot of parameter ``p``."""
+        wide = p.dtype in (torch.float64, torch.complex128)
+        if self.slot(slot).is_scalar or self.slot(slot).shape is not None:  # matrices are decomposed
+            return torch.float64 if wide else torch.float32
         if slot == KAHAN_SLOT or self.native_state:
             return p.dtype
-        wide = p.dtype in (torch.float64, torch.complex128)
         real = self.options.state_dtype or (torch.float64 if wide else torch.float32)
         return real.to_complex() if p.is_complex() else real
 
     def slots(self, group: Group, p: Tensor) -> tuple[str, ...]:
         """Names of the slots that parameter ``p`` has."""
-        return self._update(group, p, fresh=False).slots
+        update = self._update(group, p, fresh=False)
+        return (*update.slots, *update.shared_slots)
 
     def counts_steps(self) -> bool:
         """Whether the state has a ``step``."""
@@ -212,35 +164,52 @@ class Planner:
             return False
         return self.method.flags(group, p, True) != self.method.flags(group, p, False)
 
+    def flags(self, group: Group, p: Tensor, fresh: bool) -> dict[str, bool]:
+        """Values of the rule's flags, those included that the number of the step decides."""
+        flags = {name: bool(value) for name, value in self.method.flags(group, p, fresh).items()}
+        return flags | {
+            flag: group.get(UPDATES, 0) % max(int(group[option]), 1) == 0
+            for flag, option in self.method.rule.every.items()
+        }
+
+    def scalars(self, group: Group) -> dict[str, float | Tensor]:
+        """The numbers of a param group by the rule's names; those that all parameters share are the first group's."""
+        values = self.method.scalars(group)
+        if self.method.rule.shared:
+            first = self.method.scalars(self.owner.param_groups[0])
+            values.update({name: first[name] for name in self.method.rule.shared})
+        return values
+
     def static(self, group: Group) -> tuple[Any, ...]:
         """What of a group's options is compiled in, and may have been changed since the last step."""
-        flags = self.method.flags(group, group["params"][0], False) if group["params"] else {}
+        flags = self.flags(group, group["params"][0], False) if group["params"] else {}
         switches = [value for value in group.values() if isinstance(value, bool)]  # a flag may depend on the parameter
         return (self.method.decay(group), *flags.values(), *switches)
 
     def _update(
         self, group: Group, p: Tensor, *, fresh: bool, copy: bool = False, scaled: bool = False, undo: bool = False
     ) -> Update:
-        flags = {name: bool(value) for name, value in self.method.flags(group, p, fresh).items()}
+        flags = self.flags(group, p, fresh)
         rule = self.method.rule
         options = self.options
         low: tuple[str, ...] = ()
         if options.rounding == "stochastic":
-            low = tuple(s for s in rule.slots(flags) if self._stored_dtype(p, s) == torch.bfloat16)
+            low = tuple(s for s in rule.slots_under(flags) if self._stored_dtype(p, s) == torch.bfloat16)
         decay = self.method.decay(group)
-        if self.part != "all" and (decay == "l2") != (self.part == "direction"):
+        if self.part == "within" or (self.part != "all" and (decay == "l2") != (self.part == "direction")):
             decay = "none"  # L2 is the gradient's, all others are the weight's
         policy = Policy(
             decay=decay,
             cautious=bool(group.get("cautious", False)) and self.part == "all",
-            maximize=bool(group.get("maximize", False)) and self.part != "move",
+            maximize=bool(group.get("maximize", False)) and self.part in ("all", "direction"),
             scaled=scaled,
             rounding=options.rounding,
             weight_dtype=dtype_name(p.dtype),
             low_precision_slots=low,
             copy=copy,
             undo=undo,
-            direction=self.part == "direction",
+            direction=self.part in ("direction", "within"),
+            observe=options.observe,
         )
         return make_update(rule, policy, tuple(sorted(flags.items())))
 
@@ -255,46 +224,6 @@ class Planner:
             slots = [local(slot) for slot in slots]
         return all(map(is_plain, [g, *slots, *([copies[p]] if copies is not None else [])]))
 
-    @of_normal_tensors
-    def prepare(self, members: list[Member], new: NewState) -> None:
-        """Create the state that is missing, and bring loaded state into the form that engines expect.
-
-        Args:
-            members: The parameters.
-            new: Is told of what is created.
-
-        Raises:
-            RuntimeError: State that does not fit its parameter.
-        """
-        for member in members:
-            p, label = member.param, member.label
-            slots = self.slots(self.owner.param_groups[member.row], p)
-            if not slots and not self.counts_steps():
-                continue  # no state, also no empty one: as torch has it
-            values = new.of(self.owner.state, p)
-            if not isinstance(values, dict):
-                raise RuntimeError(f"{label}: its state is {values!r}; valid: a dict")
-            if self.counts_steps():
-                step = values.get("step")
-                if step is None:
-                    new.put(p, values, "step", torch.zeros((), dtype=torch.float32, device="cpu"))
-                elif not usable_counter(step):
-                    values["step"] = torch.tensor(counted(label, step), dtype=torch.float32, device="cpu")
-            for slot in slots:
-                value = values.get(slot)
-                if value is None:
-                    zeros = torch.zeros_like(p, dtype=self.slot_dtype(p, slot), memory_format=torch.preserve_format)
-                    new.put(p, values, slot, zeros)
-                    continue
-                check_slot(label, p, slot, value)
-                if is_plain(local(p)) and is_dense(p):
-                    value = in_order_of(value, p)
-                elif is_lazy(value) or (is_plain(value) and overlaps_itself(value)):
-                    value = torch.empty_like(value, memory_format=torch.contiguous_format).copy_(value)
-                if value.is_inference() and not torch.is_inference_mode_enabled():
-                    value = value.clone()  # which can be written here
-                values[slot] = value
-
     def build(
         self,
         members: list[Member],
@@ -303,6 +232,7 @@ class Planner:
         scaled: bool,
         undo: bool = False,
         new: NewState | None = None,
+        inputs: Inputs | None = None,
     ) -> list[Planned]:
         """The buckets for these members and their gradients.
 
@@ -312,7 +242,11 @@ class Planner:
             copies: For each parameter, a tensor to which the new weight is written too, if it is wanted.
             scaled: Whether gradients are to be multiplied by ``grad_scale``.
             undo: Whether the old values are kept.
-            new: What :meth:`prepare` has created.
+            new: What has been created for them.
+            inputs: What the rule needs beside gradients; in a report, gradients stand for it.
+
+        Raises:
+            RuntimeError: The rule needs an input that is not given.
         """
         same: dict[tuple[Any, ...], list[Member]] = {}
         for member, g in zip(members, gradients, strict=True):
@@ -320,10 +254,12 @@ class Planner:
             update = self._update(group, p, fresh=member.fresh, copy=copies is not None, scaled=scaled, undo=undo)
             dtypes = {"p": p.dtype, "g": g.dtype}
             dtypes.update({slot: self._stored_dtype(p, slot) for slot in update.slots})
+            dtypes.update({name: _given(name, p, g, inputs, member.label).dtype for name in update.inputs})
             if copies is not None:
                 dtypes["copy"] = copies[p].dtype
             if undo:
                 dtypes.update({undo_name(name): dtypes[name] for name in ("p", *update.slots)})
+            dtypes.update(dict.fromkeys(update.observations, torch.float32))
             view = view_of(p, g, update)
             shards = shards_of(p) if view is local else ()
             layout = Layout(
@@ -356,7 +292,7 @@ class Planner:
                 label=f"{self.method.public_name()}, {_described(layout, device, len(bucket_members))}",
             )
             engine, decision = choose(bucket, self.options.engine)
-            if "step" in update.program.scalars:
+            if update.program.counts_steps:
                 self._place_counters(params, counter_device(engine, device), new or NewState())
             reorder = dense and not all(map(operator.is_, map(in_order_of, given, weights), given))
             forms = list(map(form, weights))
@@ -378,6 +314,17 @@ class Planner:
             if isinstance(step := state.get("step"), Tensor) and step.device != device:
                 # To a device without waiting; from one, the host must have waited before it reads.
                 new.replace(p, state, "step", step.to(device, non_blocking=device.type != "cpu"))
+
+
+def _given(name: str, p: Tensor, g: Tensor, inputs: Inputs | None, label: str) -> Tensor:
+    """An input of a parameter's rule."""
+    if inputs is None:
+        return g
+    if (value := inputs.get(name, {}).get(p)) is None:
+        given = ", ".join(inputs) or "nothing"
+        raise RuntimeError(f"{label}: its step needs {name!r} beside the gradient, and was given {given}")
+    check_gradient(f"{label}, {name!r}", p, value)
+    return value
 
 
 def counter_device(engine: Engine, device: torch.device) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +46,20 @@ def all_reduced(total: Tensor, shards: Shards) -> Tensor:
     for mesh, dim in shards:
         torch.distributed.all_reduce(total, group=mesh.get_group(dim))
     return total
+
+
+def totals(local: Mapping[Shards, Sequence[Tensor]]) -> Tensor:
+    """The sums over all processes, on the first one's device.
+
+    Args:
+        local: Of this process, by what the tensors are divided over: of each number as many as there are buckets. Not
+            empty.
+    """
+    sums = []
+    for where, parts in local.items():
+        device = parts[0].device
+        sums.append(all_reduced(torch.stack([part.to(device, non_blocking=True) for part in parts]).sum(0), where))
+    return torch.stack([part.to(sums[0].device, non_blocking=True) for part in sums]).sum(0)
 
 
 def total_squares(local: LocalSquares) -> Tensor:

@@ -19,7 +19,9 @@ def view_of(p: Tensor, g: Tensor, update: Update) -> View | None:
     """How an engine must look at a parameter's tensors."""
     if p.is_complex():
         return torch.view_as_real  # real and imaginary parts are updated as two numbers, as in torch.optim
-    if not update.program.reduces and same_parts(p, g):
+    program = update.program
+    in_parts = not program.reduces and all(phase.program.adds_up for phase in program.phases)
+    if in_parts and same_parts(p, g):
         return local  # element-wise: each rank updates its shard; a reduction needs the DTensor's own operators
     return None
 

@@ -18,14 +18,18 @@ from torch.nn.parameter import is_lazy as is_uninitialized
 from lightning_optim.engines.base import Bucket, Decision, Scalars
 from lightning_optim.engines.progress import IncompleteStepError, Progress, carry_through
 from lightning_optim.engines.scaling import LossScale, Scaling, needs_squares
+from lightning_optim.stepping.capturing import can_capture
 from lightning_optim.stepping.filling import fill
+from lightning_optim.stepping.meeting import Meeting
+from lightning_optim.stepping.method import Group, Inputs, Method, Options, Owner, Part
 from lightning_optim.stepping.new_state import NewState
+from lightning_optim.stepping.observing import Observed
 from lightning_optim.stepping.past import Past
-from lightning_optim.stepping.plan import Group, Method, Options, Owner, Part, Planned, Planner
+from lightning_optim.stepping.plan import Planned, Planner
+from lightning_optim.stepping.preparing import prepare
 from lightning_optim.stepping.shards import LocalSquares, local, total_squares
 from lightning_optim.stepping.structure import Structure, describe
 from lightning_optim.stepping.undo import UndoBuffers
-from lightning_optim.warnings import warn_once
 
 # Called for every parameter at every step: `map` over this is half the time of a comprehension.
 _grad = attrgetter("grad")
@@ -48,7 +52,7 @@ class Stepper:
         native_state: Create slots in the weight's dtype, as torch's own optimizers do.
         part: What of an update is done: see :data:`~lightning_optim.stepping.plan.Part`. Directions are written to
             the ``copies``.
-        selects: Tells the param groups that are stepped; default: all.
+        selects: Tells the parameters that are stepped, by their param groups; default: all.
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class Stepper:
         *,
         native_state: bool = False,
         part: Part = "all",
-        selects: Callable[[Group], bool] | None = None,
+        selects: Callable[[Group, Tensor], bool] | None = None,
     ) -> None:
         # Not a reference: a cycle would keep gigabytes of state alive until the next garbage collection.
         self.owner: Owner = weakref.proxy(owner)
@@ -72,6 +76,9 @@ class Stepper:
         self._new = NewState()
         self._progress: list[Progress] = []  # of each bucket, since the last plan
         self._skip, self._tables = False, list[list[Scalars]]()  # of the step that runs
+        self._inputs: Inputs = {}
+        self._meeting: Meeting | None = None  # of the parameters, in the step that runs
+        self.observed = Observed()
         self._undo: UndoBuffers | None = None
         #: What can be taken back; not the plan's, as a norm may be planned between a step and its undoing.
         self._past: Past | None = None
@@ -82,6 +89,7 @@ class Stepper:
         grads: Mapping[Tensor, Tensor] | None = None,
         copies: Mapping[Tensor, Tensor] | None = None,
         *,
+        inputs: Inputs | None = None,
         loss: LossScale | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
@@ -90,16 +98,18 @@ class Stepper:
         Args:
             grads: Gradients by parameter; default: each parameter's ``grad``. They are only read.
             copies: For each parameter, a tensor of the same shape to which the new weight is written too.
+            inputs: What the rule needs beside the gradients: by name, a tensor of each parameter's shape.
             loss: What the gradients are to be divided by, and whether the step is to be left out.
             max_grad_norm: Clip the gradients' global norm to this; default: the options' ``max_grad_norm``.
 
         Raises:
-            RuntimeError: A gradient that is sparse, or of another shape or device than its parameter.
+            RuntimeError: A gradient that is sparse, or of another shape or device than its parameter; or an input that
+                the rule needs is not there.
         """
         max_norm = self.planner.options.max_grad_norm if max_grad_norm is None else max_grad_norm
         scaled = max_norm is not None or (loss is not None and loss.scale is not None)
         try:
-            if not self.plan(grads, copies, scaled=scaled):
+            if not self.plan(grads, copies, inputs=inputs, scaled=scaled):
                 self.scaling = None
             elif self.planner.options.capture and not self._fresh and self._can_capture(grads):
                 self._run_captured(max_norm, loss)
@@ -117,6 +127,7 @@ class Stepper:
         grads: Mapping[Tensor, Tensor] | None = None,
         copies: Mapping[Tensor, Tensor] | None = None,
         *,
+        inputs: Inputs | None = None,
         scaled: bool = False,
         undo: UndoBuffers | None = None,
     ) -> bool:
@@ -125,6 +136,7 @@ class Stepper:
         Args:
             grads: As for :meth:`step`.
             copies: As for :meth:`step`.
+            inputs: As for :meth:`step`.
             scaled: Whether gradients will be unscaled or clipped.
             undo: Where old values are kept, so that :meth:`undo` can take the step back.
 
@@ -133,6 +145,7 @@ class Stepper:
         """
         self.abandon()
         self._fresh, self._undo, self._progress, self._skip = False, undo, [], False
+        self._inputs, self._meeting = inputs or {}, None
         params = [p for group in self.owner.param_groups for p in group["params"]]
         found = self._selected(list(map(_grad, params)) if grads is None else [grads.get(p) for p in params])
         gradients = [g for g in found if g is not None]
@@ -164,8 +177,9 @@ class Stepper:
     ) -> None:
         members = self.planner.members(found)
         self._fresh = any(member.fresh for member in members)
-        self.planner.prepare(members, self._new)
-        self._plan = self.planner.build(members, gradients, copies, scaled, self._undo is not None, self._new)
+        prepare(self.planner, members, self._new)
+        undo = self._undo is not None
+        self._plan = self.planner.build(members, gradients, copies, scaled, undo, self._new, self._inputs)
         if not self._fill(gradients, copies):
             if copies is None:
                 raise RuntimeError(
@@ -216,6 +230,8 @@ class Stepper:
             self._table(planned.bucket, None if planned.engine.controls_on_device else factor) for planned in self._plan
         ]
         if not self._skip:
+            if Meeting.is_due(self.planner, self._plan):
+                self._meeting = Meeting(self.planner, self._plan, self._tables)
             self._count_versions()
 
     def _go_on(self) -> None:
@@ -225,6 +241,8 @@ class Stepper:
                 planned.engine.run(planned.bucket, table, self.scaling)
             elif not self._skip:
                 planned.engine.run(planned.bucket, table)
+        if self._meeting is not None:
+            self._meeting.progress.finish()
 
     def _end(self) -> None:
         """After a run, or a failed one: keep what undoing needs, and the state that is in use now."""
@@ -232,7 +250,8 @@ class Stepper:
             begun = [planned for planned in self._plan if (p := planned.bucket.progress) is not None and p.begun]
             written = [] if self._skip else begun
             states = {p: self.owner.state.get(p) for planned in written for p in planned.params}
-            self._past = Past(written, states, self._new, self._undo)
+            restores = self._meeting.restores if self._meeting is not None and written else []
+            self._past = Past(written, states, self._new, self._undo, restores)
         self.abandon()  # of a step that was left out: the first one is still to come
         self._let_go()
 
@@ -259,6 +278,7 @@ class Stepper:
 
     def _let_go(self) -> None:
         """After a step, or a failed one, tensors are their owner's to free or to move."""
+        self._inputs, self._meeting = {}, None
         for planned in self._plan:
             planned.bucket.tensors, planned.bucket.steps, planned.bucket.progress = {}, None, None
         for progress in self._progress:
@@ -280,30 +300,13 @@ class Stepper:
         Raises:
             RuntimeError: A parameter has no gradient.
         """
-        from lightning_optim.engines.triton.graph import CapturedSteps  # only who captures needs it
-
-        reason = CapturedSteps.rejects([(planned.engine, planned.bucket) for planned in self._plan])
-        if reason is None and any(planned.shards for planned in self._plan):
-            reason = "the norm of sharded gradients needs other processes"
-        if reason is not None:
-            warn_once(f"lightning-optim: the step is not captured as a CUDA graph ({reason})", key=f"capture: {reason}")
-            return False
-        absent = [
-            f"{_label(group, index)}"
-            for group in self.owner.param_groups
-            for index, p in enumerate(group["params"])
-            if p.requires_grad and (p.grad if grads is None else grads.get(p)) is None
-        ]
-        if absent:
-            raise RuntimeError(
-                f"a captured step needs a gradient for every parameter; there is none for {', '.join(absent[:5])}"
-                f"{' and others' if len(absent) > 5 else ''}; valid: requires_grad=False for them, or capture=False"
-            )
-        if self._captured is None:
-            self._captured = CapturedSteps()
-        return True
+        return can_capture(self._plan, self.owner.param_groups, grads)
 
     def _run_captured(self, max_norm: float | None, loss: LossScale | None) -> None:
+        from lightning_optim.engines.triton.graph import CapturedSteps  # only who captures needs it
+
+        if self._captured is None:
+            self._captured = CapturedSteps()
         work: list[Any] = [(planned.engine, planned.bucket) for planned in self._plan]
         self._count_versions()
         self._new = NewState()  # zeros, with no step counted, are what no state is: no first step is special here
@@ -322,15 +325,15 @@ class Stepper:
             params = [p for group in self.owner.param_groups for p in group["params"]]
             scaled = scaled or self.planner.options.max_grad_norm is not None
             chosen = self._selected([None if is_uninitialized(p) else p for p in params])
-            copies = {p: local(p) for p in params} if self.planner.part == "direction" else None
+            copies = {p: local(p) for p in params} if self.planner.part in ("direction", "within") else None
             weights = [p for p in chosen if p is not None]
             plan = self.planner.build(self.planner.members(chosen), weights, copies, scaled)
             return [planned.decision for planned in plan]
         return [planned.decision for planned in self._plan]
 
-    def planner_of(self, group: Group) -> Planner:
-        """What knows the state of a param group's parameters."""
-        del group
+    def planner_of(self, group: Group, p: Tensor) -> Planner:
+        """What knows the state of a param group's parameter."""
+        del group, p
         return self.planner
 
     def number_parameters(self, numbers: Sequence[int]) -> None:
@@ -341,7 +344,7 @@ class Stepper:
         """Of one value for each parameter, those of the param groups that are stepped."""
         if self._selects is None:
             return found
-        chosen = [self._selects(group) for group in self.owner.param_groups for _ in group["params"]]
+        chosen = [self._selects(group, p) for group in self.owner.param_groups for p in group["params"]]
         return [value if mine else None for value, mine in zip(found, chosen, strict=True)]
 
     def _knows(self, structure: Structure, gradients: list[Tensor], copies: Mapping[Tensor, Tensor] | None) -> bool:
@@ -357,7 +360,10 @@ class Stepper:
 
     def _fill(self, gradients: list[Tensor], copies: Mapping[Tensor, Tensor] | None) -> bool:
         """Gather this step's tensors; False if a tensor no longer is what the plan was made for."""
-        return all(fill(planned, self.owner.state, gradients, copies, self._undo) for planned in self._plan)
+        return all(
+            fill(planned, self.owner.state, gradients, copies, self._undo, self._inputs, self.observed)
+            for planned in self._plan
+        )
 
     def _table(self, bucket: Bucket, factor: Tensor | None) -> list[Scalars]:
         """The scalars of each param group."""
@@ -366,7 +372,7 @@ class Stepper:
             # On a device it stays there: reading it would wait for the device.
             on_cpu = bucket.device.type == "cpu"
             common["grad_scale"] = factor.item() if on_cpu else factor.to(bucket.device, bucket.layout.math)
-        return [{**self.planner.method.scalars(group), **common} for group in self.owner.param_groups]
+        return [{**self.planner.scalars(group), **common} for group in self.owner.param_groups]
 
     def squares(self) -> Tensor:
         """The sum of squares of all gradients, in parts, on the first one's device: of all shards, if they are such."""
@@ -378,9 +384,3 @@ class Stepper:
         for planned in self._plan:
             sums.setdefault(planned.shards, []).append(planned.engine.sum_of_squares(planned.bucket))
         return sums
-
-
-def _label(group: dict[str, Any], index: int) -> str:
-    return (
-        repr(group["param_names"][index]) if "param_names" in group else f"shape {tuple(group['params'][index].shape)}"
-    )

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy as is_uninitialized
 
 from lightning_optim.engines.memory import has_address, is_lazy, is_plain, overlaps_itself, problem_of_storage
+from lightning_optim.rules.slots import Slot
 
 
 def problem_of_weight(p: Tensor) -> str | None:
@@ -56,7 +57,7 @@ def check_gradient(label: str, p: Tensor, g: Tensor) -> None:
         raise RuntimeError(f"{label} has a gradient that cannot be read: {problem}")
 
 
-def check_slot(label: str, p: Tensor, name: str, value: Any) -> None:
+def check_slot(label: str, p: Tensor, name: str, value: Any, slot: Slot) -> None:
     """Check what a parameter's state has as a slot.
 
     Raises:
@@ -67,9 +68,9 @@ def check_slot(label: str, p: Tensor, name: str, value: Any) -> None:
         problem = repr(value)
     elif value.layout != torch.strided:
         problem = f"layout {value.layout}"
-    elif value.shape != p.shape or value.device != p.device:
+    elif value.shape != slot.shape_for(p.shape) or (value.device != p.device and slot.rate != "shared"):
         problem = f"shape {tuple(value.shape)} on {value.device}"
-    elif value.is_complex() != p.is_complex() or not (value.is_complex() or value.is_floating_point()):
+    elif value.is_complex() != (p.is_complex() and not slot.is_scalar) or not _is_number(value):
         problem = f"type {value.dtype} (valid: any {_kind(p)} type)"
     elif (memory := _problem_of_memory(value)) is not None:
         problem = f"no memory: {memory}"
@@ -105,6 +106,10 @@ def counted(label: str, step: Any) -> float:
 
 def _problem_of_memory(tensor: Tensor) -> str | None:
     return problem_of_storage(tensor) if has_address(tensor) else None
+
+
+def _is_number(value: Tensor) -> bool:
+    return value.is_complex() or value.is_floating_point()
 
 
 def _kind(p: Tensor) -> str:

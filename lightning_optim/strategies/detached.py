@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.control.replay.window import needs_closure, needs_replay
 from lightning_optim.control.rollback.policy import UndoPolicy
 from lightning_optim.offload import Detached, DetachedOptions
 from lightning_optim.offload.checkpoint import checked_masters, gathered_masters, gathered_state, own_entries
 from lightning_optim.offload.options import Clip, Wait
 from lightning_optim.offload.replicas import Replicas
 from lightning_optim.optimizers.sam import stepped
+from lightning_optim.stepping.evaluations import request_of
 from lightning_optim.strategies.detached_drive import DetachedDrive
 from lightning_optim.strategies.drive import Drive
 from lightning_optim.strategies.driven import Driven, OnOneDevice, Sharded
@@ -140,7 +140,7 @@ class DetachedBase(Driven):
     _loads_with_the_model = False
 
     def _new_drive(self, optimizer: Optimizer) -> Drive:
-        if needs_closure(optimizer):
+        if request_of(optimizer) == "loss_and_gradient":
             return Drive(optimizer, self.engine)  # it steps weights that it keeps in host memory itself
         return self._detach(optimizer)
 
@@ -202,7 +202,7 @@ class DetachedBase(Driven):
         return (
             self.gradients_are_local
             and module.automatic_optimization
-            and not any(map(needs_replay, self.optimizers))
+            and not any(map(request_of, self.optimizers))
             and not self._gradients_are_seen()
             and self._is_stock(module, "optimizer_zero_grad")
             and self._is_stock(module, "backward")

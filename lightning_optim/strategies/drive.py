@@ -22,7 +22,7 @@ from lightning_optim.control.step_in_backward import StepInBackward
 from lightning_optim.engines.base import requested_engine
 from lightning_optim.engines.scaling import LossScale
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.stepping.plan import Options
+from lightning_optim.stepping.method import Options
 from lightning_optim.stepping.stepper import Stepper
 
 AMP = "_step_supports_amp_scaling"

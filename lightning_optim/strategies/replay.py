@@ -1,4 +1,4 @@
-"""Steps that need the accumulation window again, at other weights: SAM, and optimizers that search along a line.
+"""Steps that ask for evaluations of their accumulation window: SAM, line searches, and Sophia's second derivatives.
 
 Lightning's own closure evaluates the last batch of a window only, and calls hooks and clips at every evaluation. Here
 it is called once. What is evaluated again are the recorded ``training_step`` calls, with nothing but a backward pass
@@ -8,18 +8,20 @@ after each.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import MethodType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from lightning_optim.control.replay.window import Window, muted, needs_closure, needs_replay, replaced
-from lightning_optim.optimizers.sam import SAM
+from lightning_optim.control.replay.products import Products
+from lightning_optim.control.replay.window import Window, muted, replaced
+from lightning_optim.stepping.evaluations import Asking, asks, request_of
+from lightning_optim.stepping.shards import is_distributed
 from lightning_optim.warnings import warn_once
 
 #: What comes after this class: a strategy of Lightning's, of either root.
@@ -27,7 +29,10 @@ _Strategy: Any = object
 
 
 class Replays(_Strategy):
-    """Gives SAM its second pass, and line searches a closure over the whole window, in automatic optimization.
+    """Answers what steps ask for by evaluating their window again, in automatic optimization.
+
+    See :mod:`lightning_optim.stepping.evaluations`: SAM gets its second pass, line searches a closure over the whole
+    window, Sophia the Hessian's products.
 
     Raises:
         ValueError: (in ``setup``, for such optimizers) Something that cannot go with them.
@@ -41,14 +46,6 @@ class Replays(_Strategy):
 
     # -- what a subclass may say differently --------------------------------------------------------------------
 
-    def _perturb(self, optimizer: SAM, loss_scale: Tensor | None) -> None:
-        """Move the weights that the next forward pass uses, by the gradients of the window."""
-        optimizer.perturb(loss_scale)
-
-    def _restore(self, optimizer: SAM) -> None:
-        """Put these weights back."""
-        optimizer.restore()
-
     def _forget_gradients(self, optimizer: Optimizer) -> None:
         """Before a window is replayed."""
         optimizer.zero_grad(set_to_none=True)
@@ -58,6 +55,14 @@ class Replays(_Strategy):
         if (scaler := self._loss_scaler()) is not None:
             loss = scaler.scale(loss)
         self.precision_plugin.backward(loss, self.lightning_module, optimizer)
+
+    def _average(self, tensors: list[Tensor]) -> None:
+        """Have all processes have the mean of what each has from its own part of the data."""
+
+    @contextmanager
+    def _without_reductions(self) -> Iterator[None]:
+        """While this lasts, forward passes prepare no exchange of gradients between processes."""
+        yield
 
     def _unscale_again(self, optimizer: Optimizer) -> Tensor | None:
         """Unscale the gradients of a replayed window; nonzero where some are not finite, None without a scaler."""
@@ -76,7 +81,7 @@ class Replays(_Strategy):
         self._window = None
         if trainer.state.fn == "fit" and self.lightning_module.automatic_optimization:
             for optimizer in self.optimizers:
-                if needs_replay(optimizer):
+                if request_of(optimizer) is not None:
                     self._check_replay(optimizer, trainer)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -108,7 +113,7 @@ class Replays(_Strategy):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Step as Lightning's own strategy does, with the window evaluated as often as the optimizer needs it."""
-        if not (needs_replay(optimizer) and self.lightning_module.automatic_optimization):
+        if not (asks(optimizer) and self.lightning_module.automatic_optimization):
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         try:
             output = closure()
@@ -120,14 +125,16 @@ class Replays(_Strategy):
         step = partial(super().optimizer_step, optimizer, lambda: output, model, **kwargs)
         if output is None and self._loss_scaler() is not None:
             return step()  # Lightning leaves the step out: without a loss there was nothing to scale
-        if isinstance(optimizer, SAM):
-            try:
-                self._ascend(optimizer, window)
+        answers = _Answers(self, optimizer, window)
+        if request_of(optimizer) == "loss_and_gradient":
+            with self._searching(optimizer, answers):
                 return step()
-            finally:
-                optimizer.abandon()  # whatever was raised, weights are in their places
-        with self._searching(optimizer, window):
+        asking = cast(Asking, optimizer)
+        try:
+            asking.ask(answers)
             return step()
+        finally:
+            asking.abandon()  # whatever was raised, weights are in their places
 
     def teardown(self) -> None:
         """Let go of what was recorded."""
@@ -137,7 +144,7 @@ class Replays(_Strategy):
     # -- ours ---------------------------------------------------------------------------------------------------
 
     def _is_recording(self) -> bool:
-        return self.lightning_module.automatic_optimization and any(map(needs_replay, self.optimizers))
+        return self.lightning_module.automatic_optimization and any(map(asks, self.optimizers))
 
     def _skips_backward(self) -> bool:
         """Whether Lightning makes no backward passes, as while SWA renews the statistics of batch norms."""
@@ -167,20 +174,21 @@ class Replays(_Strategy):
             return None
         return loss / self.lightning_module.trainer.accumulate_grad_batches
 
-    def _ascend(self, optimizer: SAM, window: Window | None) -> None:
-        """Replace the gradients of the window by those at the perturbed weights."""
-        scaler = self._loss_scaler()
-        self._perturb(optimizer, None if scaler is None else scaler._get_scale_async())
-        if window and window.is_left:
-            self._replay(optimizer, window)
-        self._restore(optimizer)
-
     def _replay(self, optimizer: Optimizer, window: Window) -> Tensor:
         self._forget_gradients(optimizer)
+        return self._evaluate_again(window, partial(self._backward_again, optimizer=optimizer), self._unsynced)
+
+    def _evaluate_again(
+        self,
+        window: Window,
+        backward: Callable[[Tensor], None],
+        between: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        held: MutableMapping[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         self._is_replaying = True
         try:
             with torch.enable_grad(), muted(self.lightning_module, "log", "log_dict"):
-                return window.replay(partial(self._backward_again, optimizer=optimizer), self._unsynced)
+                return window.replay(backward, between, held)
         finally:
             self._is_replaying = False
 
@@ -189,29 +197,15 @@ class Replays(_Strategy):
         return self.block_backward_sync() if hasattr(self, "block_backward_sync") else nullcontext()
 
     @contextmanager
-    def _searching(self, optimizer: Optimizer, window: Window | None) -> Iterator[None]:
+    def _searching(self, optimizer: Optimizer, answers: _Answers) -> Iterator[None]:
         """While this lasts, ``optimizer.step`` gets a closure over the window in place of Lightning's."""
-        recorded = None if not window else window.loss
-
-        def evaluate() -> Tensor:
-            nonlocal recorded
-            assert window is not None  # noqa: S101
-            if recorded is not None:  # Lightning's closure has just made this evaluation
-                loss, recorded = recorded, None
-            else:
-                loss = self._replay(optimizer, window)
-                if (found := self._unscale_again(optimizer)) is not None:
-                    loss = torch.where(found.reshape(()) == 0, loss, torch.inf)
-            # The same on all ranks, so that all of them search alike.
-            return self.reduce(loss.clone(), reduce_op="mean")
-
         own = optimizer.step
 
         def step(_: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
             result = None if closure is None else closure()  # with Lightning's hooks
-            if window:
-                window.end()
-            return own(evaluate) if window and window.is_left else result  # type: ignore[arg-type]
+            if answers.window:
+                answers.window.end()
+            return own(answers.loss_and_gradient) if answers.is_left else result  # type: ignore[arg-type]
 
         with replaced(optimizer, "step", MethodType(step, optimizer)):
             yield
@@ -226,7 +220,9 @@ class Replays(_Strategy):
                 f"{name} with training_step(dataloader_iter), whose batches cannot be evaluated again; valid: "
                 "training_step(batch) or training_step(batch, batch_idx)"
             )
-        if not needs_closure(optimizer):
+        if request_of(optimizer) == "hessian_vector":
+            self._check_curvature(optimizer, name)
+        if request_of(optimizer) != "loss_and_gradient":
             return
         if trainer.gradient_clip_val or not self._is_stock(module, "configure_gradient_clipping"):
             what = "a configure_gradient_clipping of the module's own"
@@ -241,3 +237,63 @@ class Replays(_Strategy):
                 f"torch's {name} with precision={trainer.precision!r}, which Lightning refuses; valid: "
                 "lightning_optim.LBFGS, or precision='bf16-mixed'"
             )
+
+    def _check_curvature(self, optimizer: Optimizer, name: str) -> None:
+        if any(is_distributed(p) for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                f"{name} under {self.strategy_name}: it needs second derivatives, and the gathering and scattering of "
+                "sharded parameters is differentiated once only; valid: strategy='in_graph_ddp', or 'in_graph'"
+            )
+        if not self._is_stock(self.lightning_module, "backward"):
+            warn_once(
+                f"{self.strategy_name}: the module has a backward() of its own, of which {name}'s second derivatives "
+                "know nothing: they are of the loss that training_step returns"
+            )
+
+
+class _Answers:
+    """What evaluates a window again for one step: an :class:`~lightning_optim.stepping.evaluations.Evaluator`."""
+
+    def __init__(self, strategy: Replays, optimizer: Optimizer, window: Window | None) -> None:
+        self.window = window
+        self._strategy, self._optimizer = strategy, optimizer
+        # Lightning's closure has just made an evaluation, at the weights as they are.
+        self._recorded = None if not window else window.loss
+
+    @property
+    def is_left(self) -> bool:
+        """Whether there are gradients of the window, to be evaluated again."""
+        return bool(self.window) and self.window.is_left  # type: ignore[union-attr]
+
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """The loss scaler's, if there is one."""
+        scaler = self._strategy._loss_scaler()
+        return None if scaler is None else scaler._get_scale_async()
+
+    def gradient(self) -> None:
+        """Replace the gradients of the window by those at the present weights."""
+        if self.window and self.is_left:
+            self._strategy._replay(self._optimizer, self.window)
+
+    def loss_and_gradient(self) -> Tensor:
+        """The mean loss of the window over all ranks, with unscaled gradients; infinite, if these are not finite."""
+        assert self.window is not None  # noqa: S101
+        if self._recorded is not None:
+            loss, self._recorded = self._recorded, None
+        else:
+            loss = self._strategy._replay(self._optimizer, self.window)
+            if (found := self._strategy._unscale_again(self._optimizer)) is not None:
+                loss = torch.where(found.reshape(()) == 0, loss, torch.inf)
+        # The same on all ranks, so that all of them search alike.
+        return self._strategy.reduce(loss.clone(), reduce_op="mean")
+
+    def hessian_vector(self, directions: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """The products of the window's Hessian, their mean over all ranks; no hook of a backward pass is called."""
+        products = Products(directions, self.loss_scale)
+        if self.window and self.is_left:
+            with self._strategy._without_reductions():
+                self._strategy._evaluate_again(self.window, products.add, held=products.sums)
+        found = products.result()
+        self._strategy._average(list(found.values()))
+        return found

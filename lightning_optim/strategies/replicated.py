@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -36,6 +38,21 @@ class Replicated(_Strategy):
     def _backward_again(self, loss: Tensor, optimizer: Optimizer) -> None:
         self._average_after(loss)
         super()._backward_again(loss, optimizer)
+
+    def _average(self, tensors: list[Tensor]) -> None:
+        if self._unreduced is not None:
+            self._unreduced.average_tensors(tensors)
+
+    @contextmanager
+    def _without_reductions(self) -> Iterator[None]:
+        ddp = self.model
+        # After a forward pass without a reduction, DDP takes the buffers of the next one to be those of all processes.
+        syncs_buffers = ddp.require_forward_param_sync
+        try:
+            with self.block_backward_sync():
+                yield
+        finally:
+            ddp.require_forward_param_sync = syncs_buffers
 
     def _average_after(self, loss: Tensor) -> None:
         if self._unreduced is not None:

@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lightning_optim
-from lightning_optim.control.replay.window import ModuleState, RandomStates, Window, muted, needs_closure, needs_replay
+from lightning_optim.control.replay.window import ModuleState, RandomStates, Window, muted
 
 
 def noise() -> tuple[Any, ...]:
@@ -234,16 +233,3 @@ def test_muting_what_an_instance_has_of_its_own() -> None:
     assert talking.say is replaced
     talking.say("yes")
     assert talking.said == ["YES"]
-
-
-def test_which_optimizers_need_it() -> None:
-    params = [nn.Parameter(torch.ones(2))]
-    sam = lightning_optim.SAM(params, torch.optim.SGD)
-    for optimizer, replays, searches in (
-        (sam, True, False),
-        (lightning_optim.LBFGS(params), True, True),
-        (torch.optim.LBFGS(params), True, True),
-        (lightning_optim.AdamW(params), False, False),
-        (torch.optim.SGD(params), False, False),
-    ):
-        assert (needs_replay(optimizer), needs_closure(optimizer)) == (replays, searches)

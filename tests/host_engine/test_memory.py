@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import reference
+import references
 import torch
 from torch import nn
 
@@ -20,7 +20,7 @@ def test_gradients_are_only_read(name: str, engine: str) -> None:
     options = {"max_grad_norm": 0.1, "maximize": True, "cautious": True, "weight_decay": 0.1, "engine": engine}
     options = {option: value for option, value in options.items() if option in OPTIMIZERS[name].options}
     params = [nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6, 4).t().to(torch.bfloat16))]
-    optimizer = OPTIMIZERS[name].create(params, **{**reference.BASE[name], **options})
+    optimizer = OPTIMIZERS[name].create(params, **{**references.BASE[name], **options})
     for step in range(3):
         for p in params:
             p.grad = torch.randn(p.shape).to(p.dtype)
@@ -74,7 +74,7 @@ def test_weights_that_change_type_since_the_last_step(engine: str, dtype: torch.
     before = p.detach().to(torch.float64, copy=True)
     state = {slot: value.double() for slot, value in optimizer.state[p].items()}
     optimizer.step()
-    expected, _ = reference.step("lamb", before, p.grad.double(), state, optimizer.param_groups[0])
+    expected, _ = references.step("lamb", before, p.grad.double(), state, optimizer.param_groups[0])
     # Math in float64 for float64 weights, in float32 otherwise, and then one rounding to the weight's type.
     rtol = 2.0**-8 if dtype == torch.bfloat16 else 1e-13
     torch.testing.assert_close(p.detach().double(), expected, rtol=rtol, atol=rtol)

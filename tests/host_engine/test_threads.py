@@ -6,7 +6,7 @@ import os
 import re
 
 import pytest
-import reference
+import references
 import torch
 from torch import nn
 
@@ -97,7 +97,7 @@ def test_results_do_not_depend_on_the_number_of_threads(
         dtype = torch.bfloat16 if rounding == "stochastic" else torch.float32
         shapes = [(3, CHUNK + 1), (7, 11), (0,), (SERIAL_ELEMENTS,)]
         params = [nn.Parameter(torch.randn(shape, generator=random).to(dtype)) for shape in shapes]
-        options = {**reference.BASE[name], "max_grad_norm": 0.1, "rounding": rounding}
+        options = {**references.BASE[name], "max_grad_norm": 0.1, "rounding": rounding}
         if "cautious" in OPTIMIZERS[name].options:
             options["cautious"] = True
         optimizer = OPTIMIZERS[name].create(params, engine="host", weight_decay=0.1, **options)

@@ -6,13 +6,13 @@ import weakref
 from typing import Any
 
 import pytest
-import reference
+import references
 import torch
 from torch import Tensor, nn
 
 from lightning_optim import Muon
 from lightning_optim.control.step_in_backward import StepInBackward
-from lightning_optim.stepping import matrix
+from lightning_optim.optimizers import muon as transforms
 
 from .common import each_engine, give_gradients, muon, normal, train, weights
 
@@ -38,7 +38,7 @@ def test_fifty_steps_of_all_shapes_are_the_references(engine: str, options: dict
         train(optimizer, params, [step])
         for index, p in enumerate(params):
             assert p.grad is not None
-            exact[index] = reference.step("muon", exact[index][0], p.grad, exact[index][1], optimizer.param_groups[0])
+            exact[index] = references.step("muon", exact[index][0], p.grad, exact[index][1], optimizer.param_groups[0])
             torch.testing.assert_close(p.detach(), exact[index][0], **CLOSE)
             momentum = optimizer.state[p]["momentum_buffer"]
             torch.testing.assert_close(momentum, exact[index][1]["momentum_buffer"], **CLOSE)
@@ -93,7 +93,7 @@ def test_batches_are_their_matrices_one_by_one(engine: str, monkeypatch: pytest.
     together, apart = weights(), weights()
     optimizer, single = muon(together, engine=engine), [muon([p], engine=engine) for p in apart]
     batches: list[int] = []
-    orthogonalize = matrix.orthogonalize
+    orthogonalize = transforms.orthogonalize
 
     def noting(x: Tensor, **options: Any) -> Tensor:
         batches.append(len(x))
@@ -101,7 +101,7 @@ def test_batches_are_their_matrices_one_by_one(engine: str, monkeypatch: pytest.
 
     for step in range(3):
         with monkeypatch.context() as patch:
-            patch.setattr(matrix, "orthogonalize", noting)
+            patch.setattr(transforms, "orthogonalize", noting)
             train(optimizer, together, [step])
         give_gradients(apart, step)
         for one in single:
@@ -150,7 +150,7 @@ def test_directions_go_straight_into_their_batch() -> None:
     assert sum(len(batch.weights) for batch in batches) == len(params)
     memory = [weakref.ref(batch.directions) for batch in batches]
     (transposed,) = [b for b in batches if any(p is params[-2] for p, _ in b.weights)]
-    assert (transposed.kind.rows, transposed.kind.columns) == (5, 9)
+    assert transposed.kind.shape == (5, 9)
     del batches, transposed
     optimizer._stepper.run(None)
     assert [tensor() for tensor in memory] == [None] * len(memory)

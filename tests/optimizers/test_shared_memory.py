@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lightning_optim
 from lightning_optim.engines import ENGINES
 from lightning_optim.engines.memory import extent, is_dense, overlaps_itself, ranges
-from lightning_optim.stepping.plan import Options
+from lightning_optim.stepping.method import Options
 from lightning_optim.stepping.stepper import Stepper
 
 from .common import known_warnings

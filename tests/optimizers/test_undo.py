@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import reference
+import references
 import torch
 from torch import Tensor, nn
 
@@ -27,11 +27,11 @@ def undoable(name: str) -> bool:
 
 UNDOABLE = [name for name in OPTIMIZERS if undoable(name)]
 each = pytest.mark.parametrize("name", UNDOABLE)
-CASES = [(name, case) for name in UNDOABLE for case in reference.cases(name)]
+CASES = [(name, case) for name in UNDOABLE for case in references.cases(name)]
 
 
 def options_of(name: str, case: str) -> dict[str, Any]:
-    options = dict(reference.cases(name)[case])
+    options = dict(references.cases(name)[case])
     options.pop("max_grad_norm", None)  # of `step`, which these tests take apart
     return options
 
@@ -105,7 +105,7 @@ def test_every_type_and_rounding(name: str, engine: str, dtype: torch.dtype, rou
     if rounding == "stochastic" and dtype == torch.float16:
         pytest.skip("refused")
     params = parameters(dtype=dtype)
-    optimizer = optimizer_info(name).create(params, engine=engine, rounding=rounding, **reference.BASE[name])
+    optimizer = optimizer_info(name).create(params, engine=engine, rounding=rounding, **references.BASE[name])
     buffers = UndoBuffers()
     for number in range(3):
         before = bits(optimizer)
@@ -122,7 +122,7 @@ def test_every_type_and_rounding(name: str, engine: str, dtype: torch.dtype, rou
 @pytest.mark.filterwarnings("ignore:.*the (host|foreach) engine cannot be used")
 def test_every_form(name: str, engine: str) -> None:
     params = forms()
-    optimizer = optimizer_info(name).create(params, engine=engine, **reference.BASE[name])
+    optimizer = optimizer_info(name).create(params, engine=engine, **references.BASE[name])
     buffers = UndoBuffers()
     for number in range(3):
         before = bits(optimizer)
@@ -137,7 +137,7 @@ def test_every_form(name: str, engine: str) -> None:
 @each
 def test_only_those_that_were_stepped_are_taken_back(name: str) -> None:
     params = parameters()
-    optimizer = optimizer_info(name).create(params, **reference.BASE[name])
+    optimizer = optimizer_info(name).create(params, **references.BASE[name])
     buffers = UndoBuffers()
     give_gradients(params, 0)
     step(optimizer, buffers)

@@ -15,6 +15,7 @@ from lightning_optim.engines.base import Bucket, Layout
 from lightning_optim.engines.foreach import TensorList
 from lightning_optim.engines.host import HostEngine
 from lightning_optim.rules import Policy, Rule, Update, ops, trace
+from lightning_optim.rules.table import Op
 from lightning_optim.rules.trace import Graph
 
 from .common import INF, NAN, NUMBERS, WEIGHTS, interpret, same, vector
@@ -23,7 +24,7 @@ NO_COMPILER = ENGINES["host"].unavailable()
 needs_compiler = pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
 
 
-def arguments(op: ops.Op) -> list[tuple[float, ...]]:
+def arguments(op: Op) -> list[tuple[float, ...]]:
     """Operands with which an operation is tested."""
     if op.name == "lerp":
         return list(itertools.product((-INF, -2.0, 0.0, 1.0, 3.0, NAN), (-2.0, 0.0, 3.0, INF), WEIGHTS))
@@ -38,14 +39,16 @@ def arguments(op: ops.Op) -> list[tuple[float, ...]]:
 
 #: Operations on numbers; those that round or reduce have tests of their own.
 NUMERIC = [
-    op for op in ops.OPS.values() if op.result != "reduction" and op.name not in ("round_to", "stochastic_round")
+    op
+    for op in ops.OPS.values()
+    if op.result not in ("reduction", "total") and op.name not in ("round_to", "stochastic_round")
 ]
 ELEMENTWISE = [op for op in NUMERIC if op.name != "noise_key"]
 EACH = pytest.mark.parametrize("op", ELEMENTWISE, ids=lambda op: op.name)
 
 
 @EACH
-def test_floats_and_tensors_agree(op: ops.Op) -> None:
+def test_floats_and_tensors_agree(op: Op) -> None:
     for args in arguments(op):
         expected = float(ops.apply(op.name, *args))
         tensors = [vector(x) for x in args]
@@ -55,7 +58,7 @@ def test_floats_and_tensors_agree(op: ops.Op) -> None:
 
 
 @EACH
-def test_mixtures_of_lists_tensors_and_floats_agree(op: ops.Op) -> None:
+def test_mixtures_of_lists_tensors_and_floats_agree(op: Op) -> None:
     """Every operand a Python number, a 0-dim tensor (a scalar on a device) or a list of tensors, in all mixtures."""
     kinds: dict[str, Callable[[float], Any]] = {
         "float": float,
@@ -82,7 +85,7 @@ def test_mixtures_of_lists_tensors_and_floats_agree(op: ops.Op) -> None:
 
 @EACH
 @pytest.mark.parametrize("rate", ["scalars", "elements"])
-def test_traced_operations_agree(op: ops.Op, rate: str) -> None:
+def test_traced_operations_agree(op: Op, rate: str) -> None:
     names = [f"x{i}" for i in range(op.arity)]
 
     def rule(**values: Any) -> dict[str, Any]:
@@ -104,7 +107,7 @@ def test_traced_operations_agree(op: ops.Op, rate: str) -> None:
 
 
 @pytest.mark.parametrize("op", [op for op in NUMERIC if op.name != "where"], ids=lambda op: op.name)
-def test_constants_are_folded_to_the_same_number(op: ops.Op) -> None:
+def test_constants_are_folded_to_the_same_number(op: Op) -> None:
     for args in arguments(op)[::3]:
         graph = Graph()
         symbol = graph.constant(args[0]).__rule_op__(op.name, args, {})

@@ -15,7 +15,8 @@ from lightning_optim.engines import ENGINES
 from lightning_optim.engines.base import Bucket, Layout
 from lightning_optim.optimizers import Lion
 from lightning_optim.registry import OPTIMIZERS
-from lightning_optim.rules import Policy, Rule, Update
+from lightning_optim.rules import Policy, Rule, Slot, Step, Update
+from lightning_optim.rules.ops import norm
 from lightning_optim.rules.policy import DECAYS, ROUNDINGS
 
 
@@ -23,11 +24,11 @@ def test_a_rules_signature_is_its_declaration() -> None:
     def rule(p: Any, g: Any, a: Any, b: Any = None, *, lr: Any, step: Any, extra: bool) -> Any:
         return (g, a, b) if extra else (g, a)
 
-    declared = Rule(rule, optional={"b": "extra"})
+    declared = Rule(rule, slots={"b": Slot(when="extra")})
     assert declared.name == "rule"
     assert declared.all_slots == ("a", "b")
-    assert declared.slots({"extra": False}) == ("a",)
-    assert declared.slots({"extra": True}) == ("a", "b")
+    assert declared.slots_under({"extra": False}) == ("a",)
+    assert declared.slots_under({"extra": True}) == ("a", "b")
     assert declared.scalars == ("lr", "step")
     assert declared.flags == ("extra",)
     assert declared.counts_steps
@@ -46,12 +47,42 @@ def test_a_signature_that_is_no_rules_is_refused(function: Callable[..., Any]) -
         Rule(function)
 
 
-@pytest.mark.parametrize("optional", [{"b": "extra"}, {"a": "lr"}, {"p": "extra"}])
-def test_optional_slots_must_be_slots_and_flags(optional: dict[str, str]) -> None:
-    def rule(p: Any, g: Any, a: Any = None, *, lr: Any, extra: bool) -> Any: ...
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ({"slots": {"b": Slot(when="extra")}}, "rule: slots named b; it has a, x"),
+        ({"slots": {"p": Slot(when="extra")}}, "rule: slots named p; it has a, x"),
+        ({"slots": {"a": Slot(when="lr")}}, "rule: the flags of slots named lr; it has extra"),
+        ({"slots": {"a": Slot(unless="more")}}, "rule: the flags of slots named more; it has extra"),
+        ({"slots": {"a": Slot(init="beta")}}, "rule: initial values named beta; it has lr"),
+        ({"inputs": {"a": "extra"}}, "rule: inputs named a; it has x"),
+        ({"inputs": {"x": "lr"}}, "rule: the flags of inputs named lr; it has extra"),
+        ({"every": {"lr": "interval"}}, "rule: flags at every n-th step named lr; it has extra"),
+        ({"shared": ("extra",)}, "rule: shared scalars named extra; it has lr"),
+    ],
+)
+def test_declarations_must_name_what_the_signature_has(declared: dict[str, Any], message: str) -> None:
+    def rule(p: Any, g: Any, a: Any = None, x: Any = None, *, lr: Any, extra: bool) -> Any: ...
 
-    with pytest.raises(TypeError, match=r"the slots of rule are \['a'\], its flags \['extra'\]"):
-        Rule(rule, optional=optional)
+    with pytest.raises(TypeError, match=message):
+        Rule(rule, **declared)
+
+
+def test_what_a_step_observes_must_be_declared() -> None:
+    def rule(p: Any, g: Any, *, lr: Any) -> Any:
+        return Step(lr, g, {"size": norm(g)})
+
+    with pytest.raises(TypeError, match=r"rule observes \['size'\]; it declares \[\]"):
+        Update(Rule(rule), Policy()).program  # noqa: B018 - tracing is what raises
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [{"rate": "each"}, {"shape": ("height",)}, {"shape": ("rows",), "rate": "row"}, {"init": "p", "rate": "scalar"}],
+)
+def test_slots_that_cannot_be_are_refused(declared: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="valid: "):
+        Slot(**declared)
 
 
 def test_the_number_of_returned_values_is_checked() -> None:
@@ -80,9 +111,15 @@ def test_rules_are_pure(name: str) -> None:
     """A rule does not change what it is given: engines read it again."""
     rule = OPTIMIZERS[name].cls.rule
     flags = dict.fromkeys(rule.flags, True)
-    values = {slot: torch.rand(5) for slot in ("p", "g", *rule.slots(flags))}
+    values = {slot: torch.rand(5) for slot in ("p", "g", *rule.slots_under(flags))}
     kept = {slot: value.clone() for slot, value in values.items()}
-    rule(values["p"], values["g"], {s: values[s] for s in rule.slots(flags)}, dict.fromkeys(rule.scalars, 0.5), flags)
+    rule(
+        values["p"],
+        values["g"],
+        {s: values[s] for s in rule.slots_under(flags)},
+        dict.fromkeys(rule.scalars, 0.5),
+        flags,
+    )
     for slot, value in values.items():
         assert torch.equal(value, kept[slot]), slot
 
@@ -92,7 +129,7 @@ def test_every_scalar_of_a_rule_is_an_option(name: str) -> None:
     cls = OPTIMIZERS[name].cls
     group = OPTIMIZERS[name].create([nn.Parameter(torch.zeros(2, 2))]).param_groups[0]
     assert set(cls.rule.scalars) - {"step"} <= set(cls.scalars(group))
-    assert set(cls.flags(group, group["params"][0], True)) == set(cls.rule.flags)
+    assert set(cls.flags(group, group["params"][0], True)) == set(cls.rule.flags) - set(cls.rule.every)
     assert "params" not in inspect.signature(cls.rule.function).parameters
 
 

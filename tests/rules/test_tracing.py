@@ -16,7 +16,7 @@ from lightning_optim.optimizers import LAMB, Lion
 from lightning_optim.optimizers.adam import ADAM
 from lightning_optim.registry import OPTIMIZERS
 from lightning_optim.rules import Policy, Program, Update, ops, trace
-from lightning_optim.rules.trace import Node, Rate
+from lightning_optim.rules.program import Node, Rate
 
 from .common import interpret, vector
 

@@ -11,9 +11,7 @@ may differ from the engine's by
 - what the reference itself changes by when the gradient moves by ``WIGGLE`` roundings: this allows the other side
   of a discontinuity (Lion's sign, the cautious mask) to the elements that lie on it, and to no others.
 
-- for weights that are stepped as whole matrices, ``SPREAD`` roundings of the weight's largest change: a Newton-Schulz
-  step multiplies what rounding did to a small singular value by up to 3.4445 (8.3 for Polar Express), and each element
-  of the result is a sum over all singular values (measured over these tests: up to 14).
+- as many roundings of the weight's largest change as the reference's ``spread`` says (of matrices).
 
 Both ends of the interval are then rounded to the storage type. Rounding is monotonic, so a bfloat16 weight must be
 *the* rounded reference, unless that lies within the bound of a tie.
@@ -23,12 +21,12 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import pytest
-import reference
+import references
 import torch
 from torch import Tensor, nn
 
@@ -37,9 +35,11 @@ from lightning_optim.optimizers import RuleOptimizer
 from lightning_optim.registry import OPTIMIZERS
 from lightning_optim.rules.policy import KAHAN_SLOT, Decay
 
+#: What a step takes beside the gradient: by its name, for each parameter.
+Inputs = Mapping[str, Mapping[Tensor, Tensor]]
+
 ROUNDINGS = 16
 WIGGLE = 8
-SPREAD = 64
 STEPS = 50
 
 NO_COMPILER = ENGINES["host"].unavailable()
@@ -48,9 +48,9 @@ ENGINE_NAMES = [
     "foreach",
     pytest.param("host", marks=pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))),
 ]
-ALL_CASES = [(name, case) for name in OPTIMIZERS for case in reference.cases(name)]
+ALL_CASES = [(name, case) for name in references.NAMES for case in references.cases(name)]
 ENGINE = pytest.mark.parametrize("engine", ENGINE_NAMES)
-OPTIMIZER = pytest.mark.parametrize("name", OPTIMIZERS)
+OPTIMIZER = pytest.mark.parametrize("name", references.NAMES)
 
 
 def supported(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +103,25 @@ def gradient(p: Tensor, step: int, index: int, scale: float = 1.0) -> Tensor:
     if form == 2 and p.ndim == 1 and p.numel() > 1:
         return g[:1].to(p.dtype).expand(p.shape)
     return g.to(p.dtype)
+
+
+def inputs_of(name: str, params: Sequence[Tensor], step: int) -> Inputs:
+    """What a step of an optimizer takes beside the gradient."""
+
+    def values(place: int) -> dict[Tensor, Tensor]:
+        return {p: normal_with_zeros(p.shape, 1000 * step + place + i).to(p.dtype) for i, p in enumerate(params)}
+
+    return {given: values(100 * place) for place, given in enumerate(references.REFERENCES[name].inputs, start=1)}
+
+
+def take_step(optimizer: RuleOptimizer, inputs: Inputs) -> None:
+    """A step, with the inputs, if it takes any."""
+    if not inputs:
+        optimizer.step()
+        return
+    with torch.no_grad():
+        step: Callable[..., Any] = optimizer._stepper.step
+        step(inputs=inputs)
 
 
 def give_gradients(params: Sequence[Tensor], step: int, scale: float = 1.0) -> None:
@@ -177,36 +196,50 @@ class Judge:
         self.optimizer = optimizer
         self.kind = kind
 
-    def before(self) -> None:
+    def before(self, inputs: Inputs | None = None) -> None:
         """Remember all that the next step starts from."""
-        self.start = {}
-        gradients = []
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                state = {key: wide(value) for key, value in self.optimizer.state.get(p, {}).items()}
-                g = None if p.grad is None else wide(p.grad)
-                self.start[p] = (wide(p), g, state, dict(group))
-                gradients += [] if g is None else [g]
-        self.coefficient = reference.clip_coefficient(gradients, self.optimizer.options.max_grad_norm)
+        self.params = [(p, group) for group in self.optimizer.param_groups for p in group["params"]]
+        self.weights = [wide(p) for p, _ in self.params]
+        self.groups = [dict(group) for _, group in self.params]
+        self.states = [{k: wide(v) for k, v in self.optimizer.state.get(p, {}).items()} for p, _ in self.params]
+        self.gradients = [None if p.grad is None else wide(p.grad) for p, _ in self.params]
+        self.inputs = {name: [wide(given[p]) for p, _ in self.params] for name, given in (inputs or {}).items()}
+        max_norm = self.optimizer.options.max_grad_norm
+        self.coefficient = references.clip_coefficient([g for g in self.gradients if g is not None], max_norm)
+
+    def _expected(self, nudge: float = 0.0) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """The step in float64, with all gradients moved by so many roundings."""
+        gradients = [
+            None if g is None else self.coefficient * g + nudge * math_rounding(p) * (self.coefficient * g).abs()
+            for (p, _), g in zip(self.params, self.gradients, strict=True)
+        ]
+        states = [{k: v for k, v in state.items() if k != KAHAN_SLOT} for state in self.states]
+        return references.step_all(
+            self.name, self.weights, gradients, states, self.groups, kind=self.kind, inputs=self.inputs
+        )
 
     def after(self) -> None:
         """Compare with what the step has made."""
-        for number, (p, (old, g, state, group)) in enumerate(self.start.items()):
+        wanted, *nudged = (self._expected(nudge) for nudge in (0.0, WIGGLE, -WIGGLE))
+        everywhere = references.REFERENCES[self.name].everywhere
+        for number, ((p, _), old, group) in enumerate(zip(self.params, self.weights, self.groups, strict=True)):
             where = f"parameter {number}"
-            if g is None:
+            state, (new, new_state), others = dict(self.states[number]), wanted[number], [row[number] for row in nudged]
+            if self.gradients[number] is None:
                 assert torch.equal(wide(p), old), where
                 for key, value in state.items():
-                    assert torch.equal(wide(self.optimizer.state[p][key]), value), (where, key)
+                    if key in everywhere:
+                        bound = self.bound(p, value, new_state[key], [other[1][key] for other in others])
+                        self.compare(self.optimizer.state[p][key], new_state[key], bound, f"{where}, {key}")
+                    else:
+                        assert torch.equal(wide(self.optimizer.state[p][key]), value), (where, key)
                 continue
-            g = g * self.coefficient
             compensation = state.pop(KAHAN_SLOT, torch.zeros_like(old))
             kahan = self.optimizer.options.rounding == "kahan" and p.element_size() == 2
-            new, new_state = reference.step(self.name, old, g, state, group, kind=self.kind)
-            nudges = [g + sign * WIGGLE * math_rounding(p) * g.abs() for sign in (1, -1)]
-            others = [reference.step(self.name, old, nudged, state, group, kind=self.kind) for nudged in nudges]
             bound = self.bound(p, old, new, [other[0] for other in others])
-            if group.get("use_muon"):
-                bound = bound + SPREAD * math_rounding(p) * (new - old).abs().max()
+            spread = references.REFERENCES[self.name].spread(group)
+            if spread:
+                bound = bound + spread * math_rounding(p) * (new - old).abs().max()
             stored = self.optimizer.state[p]
             assert set(stored) - {KAHAN_SLOT, "step"} == set(new_state) - {"step"}, where
             if "step" in stored:  # also where only the rounding noise needs it
@@ -269,9 +302,10 @@ def judged_run(
             optimizer = reloaded(optimizer, make)
         give_gradients(params, step, scale)
         given = [None if p.grad is None else (p.grad, p.grad.clone()) for p in params]
+        inputs = inputs_of(name, params, step)
         judge = Judge(name, optimizer)
-        judge.before()
-        optimizer.step()
+        judge.before(inputs)
+        take_step(optimizer, inputs)
         judge.after()
         for p, pair in zip(params, given, strict=True):
             assert p.grad is (None if pair is None else pair[0])

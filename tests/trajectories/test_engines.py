@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import reference
+import references
 import torch
 
 from lightning_optim.registry import OPTIMIZERS
 
-from .common import ALL_CASES, OPTIMIZER, SPREAD, bits, give_gradients, group_of, running_engines, supported, weights
+from .common import ALL_CASES, OPTIMIZER, bits, give_gradients, group_of, running_engines, supported, weights
 
 
 @pytest.mark.parametrize(("name", "case"), ALL_CASES)
@@ -20,7 +20,7 @@ def test_engines_differ_by_fused_multiply_adds_only(name: str, case: str) -> Non
     the new value; FUSED doubles that for what a square root or quotient makes of them.
     """
     fused = 8
-    options = reference.cases(name)[case]
+    options = references.cases(name)[case]
     engines = running_engines()
     columns = {engine: weights(torch.float32) for engine in engines}
     optimizers = {e: OPTIMIZERS[name].create(columns[e], **{**options, "engine": e}) for e in engines}
@@ -34,8 +34,8 @@ def test_engines_differ_by_fused_multiply_adds_only(name: str, case: str) -> Non
             for engine in engines[1:]:
                 q = columns[engine][index]
                 bound = fused * 2.0**-24 * torch.maximum(old.abs(), p.detach().abs())
-                if group_of(optimizers["eager"], p).get("use_muon"):  # see the top of common.py
-                    bound = bound + SPREAD * 2.0**-24 * (p.detach() - old).abs().max()
+                if spread := references.REFERENCES[name].spread(group_of(optimizers["eager"], p)):
+                    bound = bound + spread * 2.0**-24 * (p.detach() - old).abs().max()
                 assert ((q.detach() - p.detach()).abs() <= bound).all(), (engine, index)
                 q.detach().copy_(p.detach())
                 for slot, value in optimizers["eager"].state[p].items():
@@ -50,7 +50,7 @@ def test_engines_differ_by_fused_multiply_adds_only(name: str, case: str) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_foreach_in_parts_is_foreach(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = weights(dtype), weights(dtype)
-    options = {**reference.BASE[name], "engine": "foreach", "rounding": "stochastic"}
+    options = {**references.BASE[name], "engine": "foreach", "rounding": "stochastic"}
     options.update(supported(name, {"cautious": True}))
     optimizers = [OPTIMIZERS[name].create(params, **options) for params in (whole, parts)]
     for step in range(4):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import reference
+import references
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from .common import ENGINE, OPTIMIZER, ROUNDINGS, give_gradients, supported, wei
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16, torch.float64], ids=["bf16", "f16", "f64"])
 def test_low_precision_gradients_in_and_copies_out(name: str, grad_dtype: torch.dtype, engine: str) -> None:
     """Float32 masters, gradients of another type, and the new weight also written as bfloat16."""
-    options = {**reference.BASE[name], "weight_decay": 0.1, "max_grad_norm": 1.0, "engine": engine}
+    options = {**references.BASE[name], "weight_decay": 0.1, "max_grad_norm": 1.0, "engine": engine}
     params, plain = weights(torch.float32), weights(torch.float32)
     copies: dict[Tensor, Tensor] = {
         p: torch.full_like(p, 7.0, dtype=torch.bfloat16, requires_grad=False) for p in params
@@ -69,7 +69,7 @@ def test_a_gradient_of_another_kind_is_refused(weight: torch.dtype, grad: torch.
 @OPTIMIZER
 def test_an_empty_or_missing_gradient_is_no_step(name: str, engine: str) -> None:
     params = weights(torch.float32)
-    optimizer = OPTIMIZERS[name].create(params, engine=engine, **reference.BASE[name])
+    optimizer = OPTIMIZERS[name].create(params, engine=engine, **references.BASE[name])
     before = [p.detach().clone() for p in params]
     optimizer.step()
     assert not optimizer.state

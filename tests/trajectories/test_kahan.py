@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import reference
+import references
 import torch
 from torch import nn
 
@@ -21,7 +21,7 @@ def test_kahan_bfloat16_stays_with_float32_where_nearest_stalls(name: str, engin
     """200 updates of about 1e-3 of a weight each, a quarter of a bfloat16 step: rounded to nearest, they are lost."""
     random = torch.Generator().manual_seed(5)
     start = (torch.rand(4, 64, generator=random) + 1).to(torch.bfloat16)
-    options: dict[str, Any] = {**reference.BASE[name], "lr": 1e-3, "engine": engine}
+    options: dict[str, Any] = {**references.BASE[name], "lr": 1e-3, "engine": engine}
     if OPTIMIZERS[name].kind == "matrix":
         options["lr"] = 8e-3  # an element of an orthogonal matrix of 4 x 64 is 1/8 in the mean
     runs = {"kahan": torch.bfloat16, "nearest": torch.bfloat16, "float32": torch.float32}

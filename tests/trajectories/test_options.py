@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import pytest
-import reference
+import references
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ def test_a_mask_that_keeps_almost_nothing_is_not_scaled_up_without_bound(name: s
     """The floor under the cautious mask's mean: with one element of 3000 kept, a thousandfold step, not more."""
     p = nn.Parameter(torch.linspace(1, 2, 3000).reshape(3, 1000))
     p.grad = torch.ones_like(p)
-    optimizer = OPTIMIZERS[name].create([p], **reference.BASE[name], weight_decay=0.0, cautious=True, engine=engine)
+    optimizer = OPTIMIZERS[name].create([p], **references.BASE[name], weight_decay=0.0, cautious=True, engine=engine)
     optimizer.step()
     p.grad = torch.full_like(p, -1e-3)
     p.grad[1, 7] = 1.0
@@ -59,7 +59,7 @@ def test_groups_with_options_of_their_own_and_a_changing_lr(name: str, tensor_lr
         if "betas" in optimizer.param_groups[0]:
             optimizer.param_groups[0]["betas"] = (0.9 - 0.01 * step, 0.99)
 
-    options = {**reference.BASE[name], "engine": engine, "max_grad_norm": 2.0}
+    options = {**references.BASE[name], "engine": engine, "max_grad_norm": 2.0}
     judged_run(name, options, params, steps=12, groups=groups, each_step=each_step)
 
 
@@ -71,7 +71,7 @@ def bool_options(name: str) -> list[str]:
 @pytest.mark.parametrize(("name", "option"), [(name, option) for name in OPTIMIZERS for option in bool_options(name)])
 def test_an_option_that_changes_between_steps_counts_at_once(name: str, option: str) -> None:
     params = weights(torch.float32)
-    optimizer = OPTIMIZERS[name].create(params, **reference.BASE[name], weight_decay=0.1, engine="eager")
+    optimizer = OPTIMIZERS[name].create(params, **references.BASE[name], weight_decay=0.1, engine="eager")
     for step in range(7):
         for p in params:
             p.grad = torch.ones_like(p)
@@ -91,7 +91,7 @@ def test_an_option_that_changes_between_steps_counts_at_once(name: str, option: 
 )
 def test_every_kind_of_decay(name: str, kind: Decay, dtype: torch.dtype, rounding: str, engine: str) -> None:
     params = weights(dtype)
-    options = {**reference.BASE[name], "weight_decay": 0.5, "engine": engine, "rounding": rounding}
+    options = {**references.BASE[name], "weight_decay": 0.5, "engine": engine, "rounding": rounding}
     optimizer = variant(name, kind)(params, **options)
     for step in range(5):
         give_gradients(params, step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import reference
+import references
 import torch
 from torch import Tensor
 
@@ -21,9 +21,11 @@ from .common import (
     close,
     give_gradients,
     group_of,
+    inputs_of,
     judged_run,
     reloaded,
     supported,
+    take_step,
     weights,
     wide,
 )
@@ -34,8 +36,7 @@ from .common import (
 def test_float64_follows_the_reference_for_all_steps(name: str, case: str, engine: str) -> None:
     """The reference keeps its own state and is never corrected: errors would add up over the 50 steps."""
     params = weights(torch.float64)
-    options = reference.cases(name)[case]
-    state_dtype = getattr(torch, options.get("state_dtype", "float64"))
+    options = references.cases(name)[case]
 
     def make() -> RuleOptimizer:
         return OPTIMIZERS[name].create(params, engine=engine, **options)
@@ -46,16 +47,22 @@ def test_float64_follows_the_reference_for_all_steps(name: str, case: str, engin
         if step == STEPS // 2:
             optimizer = reloaded(optimizer, make)
         give_gradients(params, step)
-        coefficient = reference.clip_coefficient(
-            [p.grad for p in params if p.grad is not None], options.get("max_grad_norm")
+        gradients = [p.grad for p in params]
+        coefficient = references.clip_coefficient([g for g in gradients if g is not None], options.get("max_grad_norm"))
+        inputs = inputs_of(name, params, step)
+        groups = [dict(group_of(optimizer, p)) for p in params]
+        expected = references.step_all(
+            name,
+            [value for value, _ in expected],
+            [None if g is None else coefficient * g for g in gradients],
+            [state for _, state in expected],
+            groups,
+            inputs={key: [given[p] for p in params] for key, given in inputs.items()},
         )
-        optimizer.step()
-        for index, p in enumerate(params):
-            if p.grad is not None:
-                value, state = expected[index]
-                value, state = reference.step(name, value, coefficient * p.grad, state, group_of(optimizer, p))
-                state = {k: v if k == "step" else v.to(state_dtype).double() for k, v in state.items()}
-                expected[index] = value, state
+        take_step(optimizer, inputs)
+        for p, (_, state) in zip(params, expected, strict=True):
+            for key, value in state.items():  # as it is stored
+                state[key] = value.to(optimizer.state[p][key].dtype).double()
         # Each of 50 steps adds at most ROUNDINGS roundings of 2^-53 relative to weights of size up to 4.
         close(params, [value for value, _ in expected], STEPS * ROUNDINGS * 2.0**-51)
 
@@ -64,7 +71,7 @@ def test_float64_follows_the_reference_for_all_steps(name: str, case: str, engin
 @pytest.mark.parametrize(("name", "case"), ALL_CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
 def test_each_step_is_the_references(name: str, case: str, dtype: torch.dtype, engine: str) -> None:
-    options = {"engine": engine, **reference.cases(name)[case]}
+    options = {"engine": engine, **references.cases(name)[case]}
     # Each step is judged from where it starts, so that more steps only mean more numbers; low precision differs from
     # float32 in loads and stores alone.
     judged_run(name, options, weights(dtype), steps=14 if dtype == torch.float32 else 8)
@@ -77,7 +84,7 @@ def test_each_step_is_the_references(name: str, case: str, dtype: torch.dtype, e
 def test_each_step_with_another_rounding_is_the_references(
     name: str, rounding: str, extra: dict[str, Any], engine: str
 ) -> None:
-    options = {**reference.BASE[name], **supported(name, extra), "engine": engine, "rounding": rounding}
+    options = {**references.BASE[name], **supported(name, extra), "engine": engine, "rounding": rounding}
     if name != "adamw" and "decoupled_weight_decay" in OPTIMIZERS[name].options and extra.get("weight_decay"):
         options["decoupled_weight_decay"] = True  # the decay that Kahan summation must not lose
     judged_run(name, options, weights(torch.bfloat16), steps=8)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-import reference
+import references
 import torch
 from torch import Tensor, nn
 
@@ -60,10 +60,10 @@ def test_stochastic_rounding_is_the_same_on_all_engines_bit_for_bit(name: str, s
 def test_stochastic_rounding_differs_only_with_the_float32_value_before_it(name: str) -> None:
     """One rounding of float32 more or less changes the outcome with a chance of 2^-16."""
     size = 20_000
-    expected = stochastic_run(name, {**reference.BASE[name], "engine": "eager"}, steps=1, size=size)
+    expected = stochastic_run(name, {**references.BASE[name], "engine": "eager"}, steps=1, size=size)
     mean = ROUNDINGS * size * 2.0**-16
     for engine in running_engines()[1:]:
-        other = stochastic_run(name, {**reference.BASE[name], "engine": engine}, steps=1, size=size)
+        other = stochastic_run(name, {**references.BASE[name], "engine": engine}, steps=1, size=size)
         differing = int((bits(expected[0]) != bits(other[0])).sum())
         assert differing <= mean + 5 * math.sqrt(mean), engine
 
@@ -71,7 +71,7 @@ def test_stochastic_rounding_differs_only_with_the_float32_value_before_it(name:
 @ENGINE
 @OPTIMIZER
 def test_stochastic_rounding_goes_on_after_a_reload(name: str, engine: str) -> None:
-    options = {**reference.BASE[name], "engine": engine, "state_dtype": "bfloat16"}
+    options = {**references.BASE[name], "engine": engine, "state_dtype": "bfloat16"}
     once = stochastic_run(name, options, size=800)
     again = stochastic_run(name, options, size=800)
     through_a_file = stochastic_run(name, options, size=800, reload_at=3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
-import reference
+import references
 import torch
 from torch import nn
 
@@ -25,7 +25,7 @@ def test_tensors_of_several_chunks(name: str, dtype: torch.dtype, engine: str) -
     shapes = [(CHUNK + 7, 1), (CHUNK - 1,), (3,)]  # enough in all for the host engine to use threads
     params = [nn.Parameter(torch.randn(shape, generator=random).to(dtype)) for shape in shapes]
     options = {"weight_decay": 0.1, "max_grad_norm": 1.0, **supported(name, {"cautious": True}), "engine": engine}
-    options = {**reference.BASE[name], **options}
+    options = {**references.BASE[name], **options}
     judged_run(name, options, params, steps=3, reload_at=1)
 
 
@@ -37,7 +37,7 @@ def test_weights_with_gaps_in_memory(name: str, engine: str) -> None:
     params = [nn.Parameter(bases[0][:, 2:7]), nn.Parameter(bases[1][::2]), nn.Parameter(bases[2])]
     around = [bases[0][:, [0, 1, 7]].clone(), bases[1][1::2].clone()]
     optimizer = judged_run(
-        name, {**reference.BASE[name], **supported(name, {"cautious": True}), "engine": engine}, params, steps=8
+        name, {**references.BASE[name], **supported(name, {"cautious": True}), "engine": engine}, params, steps=8
     )
     assert torch.equal(bases[0][:, [0, 1, 7]], around[0]), "memory between the weights was written to"
     assert torch.equal(bases[1][1::2], around[1]), "memory between the weights was written to"
@@ -56,7 +56,7 @@ def test_complex_weights_are_pairs_of_real_ones(name: str, dtype: torch.dtype, e
     complex_params = [nn.Parameter(torch.randn(s, generator=random, dtype=dtype)) for s in [(3, 2), (5, 1), (2, 2)]]
     real_params = [nn.Parameter(torch.view_as_real(p.detach()).clone()) for p in complex_params]
     options = {"weight_decay": 0.1, **supported(name, {"cautious": True}), "max_grad_norm": 0.5, "engine": engine}
-    options = {**reference.BASE[name], **options}
+    options = {**references.BASE[name], **options}
     kind = {"use_muon": False} if OPTIMIZERS[name].kind == "matrix" else {}  # where complex weights are no matrices
     ours = OPTIMIZERS[name].create([{"params": complex_params, **kind}], **options)
     pairs = OPTIMIZERS[name].create([{"params": real_params, **kind}], **options)

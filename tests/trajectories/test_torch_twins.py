@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 
 import pytest
-import reference
+import references
 import torch
 from torch import nn
 
@@ -19,7 +19,7 @@ TORCH_CASES = [
     (name, case)
     for name, info in OPTIMIZERS.items()
     if info.torch_equivalent is not None
-    for case, options in reference.cases(name).items()
+    for case, options in references.cases(name).items()
     if set(options) <= {*inspect.signature(info.torch_equivalent).parameters, "max_grad_norm"}
 ]
 
@@ -29,7 +29,7 @@ TORCH_CASES = [
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.complex64], ids=["f64", "f32", "c64"])
 def test_each_step_is_torchs(name: str, case: str, dtype: torch.dtype, engine: str) -> None:
     """The same weights at each of 50 steps, the state going over to a fresh instance of torch's class and back."""
-    options = dict(reference.cases(name)[case])
+    options = dict(references.cases(name)[case])
     theirs_class: Callable[..., torch.optim.Optimizer] | None = OPTIMIZERS[name].torch_equivalent
     assert theirs_class is not None
     max_norm = options.pop("max_grad_norm", None)
@@ -104,7 +104,7 @@ def test_a_scheduler_moves_the_lr_as_it_does_torchs(name: str, tensor_lr: bool, 
 def test_adopted_instances_step_as_they_would_themselves(name: str, engine: str) -> None:
     torch_class: Callable[..., torch.optim.Optimizer] | None = OPTIMIZERS[name].torch_equivalent
     assert torch_class is not None
-    for options in reference.cases(name).values():
+    for options in references.cases(name).values():
         if not set(options) <= set(inspect.signature(torch_class).parameters):
             continue
         params, others = weights(torch.float64), weights(torch.float64)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import reference
+import references
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ pytestmark = [
 SHAPES: tuple[tuple[int, ...], ...] = ((257, 129), (8192 * 3,), (), (0,), (1,), (2, 3, 5, 7), (16385,))
 #: Those whose step is kernels alone: between those of matrices are products in bfloat16.
 KERNELS_ALONE = [name for name, info in OPTIMIZERS.items() if info.kind != "matrix"]
-CASES = [(name, case) for name in KERNELS_ALONE for case in reference.cases(name)]
+CASES = [(name, case) for name in KERNELS_ALONE for case in references.cases(name)]
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def make(name: str, params: Any, **options: Any) -> Any:
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_as_the_eager_engine_in_float64(name: str, case: str) -> None:
     ours, exact = weights(), weights(torch.float64)
-    options = reference.cases(name)[case]
+    options = references.cases(name)[case]
     optimizer, eager = make(name, ours, **options), make(name, exact, **{**options, "engine": "eager"})
     for step in range(20):
         give_gradients(ours, step)

@@ -1,4 +1,4 @@
-"""Refusing trainings in which SAM or L-BFGS would silently compute something else."""
+"""Refusing trainings in which nobody answers what an optimizer's step asks for, or something else does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_optim.control.replay.window import needs_closure, needs_replay
+from lightning_optim.stepping.evaluations import request_of
 from lightning_optim.strategy_names import STRATEGIES
 
 
@@ -16,7 +16,7 @@ class ReplayGuard:
 
     In Lightning's own strategies their closure evaluates the last batch of an accumulation window only, clips at every
     evaluation, and is not there at all with a loss scaler. What that leaves right (SAM on whole batches, say) may run,
-    though hooks and logs come at every evaluation.
+    though hooks and logs come at every evaluation. Second derivatives, for Sophia, they have no way to answer.
     """
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -28,11 +28,12 @@ class ReplayGuard:
         for optimizer in guarded(trainer):
             if reasons := list(_reasons(optimizer, trainer)):
                 name = type(optimizer).__name__.removesuffix("Optim")
-                # DeepSpeed's engine steps by itself, with no closure at all.
-                valid = ", ".join(repr(name) for name in STRATEGIES if "deepspeed" not in name)
+                curves = request_of(optimizer) == "hessian_vector"
+                valid = ", ".join(repr(name) for name in STRATEGIES if not _cannot_answer(name, curves))
+                otherwise = "manual optimization with step(evaluate=...)" if curves else "none of these settings"
                 raise ValueError(
                     f"{name} under {type(trainer.strategy).__name__} with {'; with '.join(reasons)}. Valid: "
-                    f"Trainer(strategy=...) with one of {valid}, or none of these settings"
+                    f"Trainer(strategy=...) with one of {valid}, or {otherwise}"
                 )
 
 
@@ -42,10 +43,18 @@ def guarded(trainer: Any) -> list[Optimizer]:
         return []
     # Others, as torch's LBFGS, belong to users who may never have heard of this package.
     ours = [optimizer for optimizer in trainer.optimizers if type(optimizer).__module__.startswith("lightning_optim.")]
-    return [optimizer for optimizer in ours if needs_replay(optimizer)]
+    return [optimizer for optimizer in ours if request_of(optimizer) is not None]
+
+
+def _cannot_answer(strategy: str, curves: bool) -> bool:
+    """Whether a strategy of ours cannot answer: DeepSpeed's engine steps by itself, FSDP2 is differentiated once."""
+    return "deepspeed" in strategy or (curves and "fsdp2" in strategy)
 
 
 def _reasons(optimizer: Optimizer, trainer: Any) -> Iterator[str]:
+    if request_of(optimizer) == "hessian_vector":
+        yield "no second derivative of the loss, of which the step needs products"
+        return
     accumulate = {0: trainer.accumulate_grad_batches}
     for callback in trainer.callbacks:
         # By its method rather than its class, of which each root of Lightning has its own.
@@ -58,7 +67,7 @@ def _reasons(optimizer: Optimizer, trainer: Any) -> Iterator[str]:
         )
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         yield f"precision={trainer.precision!r}, where Lightning's loss scaler gives it no closure"
-    searches = needs_closure(optimizer)
+    searches = request_of(optimizer) == "loss_and_gradient"
     if trainer.gradient_clip_val and (searches or trainer.gradient_clip_algorithm == "value"):
         yield f"gradient_clip_val={trainer.gradient_clip_val!r}, which clips the gradients of every evaluation"
     if searches and trainer.world_size > 1:

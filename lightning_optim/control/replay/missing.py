@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 
 import torch
 from torch import Tensor
@@ -51,16 +51,23 @@ class Missing:
         self._left = _any_nonzero(self._params) if self.touched else None
 
     @torch.no_grad()
-    def drop(self) -> None:
-        """Have the parameters' gradients be missing where they were."""
+    def drop(self, held: MutableMapping[Tensor, Tensor] | None = None) -> None:
+        """Have gradients be missing where they were.
+
+        Args:
+            held: What is added up in place of gradients, by parameter; default: the parameters' gradients.
+        """
         for p in self._absent:
-            p.grad = None
+            if held is None:
+                p.grad = None
+            else:
+                held.pop(p, None)
         if self._left is None:
             return
         for p in self._params:
-            if p.grad is not None:
-                grad = local(p.grad)
-                grad.masked_fill_(~self._left.to(grad.device, non_blocking=True), 0)
+            if (found := p.grad if held is None else held.get(p)) is not None:
+                part = local(found)
+                part.masked_fill_(~self._left.to(part.device, non_blocking=True), 0)
 
     def kept(self, loss: Tensor | None) -> Tensor | None:
         """What is left of the loss of what came before: nothing, if nothing of its gradient is."""

@@ -1,37 +1,26 @@
 """Evaluating an accumulation window again: the same batches, the same noise, at other weights.
 
-SAM and line searches need the loss and the gradient of a step's whole window at more than one place. What is here
-knows nothing of a trainer: it records evaluations of a module as they are made, and makes them again.
+SAM and line searches need the loss and the gradient of a step's whole window at more than one place, Sophia its second
+derivative. What is here knows nothing of a trainer: it records evaluations of a module as they are made, and makes them
+again.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
 
 from lightning_optim.control.replay.missing import Marks, Missing, marks_of
 from lightning_optim.control.replay.module_state import ModuleState
-from lightning_optim.optimizers.sam import SAM
 
-__all__ = ["ModuleState", "RandomStates", "Window", "muted", "needs_closure", "needs_replay", "replaced"]
-
-
-def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether an optimizer evaluates the model several times in a step, at weights that it chooses."""
-    return getattr(optimizer, "needs_closure", False) is True or isinstance(optimizer, LBFGS)
-
-
-def needs_replay(optimizer: Optimizer) -> bool:
-    """Whether a step of an optimizer needs its window more than once."""
-    return isinstance(optimizer, SAM) or needs_closure(optimizer)
+__all__ = ["ModuleState", "RandomStates", "Window", "muted", "replaced"]
 
 
 class RandomStates:
@@ -184,6 +173,7 @@ class Window:
         self,
         backward: Callable[[Tensor], None],
         between: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        held: MutableMapping[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Make all evaluations again, with the noise and the buffers that each of them had.
 
@@ -192,6 +182,7 @@ class Window:
         Args:
             backward: Called with each loss.
             between: Makes a context for all evaluations but the last one, as ``no_sync`` of DDP.
+            held: Where ``backward`` adds up what is to be dropped as gradients were; default: in the gradients.
 
         Returns:
             The sum of the losses, as :attr:`loss` is.
@@ -213,11 +204,11 @@ class Window:
                             "weights, has none; valid: a training_step that decides by its batch alone"
                         )
                     if (missing := self._missing.get(number - 1)) is not None:
-                        missing.drop()
+                        missing.drop(held)
                     backward(loss)
                 total = self._added(total, loss.detach().reshape(()), number - 1)
             for missing in self._at_end:
-                missing.drop()
+                missing.drop(held)
         finally:
             noise.put_back()
             state.put_back()

@@ -20,7 +20,7 @@ from lightning_optim.engines.host.threads import thread_count
 from lightning_optim.engines.host.toolchain import ToolchainError, find_toolchain
 from lightning_optim.engines.progress import Progress, Write
 from lightning_optim.engines.scaling import Scaling
-from lightning_optim.rules.trace import Program
+from lightning_optim.rules.program import Program
 from lightning_optim.warnings import warn_once
 
 #: Elements of a full chunk: small enough that a model of a million weights divides evenly over threads, large
@@ -105,9 +105,10 @@ class HostEngine(CompiledEngine[Kernel]):
         """See :meth:`Engine.rejects`; compiles the kernel, so that a failed build is known before the first step."""
         if bucket.device.type != "cpu":
             return f"the weights are on {bucket.device}, not on the CPU"
-        if (reason := flat_memory(bucket, C_TYPES)) is not None:
+        if (reason := flat_memory(bucket, C_TYPES) or CPrinter.lacks(bucket.update.program)) is not None:
             return reason
-        self._built(bucket.update.program, bucket.layout)
+        for program in (*(phase.program for phase in bucket.update.program.phases), bucket.update.program):
+            self._built(program, bucket.layout)
         return None
 
     def build(self, program: Program, layout: Layout) -> Kernel:
@@ -120,15 +121,25 @@ class HostEngine(CompiledEngine[Kernel]):
         if progress.begun:
             progress.finish()
             return
-        kernel = self._built(bucket.update.program, bucket.layout)
+        calls, _ = self._calls(bucket, bucket.update.program, table)
+        progress.write(calls)
+
+    def reduce(self, bucket: Bucket, program: Program, table: Sequence[Scalars]) -> Tensor:
+        """See :meth:`Engine.reduce`."""
+        calls, results = self._calls(bucket, program, table)
+        Progress().write(calls)
+        return torch.frombuffer(results, dtype=torch.float64).view(len(bucket), -1).sum(0)
+
+    def _calls(self, bucket: Bucket, program: Program, table: Sequence[Scalars]) -> tuple[list[Write], array[float]]:
+        """The call of a Program's kernel on a bucket, and its results to come."""
+        kernel = self._built(program, bucket.layout)
         columns = kernel.table_scalars
         rows = array("d", [float(row[name]) for row in table for name in columns])
         if bucket.addresses is None or (bucket.step_addresses is None) != (bucket.steps is None):
             raise ValueError("the host engine needs the addresses of the bucket's tensors: see Bucket.locate()")
-        calls, _ = self._prepared(
+        return self._prepared(
             kernel, bucket.addresses, bucket.sizes, bucket.step_addresses, bucket.rows, bucket.ids, rows
         )
-        progress.write(calls)
 
     def sum_of_squares(self, bucket: Bucket) -> Tensor:
         """See :meth:`Engine.sum_of_squares`."""

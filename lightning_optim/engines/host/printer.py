@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from lightning_optim.engines.printer import Printer
-from lightning_optim.rules.trace import Kind, Node, Pass, Rate
+from lightning_optim.rules.program import Kind, Node, Pass, Rate
 
 #: C types of the storage formats; bfloat16 is handled as its bits.
 C_TYPES = {
@@ -74,6 +74,9 @@ typedef {real} real;
 #define LOG log{f}
 #define POW pow{f}
 #define ABS fabs{f}
+#define FLOOR floor{f}
+#define TANH tanh{f}
+#define ATAN2 atan2{f}
 static inline real sign(real x) {{ return (real)((x > 0) - (x < 0)); }}
 static inline real lerp(real a, real b, real w) {{
   return ABS(w) < (real)0.5 ? a + w * (b - a) : b - (b - a) * (1 - w);
@@ -125,6 +128,9 @@ class CPrinter(Printer):
         "abs": "fabs({0})",
         "exp": "exp({0})",
         "log": "log({0})",
+        "floor": "floor({0})",
+        "tanh": "tanh({0})",
+        "atan2": "atan2({0}, {1})",
         "sign": "scalar_sign({0})",
         "maximum": "scalar_maximum({0}, {1})",
         "minimum": "scalar_minimum({0}, {1})",
@@ -141,6 +147,9 @@ class CPrinter(Printer):
         "abs": "ABS({0})",
         "exp": "EXP({0})",
         "log": "LOG({0})",
+        "floor": "FLOOR({0})",
+        "tanh": "TANH({0})",
+        "atan2": "ATAN2({0}, {1})",
         "sign": "sign({0})",
         "maximum": "maximum({0}, {1})",
         "minimum": "minimum({0}, {1})",
@@ -170,6 +179,17 @@ class CPrinter(Printer):
     def store(self, tensor: str, dtype: torch.dtype, value: str) -> str:
         """See :meth:`Printer.store`."""
         return f"p_{tensor}[i] = store_{_suffix(dtype)}({value});"
+
+    def load_scalar(self, tensor: str, dtype: torch.dtype) -> str:
+        """See :meth:`Printer.load_scalar`."""
+        return f"(double)load_{_suffix(dtype)}(*(const {C_TYPES[dtype]} *){self._address(tensor)})"
+
+    def store_scalar(self, tensor: str, dtype: torch.dtype, value: str) -> str:
+        """See :meth:`Printer.store_scalar`."""
+        return f"*({C_TYPES[dtype]} *){self._address(tensor)} = store_{_suffix(dtype)}({value});"
+
+    def _address(self, tensor: str) -> str:
+        return f"data[{self.program.tensors.index(tensor)} * n + t]"
 
     def widen(self, value: str) -> str:
         """See :meth:`Printer.widen`."""
@@ -205,10 +225,13 @@ class CPrinter(Printer):
         )
         for index, statement in statements:
             lines += [f"  {statement}", f"  w[{slots[index]}] = {self.name(index)};"]
+        lines += [f"  {statement}" for statement in self.scalar_stores(sweep)]
         return (
-            f"static void scalars_{stage}(const double *row, double step, double tensor_id, int64_t numel,\n"
-            "                      const double *r, double *w) {\n"
-            "  (void)row; (void)step; (void)tensor_id; (void)numel; (void)r; (void)w;\n" + "\n".join(lines) + "\n}\n"
+            f"static void scalars_{stage}(void *const *data, int64_t n, int64_t t, const double *row, double step,\n"
+            "                      double tensor_id, int64_t numel, const double *r, double *w) {\n"
+            "  (void)data; (void)n; (void)t; (void)row; (void)step; (void)tensor_id; (void)numel; (void)r; (void)w;\n"
+            + "\n".join(lines)
+            + "\n}\n"
         )
 
     def _sweep(self, stage: int, sweep: Pass) -> str:
@@ -261,15 +284,18 @@ class CPrinter(Printer):
                     "    for (; c < chunks && chunk_tensor[c] == t; ++c)",
                     f"      for (int k = 0; k < {len(previous)}; ++k) r[k] += partials[c * {self.reductions} + k];",
                 ]
+            # What stores nothing counts the step that is to come, and leaves the counter as it is.
+            stores = bool(self.program.stores)
+            counted = "next_step(*steps[t])" if stage == 0 or not stores else "(*steps[t])"
             lines += [
-                f"    const double step = steps ? {'next_step' if stage == 0 else ''}(*steps[t]) : 0;",
-                *(["    if (steps) *steps[t] = (float)step;"] if stage == 0 else []),
-                f"    scalars_{stage}(table + {columns} * rows[t], step, (double)ids[t], numel[t], r,",
+                f"    const double step = steps ? {counted} : 0;",
+                *(["    if (steps) *steps[t] = (float)step;"] if stage == 0 and stores else []),
+                f"    scalars_{stage}(data, n, t, table + {columns} * rows[t], step, (double)ids[t], numel[t], r,",
                 f"              work + {width} * t);",
                 "    (void)c;",
                 "  }",
             ]
-            if sweep.elements or (stage == len(self.program.passes) - 1 and self.program.stores):
+            if sweep.elements or (stage == len(self.program.passes) - 1 and self.stored):
                 lines += [
                     "  for (int part = 0; part < parts; ++part) next[8 * part] = bounds[part];",
                     "#pragma omp parallel for schedule(static, 1) num_threads(parts) if (parts > 1)",

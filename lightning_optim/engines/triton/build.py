@@ -14,7 +14,7 @@ from typing import Any
 from lightning_optim.engines.base import Layout
 from lightning_optim.engines.cache import BuildError, Kept, cached
 from lightning_optim.engines.triton.printer import TritonPrinter
-from lightning_optim.rules.trace import Program
+from lightning_optim.rules.program import Program
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from lightning_optim.engines.compiled import CompiledEngine
 from lightning_optim.engines.progress import Progress, Write
 from lightning_optim.engines.scaling import Scaling
 from lightning_optim.engines.triton.build import Kernels, broken, build, interpreted, missing
-from lightning_optim.engines.triton.printer import TRITON_TYPES
-from lightning_optim.rules.trace import Program
+from lightning_optim.engines.triton.printer import TRITON_TYPES, TritonPrinter
+from lightning_optim.rules.program import Program
 
 #: Elements of a chunk, the work of one program: large enough that its tables and scalars (a few dozen bytes) are
 #: nothing beside it, small enough that a model of a million weights still fills the GPU.
@@ -128,9 +128,12 @@ class TritonEngine(CompiledEngine[Kernels]):
         if bucket.device.type != wanted:
             where = "on the CPU, since Triton is interpreted" if interpreted() else "on a CUDA device"
             return f"the weights are on {bucket.device}, not {where}"
-        if (reason := flat_memory(bucket, TRITON_TYPES)) is not None:
+        program = bucket.update.program
+        if (reason := flat_memory(bucket, TRITON_TYPES) or TritonPrinter.lacks(program)) is not None:
             return reason
-        self._built(bucket.update.program, bucket.layout)
+        if program.phases:
+            return "a rule with totals over all parameters needs torch's own operators"
+        self._built(program, bucket.layout)
         return None
 
     def build(self, program: Program, layout: Layout) -> Kernels:

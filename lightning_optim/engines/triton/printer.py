@@ -9,7 +9,7 @@ import torch
 from lightning_optim.engines.base import Layout
 from lightning_optim.engines.printer import Printer
 from lightning_optim.engines.triton.prelude import CONTROL, PRELUDE
-from lightning_optim.rules.trace import Kind, Node, Pass, Program, Rate
+from lightning_optim.rules.program import Kind, Node, Pass, Program, Rate
 
 TRITON_TYPES: dict[torch.dtype, str] = {
     torch.float32: "tl.float32",
@@ -27,6 +27,8 @@ _COMMON = {
     "abs": "tl.abs({0})",
     "exp": "tl.exp({0})",
     "log": "tl.log({0})",
+    "floor": "tl.floor({0})",
+    "tanh": "tanh({0})",
     "sign": "sign({0})",
     "maximum": "maximum({0}, {1})",
     "minimum": "minimum({0}, {1})",
@@ -87,6 +89,7 @@ class TritonPrinter(Printer):
             "stochastic_round": "stochastic_round({0}, {1}, {index})",
         }
         self.mask = False
+        self.lanes = ""  # the mask of a kernel of scalars
 
     # -- the language -------------------------------------------------------------------------------------------
 
@@ -118,6 +121,21 @@ class TritonPrinter(Printer):
         block = f"({value} + tl.zeros((BLOCK,), {self.real}))" if not value.startswith("v") else value
         return f"tl.store(p_{tensor} + index, {block}.to({TRITON_TYPES[dtype]}){mask})"
 
+    def load_scalar(self, tensor: str, dtype: torch.dtype) -> str:
+        """See :meth:`Printer.load_scalar`."""
+        return f"tl.load({self._address(tensor, dtype)}{self.lanes}).to(tl.float64)"
+
+    def store_scalar(self, tensor: str, dtype: torch.dtype, value: str) -> str:
+        """See :meth:`Printer.store_scalar`."""
+        each = f"({value} + tl.zeros_like(size).to(tl.float64))" if not value.startswith("s") else value
+        mask = self.lanes.replace(", other=0", "")
+        return f"tl.store({self._address(tensor, dtype)}, {each}.to({TRITON_TYPES[dtype]}){mask})"
+
+    def _address(self, tensor: str, dtype: torch.dtype) -> str:
+        """The address of each tensor's number, in a kernel of scalars."""
+        place = f"pointers + {self.program.tensors.index(tensor)} * stride + t"
+        return f"tl.load({place}{self.lanes}).to(tl.pointer_type({TRITON_TYPES[dtype]}))"
+
     def widen(self, value: str) -> str:
         """See :meth:`Printer.widen`."""
         return f"{value}.to(tl.float64)"
@@ -144,6 +162,7 @@ class TritonPrinter(Printer):
 
     def _statements(self, stage: int, sweep: Pass, mask: str) -> list[str]:
         """Read a tensor's scalars, evaluate those of a pass, and keep them."""
+        self.lanes = mask
         slots, previous = self.work_slots, self.reduced_before(stage)
         columns = {name: column for column, name in enumerate(self.table_columns)}
 
@@ -161,7 +180,7 @@ class TritonPrinter(Printer):
         statements = self.scalar_statements(sweep, read=read, reduced=lambda index: f"r{previous.index(index)}")
         for index, statement in statements:
             lines += [statement, f"tl.store({place(index)}, {self.name(index)}{mask.replace(', other=0', '')})"]
-        return lines
+        return lines + self.scalar_stores(sweep)
 
     def _counter(self, mask: str) -> list[str]:
         """Find a tensor's counter, and read it."""

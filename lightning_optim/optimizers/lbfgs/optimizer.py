@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from lightning_optim.optimizers.lbfgs.state import Kind, by_position, check_stat
 from lightning_optim.primitives import primitives
 from lightning_optim.stepping.closure import ClosureOptimizer
 from lightning_optim.stepping.divided import refuse_a_part
+from lightning_optim.stepping.evaluations import LossEvaluator
 from lightning_optim.stepping.group_keys import check_keys
 from lightning_optim.stepping.loading import load_groups, readable
 from lightning_optim.stepping.options import check_options, each_once
@@ -40,6 +41,7 @@ _OWN_CODE = (
     "lightning_optim.engines.host_memory",
     "lightning_optim.engines.memory",
     "lightning_optim.stepping.closure",
+    "lightning_optim.stepping.evaluations",
     "lightning_optim.stepping.places",
     "lightning_optim.stepping.shards",
 )
@@ -126,6 +128,8 @@ class LBFGSOptim(ClosureOptimizer):
     tensor([1.0000, 1.0000], dtype=torch.float64)
     """
 
+    paper = "Byrd, Nocedal and Schnabel, 1994"
+
     def __init__(
         self,
         params: ParamsT,
@@ -174,24 +178,32 @@ class LBFGSOptim(ClosureOptimizer):
     # -- torch.optim.Optimizer ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:
+    def step(self, closure: Closure | None = None, *, evaluate: Callable[[], Tensor] | None = None) -> Any:
         """One step of ``max_iter`` iterations.
 
         Args:
             closure: Evaluates the model at the current weights, leaves its gradient in ``p.grad``, returns the loss.
+            evaluate: In its place, computes the loss at the current weights and returns it, without ``backward()``. A
+                closure beside it is called once, before the step.
 
         Returns:
-            The loss at the weights before the step: what the first call of the closure returned.
+            The loss at the weights before the step: what the first call returned.
 
         Raises:
             RuntimeError: There is no closure, or it returned nothing.
         """
+        if evaluate is not None:
+            if closure is not None:
+                with torch.enable_grad():
+                    closure()
+            closure = LossEvaluator(self, evaluate).loss_and_gradient
         if closure is None:
             raise RuntimeError(
                 f"{type(self).public_name()}: step() without a closure, but a line search evaluates the model several "
                 "times: pass a function that zeroes the gradients, computes the loss, calls backward() and returns the "
-                "loss (Lightning's automatic optimization does, except with precision='16-mixed', whose scaler steps "
-                "without: use one of our strategies there)"
+                "loss, or step(evaluate=...), where it only computes and returns the loss (Lightning's automatic "
+                "optimization passes a closure, except with precision='16-mixed', whose scaler steps without: use one "
+                "of our strategies there)"
             )
         stay_outside(*_OWN_CODE)
         work = self._prepare()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import reference
+import references
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,7 +59,7 @@ def test_launches_of_a_bucket(name: str, most: int, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_changing_scalars_compiles_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params = [nn.Parameter(torch.zeros(3)) for _ in range(3)]
-    optimizer = make(name, params, **reference.BASE[name])
+    optimizer = make(name, params, **references.BASE[name])
     log = Launches(monkeypatch, run=False)
     give_gradients(params, 0)
     optimizer.step()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import reference
+import references
 import torch
 from torch import Tensor
 
@@ -16,11 +16,11 @@ from .common import SHAPES, give_gradients, group_of, make, weights
 STEPS = 20
 #: In the interpreter a step takes as long as there are tensors.
 FEW = ((3, 5), (), (33, 31))
-CASES = [(name, case) for name in OPTIMIZERS for case in reference.cases(name) if "bfloat16" not in case]
+CASES = [(name, case) for name in references.NAMES for case in references.cases(name) if "bfloat16" not in case]
 
 
 def options_of(name: str, case: str) -> dict[str, Any]:
-    return {"lr": 0.02, **reference.cases(name)[case]}
+    return {"lr": 0.02, **references.cases(name)[case]}
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -34,12 +34,11 @@ def test_float64_reference(name: str, case: str) -> None:
     for step in range(STEPS):
         give_gradients(params, step)
         before = [p.grad.clone() for p in params if p.grad is not None]
+        groups = [{**settings, **group_of(optimizer, p)} for p in params]
         optimizer.step()
-        factor = reference.clip_coefficient(before, settings["max_grad_norm"])
-        exact = [
-            reference.step(name, p, factor * g.double(), s, {**settings, **group_of(optimizer, q)})
-            for (p, s), g, q in zip(exact, before, params, strict=True)
-        ]
+        factor = references.clip_coefficient(before, settings["max_grad_norm"])
+        old, states = [value for value, _ in exact], [state for _, state in exact]
+        exact = references.step_all(name, old, [factor * g.double() for g in before], states, groups)
         for p, g in zip(params, before, strict=True):
             assert p.grad is not None
             assert torch.equal(p.grad, g)

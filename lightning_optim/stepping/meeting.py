@@ -1,0 +1,94 @@
+"""What must be known of all parameters before any of them is updated, and the slots that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_optim.engines.base import Scalars
+from lightning_optim.engines.progress import Progress, Write
+from lightning_optim.rules.interpret import interpret
+from lightning_optim.rules.program import Program
+from lightning_optim.rules.table import widest
+from lightning_optim.stepping.method import UPDATES, Group
+from lightning_optim.stepping.plan import Planned, Planner
+from lightning_optim.stepping.shards import Shards, totals
+
+
+class Meeting:
+    """Where the buckets of a step meet: totals over all of them become scalars of the Programs that run then.
+
+    Args:
+        planner: Knows the param groups and their state.
+        plan: The buckets, with their tensors.
+        tables: The scalars of each bucket's param groups, which get the totals.
+
+    Attributes:
+        progress: The writes of what all parameters have in common, to be finished when the buckets have run.
+        restores: The writes that take these back.
+
+    Nothing is written yet, and nothing is read back from a device.
+    """
+
+    def __init__(self, planner: Planner, plan: Sequence[Planned], tables: Sequence[list[Scalars]]) -> None:
+        self._planner, self._plan, self._tables = planner, plan, tables
+        first = plan[0].bucket.update
+        slots = self._shared_slots(first.shared_slots)
+        self._tell(slots)
+        for level, phase in enumerate(first.program.phases):
+            found: dict[Shards, list[Tensor]] = {}
+            for planned, table in zip(plan, tables, strict=True):
+                program = planned.bucket.update.program.phases[level].program
+                found.setdefault(planned.shards, []).append(planned.engine.reduce(planned.bucket, program, table))
+            self._tell(dict(zip(phase.names, totals(found).unbind(), strict=True)))
+        shared = first.program.shared
+        new = {} if shared is None else self._evaluated(shared)
+        writes: list[Write] = [partial(slots[name].copy_, value) for name, value in new.items()]
+        self.restores: list[Write] = [partial(slots[name].copy_, slots[name].clone()) for name in new]
+        for group in self._counting():
+            writes.append(partial(group.__setitem__, UPDATES, group[UPDATES] + 1))
+            self.restores.append(partial(group.__setitem__, UPDATES, group[UPDATES]))
+        self.progress = Progress()
+        self.progress.prepare(writes)
+
+    @staticmethod
+    def is_due(planner: Planner, plan: Sequence[Planned]) -> bool:
+        """Whether the parameters of a step have anything in common."""
+        rule = planner.method.rule
+        return bool(plan and (rule.shares or rule.every or plan[0].bucket.update.program.phases))
+
+    def _counting(self) -> list[Group]:
+        """The param groups that are stepped, if their steps are counted."""
+        if not self._planner.method.rule.every:
+            return []
+        rows = sorted({row for planned in self._plan for row in planned.bucket.rows})
+        return [self._planner.owner.param_groups[row] for row in rows]
+
+    def _shared_slots(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The slots that all parameters have in common: each is one tensor."""
+        state = self._planner.owner.state[self._plan[0].params[0]] if names else {}
+        return {name: state[name] for name in names}
+
+    def _tell(self, scalars: Mapping[str, Tensor]) -> None:
+        """Put scalars into all tables."""
+        for planned, table in zip(self._plan, self._tables, strict=True):
+            device = planned.bucket.device
+            # On the CPU a number costs nothing; on a device it stays there.
+            here = {
+                name: value.item() if value.device.type == "cpu" == device.type else value.to(device, non_blocking=True)
+                for name, value in scalars.items()
+            }
+            for row in table:
+                row.update(here)  # type: ignore[attr-defined] # a dict, made for this step
+
+    def _evaluated(self, shared: Program) -> dict[str, Tensor]:
+        """The new values of shared slots: 0-dim, as wide as scalars are."""
+        dtype = widest(self._plan[0].bucket.device)
+        values = interpret(shared, {}, self._tables[0][0], dtype)
+        return {
+            name: value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device="cpu")
+            for name, value in values.items()
+        }

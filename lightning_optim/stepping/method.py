@@ -1,0 +1,76 @@
+"""What steppers are told of an optimizer: its rule, its param groups, and what holds for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_optim.rules.policy import Decay, Rounding
+from lightning_optim.rules.rule import Rule
+
+Group = dict[str, Any]
+
+#: The key of a param group under which the steps are counted of a rule that does something at every n-th one.
+UPDATES = "updates"
+
+#: What of an update a Program does: all of it; its direction alone; a second direction, from what has been made of the
+#: first; or the move along a direction that is given in place of the gradient.
+Part = Literal["all", "direction", "within", "move"]
+
+#: What a rule needs beside gradients: by name, a tensor of each parameter's shape.
+Inputs = Mapping[str, Mapping[Tensor, Tensor]]
+
+
+class Method(Protocol):
+    """What an optimizer class says about itself: see :class:`~lightning_optim.optimizers.base.RuleOptimizer`."""
+
+    rule: Rule
+
+    def public_name(self) -> str:
+        """The name under which users know it."""
+
+    def flags(self, group: Group, p: Tensor, fresh: bool) -> dict[str, bool]:
+        """Values of the rule's flags."""
+
+    def decay(self, group: Group) -> Decay:
+        """How weight decay is applied."""
+
+    def scalars(self, group: Group) -> dict[str, float | Tensor]:
+        """The numbers of a param group, by the rule's names."""
+
+
+class Owner(Protocol):
+    """What holds the parameters and the state: a ``torch.optim.Optimizer``."""
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The groups of parameters with their options."""
+
+    @property
+    def state(self) -> Any:
+        """By parameter, a dict of slots."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for all parameters of one optimizer.
+
+    Attributes:
+        engine: Name of the engine, or ``"auto"``.
+        rounding: See :class:`~lightning_optim.rules.policy.Policy`.
+        state_dtype: Storage type of new slots; None: float32 (float64 for float64 weights).
+        max_grad_norm: Clip the global norm of the gradients to this, inside the step; None: no clipping.
+        capture: Record the step as a CUDA graph.
+        observe: Keep what the rule observes.
+    """
+
+    engine: str = "auto"
+    rounding: Rounding = "nearest"
+    state_dtype: torch.dtype | None = None
+    max_grad_norm: float | None = None
+    capture: bool = False
+    observe: bool = False

@@ -1,0 +1,1 @@
+"""Steps that ask for evaluations: the protocol, and who answers."""

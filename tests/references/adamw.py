@@ -1,0 +1,21 @@
+"""AdamW: Algorithm 2 of arXiv:1711.05101, whose decay goes by the learning rate, as torch's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .shared import Options, State, adam_direction
+
+DECAY = "decoupled"
+BASE: dict[str, Any] = {"lr": 0.02}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "amsgrad": {"amsgrad": True, "betas": (0.8, 0.7)},
+    "betas_eps": {"betas": (0.3, 0.6), "eps": 0.1},
+    "no_decay": {"weight_decay": 0.0},
+}
+
+
+def update(p: Tensor, g: Tensor, s: State, o: Options) -> Tensor:
+    return float(o["lr"]) * adam_direction(g, s, o)
