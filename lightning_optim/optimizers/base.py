@@ -359,6 +359,23 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.options = replace(self.options, capture=capture)
         self._attach()
 
+    def observe(self, observe: bool = True) -> None:
+        """Have the following steps keep what the rule observes: see :meth:`observed`.
+
+        Args:
+            observe: Whether to.
+        """
+        self.options = replace(self.options, observe=observe)
+        self._attach()
+
+    def observed(self) -> dict[str, dict[Tensor, Tensor]]:
+        """What the rule has observed since :meth:`observe`: by name and parameter, the number of its last step.
+
+        The numbers are 0-dim tensors on the parameters' devices; whoever reads one waits for it. A rule that observes
+        nothing has none.
+        """
+        return self._stepper.observed.numbers
+
     @property
     def grad_norm(self) -> Tensor | None:
         """The global norm of the gradients, unscaled and not yet clipped, at the last step; None if none was needed.

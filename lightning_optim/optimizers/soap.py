@@ -176,6 +176,11 @@ class SOAP(RuleOptimizer):
 
     paper = "arXiv:2409.11321"
     rule = Rule(soap)
+    ranges: ClassVar[dict[str, Range]] = {
+        "precondition_frequency": whole(1),
+        "max_precond_dim": whole(1),
+        "shampoo_beta": FRACTION.or_none(),
+    }
     matrix_rule = MatrixRule(
         GRADIENT, Eigenbases(), within=rule, slots=_SLOTS, begins=True, interval="precondition_frequency"
     )
