@@ -21,7 +21,7 @@ from lightning_optim.rules.rule import Rule
 from lightning_optim.stepping.divided import refuse_a_part
 from lightning_optim.stepping.group_keys import check_keys
 from lightning_optim.stepping.loading import load_groups, load_state, readable
-from lightning_optim.stepping.method import Group, Inputs, Options, Owner
+from lightning_optim.stepping.method import UPDATES, Group, Inputs, Options, Owner
 from lightning_optim.stepping.options import check_option, check_options, check_parameters, each_once, parse_dtype
 from lightning_optim.stepping.stepper import Stepper
 
@@ -80,6 +80,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             max_grad_norm = primitive(max_grad_norm)
             check_option(name, "max_grad_norm", max_grad_norm, 1.0)
             refuse_a_part(name, f"max_grad_norm={max_grad_norm}")
+        if self.rule.every:
+            defaults = {**defaults, UPDATES: 0}
         primitives(defaults)
         check_options(name, defaults, {**defaults, **_declared_defaults(type(self), defaults)})
         self.given = {

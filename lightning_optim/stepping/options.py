@@ -14,13 +14,16 @@ from lightning_optim.checks import (
     FRACTION,
     NONNEGATIVE,
     POSITIVE,
+    POSITIVE_FINITE,
     POSITIVE_OR_NONE,
     Range,
     check_choice,
     check_number,
     check_numbers,
     check_switch,
+    whole,
 )
+from lightning_optim.stepping.method import UPDATES
 from lightning_optim.stepping.tensors import problem_of_weight
 from lightning_optim.warnings import warn_user
 
@@ -37,6 +40,9 @@ RANGES: dict[str, Range] = {
     "max_weight_norm": POSITIVE_OR_NONE,
     "max_trust_ratio": POSITIVE_OR_NONE,
     "max_grad_norm": POSITIVE,
+    "gamma": POSITIVE_FINITE,
+    "update_interval": whole(1),
+    UPDATES: whole(0),
 }
 
 #: Valid words by option name.
