@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lightning_optim.hints import did_you_mean
-from lightning_optim.optimizers import EXPORTED, Muon, RuleOptimizer
+from lightning_optim.optimizers import EXPORTED, RuleOptimizer
 from lightning_optim.optimizers.sam import built_by
 from lightning_optim.param_groups import param_groups
 from lightning_optim.rules.policy import Policy, Update
@@ -61,7 +61,7 @@ class OptimizerInfo:
         """
         if not _steps_by_a_rule(self.cls):
             return "closure" if _evaluates_the_model(self.cls) else "wrapper"
-        if issubclass(self.cls, Muon):
+        if self.cls.matrix_rule is not None:
             return "matrix"
         weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.float32, device="cpu"))
         # What a group would hold: making an optimizer would import torch's compiler, which takes seconds.
@@ -133,7 +133,7 @@ def list_optimizers() -> list[str]:
     """Names of all optimizers.
 
     >>> list_optimizers()
-    ['adam', 'adamw', 'lamb', 'lbfgs', 'lion', 'muon', 'sam', 'sgd']
+    ['adam', 'adamw', 'lamb', 'lbfgs', 'lion', 'muon', 'sam', 'sgd', 'soap']
     """
     return sorted({**OPTIMIZERS, **CLOSURE_OPTIMIZERS, **WRAPPERS})
 

@@ -168,7 +168,7 @@ class Placement:
                 if bucket.stepper is None:
                     return masters[p].dtype
                 row = next(place.row for place in bucket.places if place.param is p)
-                return bucket.stepper.planner_of(optimizer.param_groups[row]).slot_dtype(masters[p], slot)
+                return bucket.stepper.planner_of(optimizer.param_groups[row], p).slot_dtype(masters[p], slot)
 
             bring_state(optimizer, masters, dtype_of)
 

@@ -14,6 +14,7 @@ from lightning_optim.optimizers.lion import Lion as Lion
 from lightning_optim.optimizers.muon import MuonOptim as MuonOptim
 from lightning_optim.optimizers.sam import SAM as SAM
 from lightning_optim.optimizers.sgd import SGDOptim as SGDOptim
+from lightning_optim.optimizers.soap import SOAP as SOAP
 from lightning_optim.optimizers.sophia import Sophia as Sophia
 
 # The familiar names of the classes that torch.optim has too. Their own names differ because a second subclass of

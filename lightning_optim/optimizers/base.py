@@ -16,13 +16,17 @@ from lightning_optim.engines.base import requested_engine
 from lightning_optim.engines.scaling import LossScale
 from lightning_optim.param_groups import Kinds
 from lightning_optim.primitives import primitive, primitives
+from lightning_optim.rules.matrix import MatrixRule
 from lightning_optim.rules.policy import ROUNDINGS, Decay, Rounding
 from lightning_optim.rules.rule import Rule
 from lightning_optim.stepping.divided import refuse_a_part
 from lightning_optim.stepping.group_keys import check_keys
+from lightning_optim.stepping.links import Rest
 from lightning_optim.stepping.loading import load_groups, load_state, readable
 from lightning_optim.stepping.method import UPDATES, Group, Inputs, Options, Owner
 from lightning_optim.stepping.options import check_option, check_options, check_parameters, each_once, parse_dtype
+from lightning_optim.stepping.routed import RoutedStepper
+from lightning_optim.stepping.scalars import scalars_of
 from lightning_optim.stepping.stepper import Stepper
 
 #: Options that every saved state of an optimizer has that knows them.
@@ -54,6 +58,10 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[Rule]
+    #: The rule of parameters that are stepped as whole matrices, if there are such: see :meth:`by_matrices`.
+    matrix_rule: ClassVar[MatrixRule | None] = None
+    #: Then, the rule of all others.
+    rest: ClassVar[Rest | None] = None
     #: Where it is defined.
     paper: ClassVar[str]
     #: The class of ``torch.optim`` with which state and results are interchangeable, if any.
@@ -130,7 +138,18 @@ class RuleOptimizer(torch.optim.Optimizer):
     @classmethod
     def rules(cls) -> tuple[Rule, ...]:
         """All rules by which a parameter may be stepped."""
-        return (cls.rule,)
+        return (cls.rule,) if cls.matrix_rule is None or cls.rest is None else (cls.matrix_rule.state, cls.rest.rule)
+
+    @classmethod
+    def by_matrices(cls, group: Group, p: Tensor) -> bool:
+        """Whether a parameter is stepped by :attr:`matrix_rule`.
+
+        Args:
+            group: The param group.
+            p: The parameter.
+        """
+        del group, p
+        return False
 
     @classmethod
     def kinds(cls, options: Mapping[str, Any]) -> Kinds | None:
@@ -165,11 +184,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     @classmethod
     def scalars(cls, group: Group) -> dict[str, float | Tensor]:
         """The numbers of a group by the rule's names: ``betas`` gives ``beta1``, ``beta2``, ..."""
-        values = {f"beta{i}": _number(beta) for i, beta in enumerate(group.get("betas", ()), start=1)}
-        for name in (*cls.rule.scalars, "lr", "weight_decay"):
-            if name in group:
-                values[name] = _number(group[name])
-        return values
+        return scalars_of(cls.rule, group)
 
     def asked_for(self, evaluate: Callable[[], Tensor] | None) -> Inputs | None:
         """What the rule needs at this step beside gradients: nothing, unless a subclass asks for something.
@@ -324,6 +339,23 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.options = replace(self.options, capture=capture)
         self._attach()
 
+    def observe(self, observe: bool = True) -> None:
+        """Have the following steps keep what the rule observes: see :meth:`observed`.
+
+        Args:
+            observe: Whether to.
+        """
+        self.options = replace(self.options, observe=observe)
+        self._attach()
+
+    def observed(self) -> dict[str, dict[Tensor, Tensor]]:
+        """What the rule has observed since :meth:`observe`: by name and parameter, the number of its last step.
+
+        The numbers are 0-dim tensors on the parameters' devices; whoever reads one waits for it. A rule that observes
+        nothing has none.
+        """
+        return self._stepper.observed.numbers
+
     @property
     def grad_norm(self) -> Tensor | None:
         """The global norm of the gradients, unscaled and not yet clipped, at the last step; None if none was needed.
@@ -343,7 +375,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             owner: Has them, with their state; the stepper does not keep it alive.
             options: What holds for all of them.
         """
-        return Stepper(owner, type(self), options)
+        cls = type(self)
+        return (
+            Stepper(owner, cls, options) if cls.matrix_rule is None else RoutedStepper(owner, cast(Any, cls), options)
+        )
 
 
 @torch._disable_dynamo
@@ -356,9 +391,3 @@ def _declared_defaults(cls: type, options: Iterable[str]) -> dict[str, Any]:
     parameters = inspect.signature(cls).parameters
     declared = {name: parameters[name].default for name in options if name in parameters}
     return {name: default for name, default in declared.items() if default is not inspect.Parameter.empty}
-
-
-def _number(value: Any) -> float | Tensor:
-    if isinstance(value, Tensor):
-        return value.item() if value.device.type == "cpu" else value
-    return cast(float, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,21 +13,21 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy as is_uninitialized
 from torch.optim.optimizer import ParamsT
 
-from lightning_optim.engines.newton_schulz import MUON
+from lightning_optim.engines.newton_schulz import MUON, Triple, orthogonalize, polar_express
 from lightning_optim.known_as import known_as
 from lightning_optim.optimizers.adam import ADAM
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.param_groups import Kinds
 from lightning_optim.primitives import primitive
+from lightning_optim.rules.matrix import MatrixRule, Stack, Transform
 from lightning_optim.rules.ops import lerp
 from lightning_optim.rules.policy import Rounding
 from lightning_optim.rules.rule import Rule
 from lightning_optim.stepping.divided import divided_by
-from lightning_optim.stepping.matrix import MatrixStepper, matrices
-from lightning_optim.stepping.method import Group, Options, Owner
+from lightning_optim.stepping.links import Rest
+from lightning_optim.stepping.method import Group
 from lightning_optim.stepping.options import check_option
 from lightning_optim.stepping.split_groups import tie
-from lightning_optim.stepping.stepper import Stepper
 from lightning_optim.warnings import warn_once
 
 #: Names of embeddings and output heads in common models: matrices, but not hidden ones.
@@ -41,6 +42,48 @@ def muon(p: Any, g: Any, momentum_buffer: Any, *, momentum: Any, nesterov: bool)
     """The rule of Muon's direction, which is orthogonalized before the weight follows it."""
     momentum_buffer = lerp(momentum_buffer, g, 1 - momentum)
     return lerp(g, momentum_buffer, momentum) if nesterov else momentum_buffer, momentum_buffer
+
+
+def move(p: Any, g: Any, *, lr: Any) -> Any:
+    """The rule by which a weight follows its orthogonalized direction."""
+    return lr * g
+
+
+class Orthogonalized(Transform):
+    """Newton–Schulz, with the size of the update in the last step's polynomial."""
+
+    any_order = True
+    workspace = 2  # bfloat16
+
+    def shape(self, group: Group, p: Tensor) -> tuple[int, ...] | None:
+        """See :meth:`Transform.shape`."""
+        return matrices(p.shape, group["stacked"]) if p.numel() and p.ndim >= 2 else None
+
+    def constants(self, group: Group, shape: tuple[int, ...]) -> tuple[Triple, ...]:
+        """See :meth:`Transform.constants`: the polynomial of each step."""
+        rows, columns = shape
+        steps = int(group["ns_steps"])
+        schedule = (MUON,) * steps if group["ns_coefficients"] == "muon" else polar_express(steps)
+        size = max(1.0, rows / columns) ** 0.5 if group["adjust_lr"] == "original" else 0.2 * max(rows, columns) ** 0.5
+        a, b, c = schedule[-1]
+        return (*schedule[:-1], (size * a, size * b, size * c))
+
+    def dtype(self, p: Tensor) -> torch.dtype:
+        """See :meth:`Transform.dtype`: what :func:`orthogonalize` multiplies in."""
+        if p.dtype == torch.float64:
+            return torch.float64
+        return torch.bfloat16 if p.is_cuda else torch.float32
+
+    def forth(self, x: Tensor, stack: Stack) -> Tensor:
+        """See :meth:`Transform.forth`."""
+        return orthogonalize(x, steps=len(stack.constants), coefficients=stack.constants)
+
+
+def matrices(shape: torch.Size, stacked: bool) -> tuple[int, int, int]:
+    """As how many matrices, of how many rows and columns, a weight of two or more dimensions is stepped."""
+    if len(shape) == 3 and stacked:
+        return shape[0], shape[1], shape[2]
+    return 1, shape[0], math.prod(shape[1:])
 
 
 @dataclass(frozen=True)
@@ -161,6 +204,8 @@ class MuonOptim(RuleOptimizer):
 
     paper = "https://kellerjordan.github.io/posts/muon"
     rule = Rule(muon)
+    matrix_rule = MatrixRule(rule, Orthogonalized(), move=Rule(move))
+    rest = Rest(ADAM, "AdamW", {"amsgrad": False})
     _in_constructor = False
 
     def __init__(
@@ -214,9 +259,9 @@ class MuonOptim(RuleOptimizer):
         self._in_constructor = False
 
     @classmethod
-    def rules(cls) -> tuple[Rule, ...]:
-        """See :meth:`RuleOptimizer.rules`."""
-        return cls.rule, ADAM
+    def by_matrices(cls, group: Group, p: Tensor) -> bool:
+        """See :meth:`RuleOptimizer.by_matrices`: the group says so."""
+        return bool(group["use_muon"])
 
     @classmethod
     def check(cls, group: Group) -> None:
@@ -320,10 +365,6 @@ class MuonOptim(RuleOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "routing": self.routing}
-
-    def make_stepper(self, owner: Owner, options: Options) -> Stepper:
-        """See :meth:`RuleOptimizer.make_stepper`."""
-        return MatrixStepper(owner, type(self), options)
 
     def _from_torch(self, saved: Group) -> Group:
         """A saved param group of ``torch.optim.Muon`` as one of ours."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_optim.placement.state_size import Sizes, State, bytes_of, name_of, numbers_in, option_of
+from lightning_optim.placement.state_size import Sizes, State, bytes_of, name_of, option_of
 from lightning_optim.stepping.shards import is_distributed, local
 
 #: An optimizer, or what makes one from parameters: a class, or a ``functools.partial`` of one with its options.
@@ -130,9 +130,7 @@ def footprint(
     history = option_of(made, "history_size")
     # What SAM and its like keep while the weights are elsewhere.
     perturbed = sum(map(bytes_of, trained)) if callable(getattr(made, "perturb", None)) else 0
-    matrices = [
-        p for group in made.param_groups if group.get("use_muon") for p in group["params"] if p in sizes.masters
-    ]
+    matrices, workspace = sizes.matrices()
     notes = []
     if perturbed:
         notes.append(f"{name_of(made)} evaluates the model twice in a step: the second time is not counted")
@@ -152,8 +150,8 @@ def footprint(
         master_state=sizes.state(on_masters=True),
         traffic=sizes.traffic(on_masters=False),
         master_traffic=sizes.traffic(on_masters=True) + copies,
-        # Directions of all matrices at once, bfloat16 on a device; a detached step has those of one bucket.
-        workspace=perturbed + 2 * numbers_in(matrices),
+        # Directions of all matrices at once; a detached step has those of one bucket.
+        workspace=perturbed + workspace,
         detached_workspace=perturbed,
         history=0 if history is None else int(history),
         wide_masters=master_dtype == torch.float64 and any(p.dtype.to_real() != torch.float64 for p in trained),

@@ -62,6 +62,15 @@ class Sizes:
         self._planner_of = _planners(optimizer)
         self.by_rule = self._planner_of is not None
 
+    def matrices(self) -> tuple[list[Tensor], int]:
+        """The parameters that are stepped as whole matrices, and the device memory that their directions take."""
+        cls: Any = type(self.optimizer)
+        if not isinstance(self.optimizer, RuleOptimizer) or cls.matrix_rule is None:
+            return [], 0
+        groups = self.optimizer.param_groups
+        found = [p for group in groups for p in group["params"] if p in self.masters and cls.by_matrices(group, p)]
+        return found, cls.matrix_rule.transform.workspace * numbers_in(found)
+
     def in_buckets(self) -> bool:
         """Whether a detached step can be done bucket by bucket, rather than by the optimizer's own step."""
         if isinstance(self.optimizer, RuleOptimizer):
@@ -107,19 +116,18 @@ class Sizes:
             return sum(map(bytes_of, self.masters)) + 2 * weights + 2 * state.bytes
         total = 0
         for group in self.optimizer.param_groups:
-            planner = self._planner_of(group)
             for p in group["params"]:
                 if p in self.masters:
-                    total += _moved(planner, group, p, self._stepped(p, on_masters))
+                    total += _moved(self._planner_of(group, p), group, p, self._stepped(p, on_masters))
         return total
 
-    def _by_rule(self, planner_of: Callable[[dict[str, Any]], Planner], on_masters: bool) -> State:
+    def _by_rule(self, planner_of: Callable[[dict[str, Any], Tensor], Planner], on_masters: bool) -> State:
         total = values = 0
         for group in self.optimizer.param_groups:
-            planner = planner_of(group)
             for p in group["params"]:
                 if p not in self.masters:
                     continue
+                planner = planner_of(group, p)
                 stepped = self._stepped(p, on_masters)
                 for slot in planner.slots(group, stepped):
                     total += stepped.numel() * planner.slot_dtype(stepped, slot).itemsize
@@ -143,7 +151,7 @@ class Sizes:
         return self.masters[p] if on_masters else torch.empty_like(local(p), device="meta")
 
 
-def _planners(optimizer: Optimizer) -> Callable[[dict[str, Any]], Planner] | None:
+def _planners(optimizer: Optimizer) -> Callable[[dict[str, Any], Tensor], Planner] | None:
     """What knows the slots of a param group's parameters, if our engines can step them."""
     if isinstance(optimizer, RuleOptimizer):
         return optimizer._stepper.planner_of

@@ -7,7 +7,7 @@ runs; :func:`wrap` puts them around it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -153,7 +153,7 @@ class Update:
         rates = {name: _RATES[self.slot(name).rate] for name in (*self.slots, *self.shared_slots)}
         rates |= {UNDO + name: rate for name, rate in rates.items()} | dict.fromkeys(self.observations, Rate.SCALAR)
         scalars = dict.fromkeys((*self.rule.scalars, "lr", "weight_decay", "grad_scale", "seed", "tensor_id", "step"))
-        return trace(
+        program = trace(
             self.run,
             tensors=(*self.tensors, *self.shared_slots),
             scalars=scalars,
@@ -161,6 +161,10 @@ class Update:
             rates=rates,
             shared=self.rule.shared,
         )
+        if self.rule.counts_steps and not program.counts_steps:
+            # The state has a counter that the mathematics does not need, as some of torch's classes have it.
+            return replace(program, scalars=(*program.scalars, "step"))
+        return program
 
     def run(self, **values: Any) -> dict[str, Any]:
         """The new value of each tensor that is written, from the tensors and scalars by name."""

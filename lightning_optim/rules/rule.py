@@ -50,6 +50,7 @@ class Rule:
         every: Flags that are set at every n-th step of the optimizer, each with the option that has n.
         shared: Scalars that are the first param group's for all parameters: those from which shared slots are made.
         evaluate: The weight to evaluate the model with, from ``p``, slots and scalars, if it is another one.
+        train: From that, the weight to train with.
         observe: Names of what its Steps observe.
 
     Raises:
@@ -70,6 +71,7 @@ class Rule:
     every: Mapping[str, str] = field(default_factory=dict)
     shared: Collection[str] = ()
     evaluate: Callable[..., Any] | None = None
+    train: Callable[..., Any] | None = None
     observe: tuple[str, ...] = ()
     positional: tuple[str, ...] = field(init=False)
     all_slots: tuple[str, ...] = field(init=False)

@@ -25,7 +25,8 @@ class Slot:
         rate: How many numbers it has.
         when: It exists only where the flag of this name is set.
         unless: It exists only where the flag of this name is not set.
-        shape: Of a rule for matrices: its shape, in the words ``"rows"`` and ``"columns"``; None: as its rate says.
+        shape: Of a rule for matrices: its shape, in the words ``"rows"`` and ``"columns"``, or in numbers of the
+            weight's dimensions; None: as its rate says.
 
     Raises:
         ValueError: An unknown rate or side, or an ``init`` that a slot of this rate cannot have.
@@ -40,13 +41,14 @@ class Slot:
     rate: SlotRate = "element"
     when: str | None = None
     unless: str | None = None
-    shape: tuple[str, ...] | None = None
+    shape: tuple[str | int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check the words."""
         if self.rate not in SLOT_RATES:
             raise ValueError(f"rate={self.rate!r}; valid: {', '.join(SLOT_RATES)}")
-        if self.shape is not None and (self.rate != "element" or not set(self.shape) <= set(SIDES)):
+        words = {side for side in self.shape or () if not isinstance(side, int)}
+        if self.shape is not None and (self.rate != "element" or not words <= set(SIDES)):
             raise ValueError(f"shape={self.shape!r} of rate {self.rate}; valid: of rate element, {', '.join(SIDES)}")
         if self.init == "p" and (self.rate != "element" or self.shape is not None):
             raise ValueError(f"init='p' of a slot with rate {self.rate} and shape {self.shape}; valid: a number")
@@ -80,9 +82,12 @@ class Slot:
             return weight
         if self.is_scalar:
             return torch.Size(())
+        if self.shape is not None and all(isinstance(side, int) and side < len(weight) for side in self.shape):
+            return torch.Size([weight[int(side)] for side in self.shape])
         if len(weight) < 2:
             raise ValueError(f"a weight of shape {tuple(weight)} has no rows and columns")
         *batch, rows, columns = weight
         if self.shape is not None:
-            return torch.Size([*batch, *({"rows": rows, "columns": columns}[side] for side in self.shape)])
+            sizes: dict[str | int, int] = {"rows": rows, "columns": columns}
+            return torch.Size([*batch, *(sizes[side] for side in self.shape)])
         return torch.Size([*batch, rows, 1] if self.rate == "row" else [*batch, 1, columns])

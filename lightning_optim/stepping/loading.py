@@ -140,7 +140,7 @@ def load_state(
     optimizer: str,
     groups: Sequence[Group],
     state_dict: Mapping[str, Any],
-    planner_of: Callable[[Group], Planner],
+    planner_of: Callable[[Group, Tensor], Planner],
     rules: Sequence[Rule],
 ) -> defaultdict[Any, Any]:
     """The saved state as this optimizer's: its own copies, on each parameter's device, in its storage types.
@@ -149,7 +149,7 @@ def load_state(
         optimizer: The optimizer's name, for messages.
         groups: From :func:`load_groups`.
         state_dict: What was saved, as :func:`readable` returns it.
-        planner_of: What knows the state of a group's parameters.
+        planner_of: What knows the state of a group's parameter.
         rules: All by which this optimizer may have stepped a parameter.
 
     Raises:
@@ -173,7 +173,7 @@ def load_state(
             raise ValueError(f"{optimizer}: parameter {key}: its state is a {type(values).__name__}; valid: a dict")
         values = {name: value for name, value in values.items() if value is not None}
         if values:
-            state[p] = _load_one(f"{optimizer}: parameter {key}", group, p, values, planner_of(group), rules)
+            state[p] = _load_one(f"{optimizer}: parameter {key}", group, p, values, planner_of(group, p), rules)
     return state
 
 

@@ -17,9 +17,9 @@ Group = dict[str, Any]
 #: The key of a param group under which the steps are counted of a rule that does something at every n-th one.
 UPDATES = "updates"
 
-#: What of an update a Program does: all of it; its direction alone; or the move along a direction that is given in
-#: place of the gradient.
-Part = Literal["all", "direction", "move"]
+#: What of an update a Program does: all of it; its direction alone; a second direction, from what has been made of the
+#: first; or the move along a direction that is given in place of the gradient.
+Part = Literal["all", "direction", "within", "move"]
 
 #: What a rule needs beside gradients: by name, a tensor of each parameter's shape.
 Inputs = Mapping[str, Mapping[Tensor, Tensor]]

@@ -37,6 +37,9 @@ RANGES: dict[str, Range] = {
     "momentum": NONNEGATIVE,
     "dampening": FINITE,
     "ns_steps": Range(lambda x: 1 <= x < 100 and x % 1 == 0, "a number of steps from 1 to 99"),
+    "precondition_frequency": whole(1),
+    "max_precond_dim": whole(1),
+    "shampoo_beta": FRACTION.or_none(),
     "max_weight_norm": POSITIVE_OR_NONE,
     "max_trust_ratio": POSITIVE_OR_NONE,
     "max_grad_norm": POSITIVE,
@@ -53,7 +56,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 #: Switches of single rules. With the ranges and choices, they are what tells one optimizer's saved options from
 #: another's.
-SWITCHES = frozenset({"adapt_1d", "amsgrad", "nesterov", "stacked", "use_muon"})
+SWITCHES = frozenset({"adapt_1d", "amsgrad", "nesterov", "precondition_1d", "stacked", "use_muon"})
 
 
 def check_option(optimizer: str, name: str, value: Any, default: Any) -> None:

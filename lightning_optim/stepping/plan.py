@@ -119,7 +119,7 @@ class Planner:
     def slot_dtype(self, p: Tensor, slot: str) -> torch.dtype:
         """The storage type of a new slot of parameter ``p``."""
         wide = p.dtype in (torch.float64, torch.complex128)
-        if self.slot(slot).is_scalar:
+        if self.slot(slot).is_scalar or self.slot(slot).shape is not None:  # matrices are decomposed
             return torch.float64 if wide else torch.float32
         if slot == KAHAN_SLOT or self.native_state:
             return p.dtype
@@ -193,19 +193,19 @@ class Planner:
         if options.rounding == "stochastic":
             low = tuple(s for s in rule.slots_under(flags) if self._stored_dtype(p, s) == torch.bfloat16)
         decay = self.method.decay(group)
-        if self.part != "all" and (decay == "l2") != (self.part == "direction"):
+        if self.part == "within" or (self.part != "all" and (decay == "l2") != (self.part == "direction")):
             decay = "none"  # L2 is the gradient's, all others are the weight's
         policy = Policy(
             decay=decay,
             cautious=bool(group.get("cautious", False)) and self.part == "all",
-            maximize=bool(group.get("maximize", False)) and self.part != "move",
+            maximize=bool(group.get("maximize", False)) and self.part in ("all", "direction"),
             scaled=scaled,
             rounding=options.rounding,
             weight_dtype=dtype_name(p.dtype),
             low_precision_slots=low,
             copy=copy,
             undo=undo,
-            direction=self.part == "direction",
+            direction=self.part in ("direction", "within"),
             observe=options.observe,
         )
         return make_update(rule, policy, tuple(sorted(flags.items())))

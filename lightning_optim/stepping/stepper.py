@@ -52,7 +52,7 @@ class Stepper:
         native_state: Create slots in the weight's dtype, as torch's own optimizers do.
         part: What of an update is done: see :data:`~lightning_optim.stepping.plan.Part`. Directions are written to
             the ``copies``.
-        selects: Tells the param groups that are stepped; default: all.
+        selects: Tells the parameters that are stepped, by their param groups; default: all.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Stepper:
         *,
         native_state: bool = False,
         part: Part = "all",
-        selects: Callable[[Group], bool] | None = None,
+        selects: Callable[[Group, Tensor], bool] | None = None,
     ) -> None:
         # Not a reference: a cycle would keep gigabytes of state alive until the next garbage collection.
         self.owner: Owner = weakref.proxy(owner)
@@ -325,15 +325,15 @@ class Stepper:
             params = [p for group in self.owner.param_groups for p in group["params"]]
             scaled = scaled or self.planner.options.max_grad_norm is not None
             chosen = self._selected([None if is_uninitialized(p) else p for p in params])
-            copies = {p: local(p) for p in params} if self.planner.part == "direction" else None
+            copies = {p: local(p) for p in params} if self.planner.part in ("direction", "within") else None
             weights = [p for p in chosen if p is not None]
             plan = self.planner.build(self.planner.members(chosen), weights, copies, scaled)
             return [planned.decision for planned in plan]
         return [planned.decision for planned in self._plan]
 
-    def planner_of(self, group: Group) -> Planner:
-        """What knows the state of a param group's parameters."""
-        del group
+    def planner_of(self, group: Group, p: Tensor) -> Planner:
+        """What knows the state of a param group's parameter."""
+        del group, p
         return self.planner
 
     def number_parameters(self, numbers: Sequence[int]) -> None:
@@ -344,7 +344,7 @@ class Stepper:
         """Of one value for each parameter, those of the param groups that are stepped."""
         if self._selects is None:
             return found
-        chosen = [self._selects(group) for group in self.owner.param_groups for _ in group["params"]]
+        chosen = [self._selects(group, p) for group in self.owner.param_groups for p in group["params"]]
         return [value if mine else None for value, mine in zip(found, chosen, strict=True)]
 
     def _knows(self, structure: Structure, gradients: list[Tensor], copies: Mapping[Tensor, Tensor] | None) -> bool:

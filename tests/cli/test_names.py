@@ -29,7 +29,7 @@ NAMES = [
     ("LAMB", lightning_optim.LAMB),
     ("lightning_optim.AdamW", lightning_optim.AdamW),
     ("torch.optim.AdamW", torch.optim.AdamW),
-    ("RMSprop", torch.optim.RMSprop),
+    ("ASGD", torch.optim.ASGD),
 ]
 
 

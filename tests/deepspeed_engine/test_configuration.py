@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import Foreign
 from torch import nn
 
 import lightning_optim
@@ -58,7 +59,7 @@ def test_what_does_not_matter_stays() -> None:
 
 def test_optimizers_that_are_not_ours() -> None:
     """Whether DeepSpeed is to take what it has not tested is the user's to say."""
-    foreign = torch.optim.RMSprop(weights())
+    foreign = Foreign(weights())
     assert deepspeed_config(OFFLOADED, foreign) == OFFLOADED | {"zero_force_ds_cpu_optimizer": False}
     untested = OFFLOADED | {"zero_allow_untested_optimizer": False}
     assert deepspeed_config(untested, foreign) == untested | {"zero_force_ds_cpu_optimizer": False}

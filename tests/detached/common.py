@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import Foreign, ForeignAdagrad, ForeignNAdam
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -62,11 +63,11 @@ PAIRS: dict[str, tuple[Make, Make]] = {
     "torch SGD": (partial(torch.optim.SGD, lr=0.02, momentum=0.9, dampening=0.5),) * 2,
     "torch Adam": (partial(torch.optim.Adam, lr=0.02),) * 2,
     "torch AdamW": (partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1),) * 2,
-    "torch RMSprop": (partial(torch.optim.RMSprop, lr=0.01, momentum=0.5),) * 2,
-    "torch Adagrad": (partial(torch.optim.Adagrad, lr=0.02),) * 2,
-    "torch NAdam": (partial(torch.optim.NAdam, lr=0.02),) * 2,
+    "foreign": (partial(Foreign, lr=0.01, momentum=0.5),) * 2,
+    "foreign Adagrad": (partial(ForeignAdagrad, lr=0.02),) * 2,
+    "foreign NAdam": (partial(ForeignNAdam, lr=0.02),) * 2,
 }
-OURS = [name for name in PAIRS if name not in ("torch RMSprop", "torch Adagrad", "torch NAdam")]
+OURS = [name for name in PAIRS if not name.startswith("foreign")]
 UNDOABLE = [name for name in OURS if name != "muon"]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import Foreign
 from torch import Tensor
 
 from lightning_optim.offload.transport import CopyTransport, Ticket
@@ -142,7 +143,7 @@ def test_an_engine_that_fails(mode: str, when: int, monkeypatch: pytest.MonkeyPa
 
 def test_an_optimizers_own_step_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     params = weights()
-    optimizer = torch.optim.RMSprop(params, lr=0.01)
+    optimizer = Foreign(params, lr=0.01)
     with detached(optimizer) as pipeline:
         one(pipeline, params, 0)
 
@@ -150,7 +151,7 @@ def test_an_optimizers_own_step_that_fails(monkeypatch: pytest.MonkeyPatch) -> N
             raise MemoryError("no memory")
 
         with monkeypatch.context() as patch:
-            patch.setattr(torch.optim.RMSprop, "_init_group", fail)
+            patch.setattr(Foreign, "_init_group", fail)
             with pytest.raises(MemoryError):
                 one(pipeline, params, 1)
         assert all(p is q for p, q in zip(optimizer.param_groups[0]["params"], params, strict=True))

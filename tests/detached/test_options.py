@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import Foreign
 from torch import nn
 
 import lightning_optim
@@ -44,14 +45,14 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"clip": "speculative"}, "clip='speculative' with RMSprop, which runs its own step (cannot adopt "),
-        ({"clip": "none"}, "clip='none' with RMSprop"),
-        ({"device_fraction": 0.5}, "device_fraction=0.5 with RMSprop"),
+        ({"clip": "speculative"}, "clip='speculative' with Foreign, which runs its own step (cannot adopt "),
+        ({"clip": "none"}, "clip='none' with Foreign"),
+        ({"device_fraction": 0.5}, "device_fraction=0.5 with Foreign"),
     ],
 )
 def test_what_an_optimizers_own_step_cannot_serve(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        Detached(torch.optim.RMSprop(weights()), DetachedOptions(**options))
+        Detached(Foreign(weights()), DetachedOptions(**options))
 
 
 def test_steps_that_cannot_be_taken_back() -> None:
@@ -95,10 +96,10 @@ def test_the_report() -> None:
         pipeline.step()
         (decision,) = pipeline.report()
         assert "copy bfloat16, undo_p float32" in decision.bucket
-    with detached(torch.optim.RMSprop(weights()), overlap=False) as pipeline:
+    with detached(Foreign(weights()), overlap=False) as pipeline:
         (decision,) = pipeline.report()
-        assert decision.engine == "RMSprop's own step"
-        assert "cannot adopt torch.optim.rmsprop.RMSprop" in decision.reason
+        assert decision.engine == "Foreign's own step"
+        assert "cannot adopt foreign.Foreign" in decision.reason
         assert "gradients stay on the device until the step" in decision.bucket
 
 

@@ -21,9 +21,7 @@ from .common import PAIRS, bits, known_warnings, loss_of, small, weights
 
 pytestmark = known_warnings
 
-MAKES: dict[str, Any] = {
-    name: PAIRS[name][0] for name in ("torch AdamW", "sgd, dampening", "lamb", "muon", "torch RMSprop")
-}
+MAKES: dict[str, Any] = {name: PAIRS[name][0] for name in ("torch AdamW", "sgd, dampening", "lamb", "muon", "foreign")}
 
 
 def strange() -> list[nn.Parameter]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_optim import Muon
 from lightning_optim.control.step_in_backward import StepInBackward
-from lightning_optim.stepping import matrix
+from lightning_optim.optimizers import muon as transforms
 
 from .common import each_engine, give_gradients, muon, normal, train, weights
 
@@ -93,7 +93,7 @@ def test_batches_are_their_matrices_one_by_one(engine: str, monkeypatch: pytest.
     together, apart = weights(), weights()
     optimizer, single = muon(together, engine=engine), [muon([p], engine=engine) for p in apart]
     batches: list[int] = []
-    orthogonalize = matrix.orthogonalize
+    orthogonalize = transforms.orthogonalize
 
     def noting(x: Tensor, **options: Any) -> Tensor:
         batches.append(len(x))
@@ -101,7 +101,7 @@ def test_batches_are_their_matrices_one_by_one(engine: str, monkeypatch: pytest.
 
     for step in range(3):
         with monkeypatch.context() as patch:
-            patch.setattr(matrix, "orthogonalize", noting)
+            patch.setattr(transforms, "orthogonalize", noting)
             train(optimizer, together, [step])
         give_gradients(apart, step)
         for one in single:
@@ -150,7 +150,7 @@ def test_directions_go_straight_into_their_batch() -> None:
     assert sum(len(batch.weights) for batch in batches) == len(params)
     memory = [weakref.ref(batch.directions) for batch in batches]
     (transposed,) = [b for b in batches if any(p is params[-2] for p, _ in b.weights)]
-    assert (transposed.kind.rows, transposed.kind.columns) == (5, 9)
+    assert transposed.kind.shape == (5, 9)
     del batches, transposed
     optimizer._stepper.run(None)
     assert [tensor() for tensor in memory] == [None] * len(memory)

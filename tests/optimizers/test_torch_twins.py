@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import Foreign
 from torch import nn
 
 from lightning_optim import adopt, optimizer_info
@@ -200,8 +201,8 @@ def test_what_cannot_be_adopted() -> None:
         pass
 
     (p,) = parameters(shapes=[(2,)])
-    for stranger in (torch.optim.RMSprop([p]), Subclass([p], lr=0.1), make("lion", [p])):
-        with pytest.raises(TypeError, match=r"cannot adopt .*valid: torch\.optim\.Adam, .*AdamW, .*SGD"):
+    for stranger in (Foreign([p]), Subclass([p], lr=0.1), make("lion", [p])):
+        with pytest.raises(TypeError, match=r"cannot adopt .*valid: .*torch\.optim\.Adam, .*AdamW, .*SGD"):
             adopt(stranger)
     with pytest.raises(ValueError, match="differentiable=True"):
         adopt(torch.optim.Adam([p], differentiable=True))

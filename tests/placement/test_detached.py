@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import Foreign
 from torch import Tensor, nn
 
 import lightning_optim
@@ -54,7 +55,7 @@ def train(make: Maker, dtype: torch.dtype, batches: int, **options: Any) -> tupl
         (partial(AdamW, state_dtype="bfloat16"), torch.float32),
         (partial(Lion, rounding="kahan"), torch.float32),
         (torch.optim.AdamW, torch.float32),
-        (torch.optim.Adamax, torch.float32),
+        (Foreign, torch.float32),
     ],
 )
 def test_host_memory(make: Maker, master_dtype: torch.dtype, batches: int, dtype: torch.dtype) -> None:
@@ -97,7 +98,7 @@ def test_the_defaults_and_the_names_are_the_pipeline_s() -> None:
         partial(AdamW, state_dtype="bfloat16"),
         lightning_optim.Muon,
         torch.optim.AdamW,
-        torch.optim.Adamax,
+        Foreign,
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*the parameters have no names")

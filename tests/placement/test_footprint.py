@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import Foreign
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import lightning_optim
 from lightning_optim import AdamW, Lion, RuleOptimizer, optimizer_info
+from lightning_optim.adopt import ADOPTABLE
 from lightning_optim.placement.footprint import Footprint, Maker, footprint
 from lightning_optim.registry import OPTIMIZERS
 
@@ -45,12 +47,12 @@ N = 10**6
         (partial(lightning_optim.SGD, momentum=0.9), torch.float32, (4, 4, 4, 4, 4)),
         # Torch's has its state in the type of what it steps.
         (torch.optim.AdamW, torch.bfloat16, (2, 2, 4, 4, 8)),
-        (torch.optim.RMSprop, torch.bfloat16, (2, 2, 2, 4, 4)),
+        (Foreign, torch.bfloat16, (2, 2, 2, 4, 4)),
     ],
 )
 def test_by_hand(make: Maker, dtype: torch.dtype, each: tuple[int, ...]) -> None:
     found = footprint(weights(N, dtype), make)
-    counter = 4 if "AdamW" in found.optimizer or "RMSprop" in found.optimizer else 0
+    counter = 4 if "AdamW" in found.optimizer or "Foreign" in found.optimizer else 0
     sizes = (found.weights, found.gradients, found.state.bytes - counter, found.masters)
     assert (*sizes, found.master_state.bytes - counter) == tuple(N * size for size in each)
     assert found.copies == (0 if found.trained == found.masters else found.trained)
@@ -151,10 +153,13 @@ def test_what_is_predicted_is_what_is_allocated(name: str, case: str, dtype: tor
     assert predicted.master_state.bytes == state_of(stepped(masters, make))
 
 
-@pytest.mark.parametrize("name", ["ASGD", "Adadelta", "Adafactor", "Adagrad", "Adamax", "NAdam", "RAdam", "Rprop"])
-def test_others_are_stepped_on_the_meta_device(name: str) -> None:
+OTHERS = ["ASGD", "Adadelta", "Adafactor", "Adagrad", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop"]
+NOT_ADOPTED = [cls for cls in (getattr(torch.optim, name) for name in OTHERS) if cls not in ADOPTABLE]
+
+
+@pytest.mark.parametrize("make", [Foreign, *NOT_ADOPTED])
+def test_others_are_stepped_on_the_meta_device(make: Any) -> None:
     model = Net()
-    make = getattr(torch.optim, name)
     optimizer = make(p for p in model.parameters() if p.requires_grad)
     predicted = footprint(model, optimizer)
     assert "dry step on the meta device" in predicted.state.known_by

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import Foreign
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -42,7 +43,7 @@ OPTIMIZERS: dict[str, Make] = {
     "torch AdamW": partial(torch.optim.AdamW, lr=0.05, weight_decay=0.1),
     "torch Adam": partial(torch.optim.Adam, lr=0.05, amsgrad=True),
     "torch SGD": partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True),
-    "foreign": partial(torch.optim.RMSprop, lr=0.01),
+    "foreign": partial(Foreign, lr=0.01),
 }
 
 

@@ -8,6 +8,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from foreign import Foreign
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -21,7 +22,7 @@ from .common import dataset, model_class
 BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "ours": partial(lightning_optim.AdamW, lr=0.03, weight_decay=0.1),
     "torch SGD": partial(torch.optim.SGD, lr=0.01, momentum=0.9),
-    "foreign": partial(torch.optim.RMSprop, lr=0.01),
+    "foreign": partial(Foreign, lr=0.01),
 }
 
 

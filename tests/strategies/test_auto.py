@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import Foreign
 from torch import Tensor, nn
 
 from lightning_optim.placement.choice import PlacementError
@@ -158,7 +159,7 @@ def test_out_of_memory_in_the_step(case: str, failing_step: list[int]) -> None:
 
 def test_a_foreign_step_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = [0]
-    stock = torch.optim.RMSprop._init_group
+    stock = Foreign._init_group
 
     def failing(self: Any, *args: Any) -> Any:
         calls[0] += self.param_groups[0]["params"][0].device.type != "meta"  # where the plan looks at a step
@@ -166,7 +167,7 @@ def test_a_foreign_step_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError("no more memory (this is a test)")
         return stock(self, *args)
 
-    monkeypatch.setattr(torch.optim.RMSprop, "_init_group", failing)
+    monkeypatch.setattr(Foreign, "_init_group", failing)
     run, found = fit(Dropping(OPTIMIZERS["foreign"]), "optim_auto")
     monkeypatch.undo()
     assert run.strategy.plan.placement == "detached"
@@ -266,7 +267,7 @@ def test_the_next_fit_begins_with_the_options_that_were_given(monkeypatch: pytes
     ("clip", "name", "options", "message"),
     [
         ("none", "ours", CLIP, "clip='none' with gradient_clip_val=0.5"),
-        ("speculative", "foreign", {}, "clip='speculative' with RMSprop"),
+        ("speculative", "foreign", {}, "clip='speculative' with Foreign"),
     ],
 )
 def test_what_a_fall_back_could_not_serve(clip: Any, name: str, options: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import Foreign
 from torch import Tensor
 
 import lightning_optim
@@ -52,7 +53,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 TORCHS: dict[str, Any] = {
     "torch AdamW": partial(torch.optim.AdamW, lr=0.05, weight_decay=0.1),
     "torch SGD": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
-    "foreign": partial(torch.optim.RMSprop, lr=0.01),
+    "foreign": partial(Foreign, lr=0.01),
 }
 
 
@@ -290,7 +291,7 @@ def test_no_clipping_means_none(options: dict[str, Any]) -> None:
 
 def test_what_is_waited_for_later_cannot_be_stepped_whole() -> None:
     """Its param groups would have masters in them, and the next learning rate, while it steps."""
-    with pytest.raises(ValueError, match=r"wait='forward' with RMSprop.*valid: wait='step'"):
+    with pytest.raises(ValueError, match=r"wait='forward' with Foreign.*valid: wait='step'"):
         fit(Model(OPTIMIZERS["foreign"]), DetachedStrategy(wait="forward"))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import Foreign
 from torch import Tensor
 
 from lightning_optim.strategies import DetachedStrategy
@@ -26,7 +27,7 @@ pytestmark = known_warnings
 ORDERS = [("auto", "detached"), ("detached", "auto"), ("in_graph", "detached"), ("detached", "in_graph")]
 MAKERS: dict[str, Any] = {
     "torch AdamW": partial(torch.optim.AdamW, lr=0.05),
-    "foreign": partial(torch.optim.RMSprop, lr=0.01),
+    "foreign": partial(Foreign, lr=0.01),
     "ours": OPTIMIZERS["ours"],
 }
 

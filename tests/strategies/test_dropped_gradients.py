@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import Foreign
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -78,7 +79,7 @@ class Dropping(Model):
 SETTINGS: dict[str, Any] = {"val_check_interval": 1, "num_sanity_val_steps": 0}
 adamw = partial(lightning_optim.AdamW, lr=0.03)
 #: Steps by itself under our strategies.
-rmsprop = partial(torch.optim.RMSprop, lr=0.01)
+foreign = partial(Foreign, lr=0.01)
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -93,7 +94,7 @@ def test_as_without_a_strategy_of_ours(hook: str, how: str, accumulate: int) -> 
     assert_same_steps(runs[0][1], runs[1][1])
 
 
-@pytest.mark.parametrize("make", [adamw, rmsprop])
+@pytest.mark.parametrize("make", [adamw, foreign])
 @pytest.mark.parametrize("hook", ["on_before_optimizer_step", "configure_gradient_clipping"])
 def test_after_they_were_unscaled(hook: str, make: Any) -> None:
     """The flags of the gradients that were dropped count for the scale."""
@@ -108,7 +109,7 @@ def test_after_they_were_unscaled(hook: str, make: Any) -> None:
     assert scales == [32.0, 32.0]
 
 
-@pytest.mark.parametrize("make", [adamw, rmsprop, partial(lightning_optim.SAM, base=adamw)])
+@pytest.mark.parametrize("make", [adamw, foreign, partial(lightning_optim.SAM, base=adamw)])
 @pytest.mark.parametrize("strategy", ["in_graph", "detached"])
 def test_before_they_were_unscaled(strategy: str, make: Any) -> None:
     """No step is made, and the scale stays what it is; Lightning's own strategies end in torch's AssertionError."""
@@ -257,7 +258,7 @@ def test_what_is_done_to_gradients_otherwise_is_said() -> None:
     [
         ("in_graph", adamw),
         ("detached", adamw),
-        ("detached", rmsprop),
+        ("detached", foreign),
         ("detached_undo", adamw),
         ("in_graph", partial(lightning_optim.SAM, base=adamw)),
         ("detached", partial(lightning_optim.SAM, base=adamw)),

@@ -181,7 +181,7 @@ def test_the_report_is_logged_when_the_training_starts(monkeypatch: pytest.Monke
 
     class Started(Model):
         def training_step(self, *args: Any) -> Any:
-            assert any("in_graph: torch's RMSprop runs its own step" in line for line in logged)
+            assert any("in_graph: foreign's Foreign runs its own step" in line for line in logged)
             return super().training_step(*args)
 
     fit(Started(OPTIMIZERS["foreign"]), max_steps=1)

@@ -235,7 +235,7 @@ def test_schedules_and_reports() -> None:
     assert found.lrs == [pytest.approx(0.03 / n) for n in (1, 1, 1, 2, 2, 2, 2, 3)]
     assert "SAM over lightning_optim's AdamW is stepped by: AdamW" in run.strategy.report()
     foreign, _ = fit(noisy_class()(sam("foreign")), max_steps=1)
-    assert "SAM over torch's RMSprop runs its own step" in foreign.strategy.report()
+    assert "SAM over foreign's Foreign runs its own step" in foreign.strategy.report()
 
 
 def test_an_error_in_the_second_pass_leaves_the_weights_as_they_were() -> None:

@@ -1,0 +1,87 @@
+"""Vyas et al., SOAP (arXiv:2409.11321), as its authors' code has it, one dimension after the other.
+
+Eigenvectors are not unique: of equal eigenvalues any will do, and signs are free. So what a step makes of ``q_*`` is
+checked for what it must be, and then taken from the step (``settled``), and with it what depends on it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .shared import Options, State, average
+
+DECAY = "none"  # it comes after the update
+BASE: dict[str, Any] = {"lr": 0.02, "precondition_frequency": 3}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "betas_eps": {"betas": (0.3, 0.6), "eps": 0.1},
+    "no_decay": {"weight_decay": 0.0},
+    "every_step": {"precondition_frequency": 1},
+    "one_side": {"max_precond_dim": 3},
+    "no_sides": {"max_precond_dim": 1, "weight_decay": 0.1},
+    "vectors": {"precondition_1d": True},
+    "shampoo_beta": {"shampoo_beta": 0.7},
+}
+
+
+def spread(o: Options) -> float:
+    """Rotations make each element a sum over its row and column."""
+    return 64.0
+
+
+def dimensions(p: Tensor, o: Options) -> list[int]:
+    """Those that have a basis."""
+    if p.numel() == 0 or p.ndim == 0 or (p.ndim == 1 and not o["precondition_1d"]):
+        return []
+    return [d for d in range(p.ndim) if p.shape[d] <= o["max_precond_dim"]]
+
+
+def along(x: Tensor, d: int, matrix: Tensor) -> Tensor:
+    """The product of a matrix with each fibre of a tensor along a dimension."""
+    return torch.tensordot(matrix, x, dims=([1], [d])).movedim(0, d)
+
+
+def rotated(x: Tensor, s: State, sides: list[int], *, back: bool = False) -> Tensor:
+    for d in sides:
+        x = along(x, d, s[f"q_{d}"] if back else s[f"q_{d}"].T)
+    return x
+
+
+def product(g: Tensor, d: int) -> Tensor:
+    rows = g.movedim(d, 0).reshape(g.shape[d], -1)
+    return rows @ rows.T
+
+
+def update(p: Tensor, g: Tensor, s: State, o: Options) -> Tensor:
+    sides = [] if p.is_complex() else dimensions(p, o)
+    (beta1, beta2), lr = o["betas"], float(o["lr"])
+    beta = beta2 if o["shampoo_beta"] is None else o["shampoo_beta"]
+    change = torch.zeros_like(p)
+    begins = "exp_avg" not in s
+    if begins:
+        s.update(exp_avg=torch.zeros_like(g), exp_avg_sq=torch.zeros_like(g), step=torch.zeros((), dtype=torch.float64))
+        s.update({f"gg_{d}": torch.zeros(g.shape[d], g.shape[d], dtype=g.dtype) for d in sides})
+    else:
+        s["step"] = s["step"] + 1
+        t = int(s["step"])
+        turned = rotated(g, s, sides)
+        m, v = average(s, "exp_avg", turned, beta1), average(s, "exp_avg_sq", turned * turned, beta2)
+        direction = rotated(m / (v.sqrt() + o["eps"]), s, sides, back=True)
+        change = lr * math.sqrt(1 - beta2**t) / (1 - beta1**t) * direction
+        change = change + lr * o["weight_decay"] * (p - change)
+    for d in sides:
+        average(s, f"gg_{d}", product(g, d), beta)
+        if begins:
+            s[f"q_{d}"] = torch.linalg.eigh(s[f"gg_{d}"]).eigenvectors.flip(-1)
+    if not begins and o["updates"] and o["updates"] % o["precondition_frequency"] == 0:
+        whole = rotated(s["exp_avg"], s, sides, back=True)
+        for d in sides:
+            old = s[f"q_{d}"]
+            order = (old * (s[f"gg_{d}"] @ old)).sum(0).argsort(descending=True, stable=True)
+            s["exp_avg_sq"] = s["exp_avg_sq"].index_select(d, order)
+            s[f"q_{d}"] = torch.linalg.qr(s[f"gg_{d}"] @ old[:, order]).Q
+        s["exp_avg"] = rotated(whole, s, sides)
+    return change
