@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy as is_uninitialized
 from torch.optim.optimizer import ParamsT
 
+from lightning_optim.checks import NONNEGATIVE, Range, check_number
 from lightning_optim.engines.newton_schulz import MUON, Triple, orthogonalize, polar_express
 from lightning_optim.known_as import known_as
 from lightning_optim.optimizers.adam import ADAM
@@ -26,7 +27,6 @@ from lightning_optim.rules.rule import Rule
 from lightning_optim.stepping.divided import divided_by
 from lightning_optim.stepping.links import Rest
 from lightning_optim.stepping.method import Group
-from lightning_optim.stepping.options import check_option
 from lightning_optim.stepping.split_groups import tie
 from lightning_optim.warnings import warn_once
 
@@ -206,6 +206,15 @@ class MuonOptim(RuleOptimizer):
     rule = Rule(muon)
     matrix_rule = MatrixRule(rule, Orthogonalized(), move=Rule(move))
     rest = Rest(ADAM, "AdamW", {"amsgrad": False})
+    ranges: ClassVar[dict[str, Range]] = {
+        "adamw_lr": NONNEGATIVE,
+        "ns_steps": Range(lambda x: 1 <= x < 100 and x % 1 == 0, "a number of steps from 1 to 99"),
+    }
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "adjust_lr": ("original", "match_rms_adamw"),
+        "ns_coefficients": ("muon", "polar_express"),
+    }
+    group_options = ("use_muon",)
     _in_constructor = False
 
     def __init__(
@@ -399,8 +408,8 @@ def _half(group: Group, hidden: Sequence[bool], muon: bool) -> Group:
 
 def _routing(lr: float | Tensor, adamw_lr: float | Tensor, patterns: Iterable[str] | None) -> Routing:
     """Checked."""
-    check_option("Muon", "lr", lr, 0.02)
-    check_option("Muon", "adamw_lr", adamw_lr, _ADAMW_LR)
+    check_number("Muon", "lr", lr, NONNEGATIVE, tensors=True)
+    check_number("Muon", "adamw_lr", adamw_lr, NONNEGATIVE, tensors=True)
     if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns or ()):
         raise TypeError(f"Muon: adamw_patterns={patterns!r}; valid: a list of globs of names, such as ['head.*']")
     return Routing(lr, adamw_lr, EMBEDDINGS_AND_HEADS if patterns is None else tuple(patterns))

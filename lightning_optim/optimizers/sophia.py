@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_optim.checks import check_choice
+from lightning_optim.checks import POSITIVE_FINITE, Range, check_choice, whole
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.rules.ops import clip, lerp, maximum, mean, sign, where
-from lightning_optim.rules.policy import Rounding
 from lightning_optim.rules.rule import Rule, Step
 from lightning_optim.stepping.asking import AsksForInputs, Due
+from lightning_optim.stepping.common import Common
 from lightning_optim.stepping.curvature import hutchinson, normal_direction
 from lightning_optim.stepping.evaluations import Evaluator, Request
-from lightning_optim.stepping.method import Group, Inputs
+from lightning_optim.stepping.method import Inputs
 
 #: What float32 holds. An element of an estimate above it, or NaN, is none: an overflow of float16, for example.
 LARGEST = torch.finfo(torch.float32).max
@@ -92,12 +92,7 @@ class Sophia(AsksForInputs, RuleOptimizer):
         hessian: What estimates the Hessian's diagonal: ``"hutchinson"``.
         update_interval: Steps from one estimate to the next.
         eps: The least denominator.
-        maximize: Ascend.
-        cautious: Zero updates whose sign disagrees with the gradient's (arXiv:2411.16085).
-        engine: See :class:`~lightning_optim.optimizers.base.RuleOptimizer`, as for the following.
-        rounding: How low-precision weights are written.
-        state_dtype: Storage type of the state.
-        max_grad_norm: Clip the global gradient norm inside the step; estimates are not clipped.
+        common: See :class:`~lightning_optim.stepping.common.Common`; estimates are not clipped.
 
     Raises:
         ValueError: An option out of its range, or unknown.
@@ -118,6 +113,11 @@ class Sophia(AsksForInputs, RuleOptimizer):
     rule = Rule(sophia, inputs={"estimate": "refresh"}, every={"refresh": "update_interval"}, observe=("unclipped",))
     paper = "arXiv:2305.14342"
     request: ClassVar[Request] = "hessian_vector"
+    ranges: ClassVar[dict[str, Range]] = {
+        "gamma": POSITIVE_FINITE,
+        "update_interval": whole(1),
+        "eps": POSITIVE_FINITE,  # the denominator of a weight whose estimate is 0
+    }
 
     def __init__(
         self,
@@ -130,12 +130,7 @@ class Sophia(AsksForInputs, RuleOptimizer):
         hessian: str = "hutchinson",
         update_interval: int = 10,
         eps: float = 1e-12,
-        maximize: bool = False,
-        cautious: bool = False,
-        engine: str = "auto",
-        rounding: Rounding = "nearest",
-        state_dtype: str | torch.dtype | None = None,
-        max_grad_norm: float | None = None,
+        **common: Unpack[Common],
     ) -> None:
         self.given = {"hessian": check_choice("Sophia", "hessian", hessian, ESTIMATORS)}
         defaults = {
@@ -145,27 +140,8 @@ class Sophia(AsksForInputs, RuleOptimizer):
             "weight_decay": weight_decay,
             "update_interval": update_interval,
             "eps": eps,
-            "maximize": maximize,
-            "cautious": cautious,
         }
-        super().__init__(
-            params,
-            defaults,
-            engine=engine,
-            rounding=rounding,
-            state_dtype=state_dtype,
-            max_grad_norm=max_grad_norm,
-        )
-
-    @classmethod
-    def check(cls, group: Group) -> None:
-        """Check options that are valid each by itself.
-
-        Raises:
-            ValueError: ``eps`` is 0: the denominator of a weight whose estimate is.
-        """
-        if group["eps"] == 0:
-            raise ValueError(f"{cls.public_name()}: eps={group['eps']!r}; valid: a finite number > 0")
+        super().__init__(params, defaults, **common)
 
     def evaluated(self, due: list[Due], evaluator: Evaluator) -> Inputs:
         """Estimates of the Hessian's diagonal, of what is minimized."""

@@ -23,7 +23,7 @@ from lightning_optim.rules.rule import Rule
 from lightning_optim.stepping.links import Link, RoutedMethod
 from lightning_optim.stepping.matrices import Batch, Kind, as_slot, as_weight, lies_transposed
 from lightning_optim.stepping.method import UPDATES, Group, Inputs, Options, Owner, Part
-from lightning_optim.stepping.plan import Member, Planner
+from lightning_optim.stepping.plan import Planner
 from lightning_optim.stepping.preparing import prepare
 from lightning_optim.stepping.shards import LocalSquares, is_distributed, local, shards_of
 from lightning_optim.stepping.split_groups import follow
@@ -64,7 +64,7 @@ class RoutedStepper(Stepper):
             self._keeper = Planner(self.owner, Link(method, rule.state), options, native_state=False)
         self._has_rest = self._has_matrices = self._is_within = self._is_moving = self._left_out = False
         self._batches: list[Batch] = []
-        self._inputs: dict[Tensor, Tensor] = {}  # of the rule within
+        self._turned: dict[Tensor, Tensor] = {}  # of the rule within
         self._updates: dict[Tensor, Tensor] = {}  # of the moves
         self._copies: Mapping[Tensor, Tensor] | None = None
         self._beginning: dict[Tensor, Tensor] = {}  # the gradients of parameters whose state is only made
@@ -160,7 +160,7 @@ class RoutedStepper(Stepper):
             super()._go_on()
         if self._left_out:
             return
-        if self._inputs:
+        if self._turned:
             self._go_on_within()
         self._written.finish()
         while (index := self._written.parts) < len(self._batches):
@@ -183,7 +183,7 @@ class RoutedStepper(Stepper):
         if kind.begins:
             transform.begin(x, stack)
         else:
-            out = self._updates if self._within is None else self._inputs
+            out = self._updates if self._within is None else self._turned
             out.update(batch.divided(transform.forth(x, stack)))
             batch.given = None if self._within is None else x
         batch.directions, batch.stack = None, stack
@@ -195,7 +195,7 @@ class RoutedStepper(Stepper):
             for batch in self._batches:
                 if not batch.kind.begins:
                     places.update(batch.allocate())
-            self._within.plan(self._inputs, places)
+            self._within.plan(self._turned, places)
             self._lend_counters(self._within, later=[self._move])
             self._within._start(self._decided())
             self._is_within = True
@@ -242,8 +242,10 @@ class RoutedStepper(Stepper):
         for stepper in self._links:
             stepper._end()
         super()._end()
+        for batch in self._batches:
+            batch.stack = None  # which knows the batch, and the state
         # Memory is held during a step only.
-        self._batches, self._inputs, self._updates, self._copies, self._beginning = [], {}, {}, None, {}
+        self._batches, self._turned, self._updates, self._copies, self._beginning = [], {}, {}, None, {}
 
     def _let_go(self) -> None:
         super()._let_go()
@@ -298,48 +300,41 @@ class RoutedStepper(Stepper):
         return [(group, p) for group in self.owner.param_groups for p in group["params"]]
 
     def _beginners(self, grads: Mapping[Tensor, Tensor] | None) -> dict[Tensor, Tensor]:
-        """The gradients of parameters that have no state, if a first gradient is no step."""
+        """The gradients of parameters that have no state, if a first gradient is no step.
+
+        Raises:
+            RuntimeError: A parameter has state that was begun by other options.
+        """
         found: dict[Tensor, Tensor] = {}
-        for group, p in self._places() if self.rule.begins else ():
+        for number, (group, p) in enumerate(self._places() if self.rule.begins else ()):
             g = p.grad if grads is None else grads.get(p)
-            if g is not None:
-                state, slots = self.owner.state.get(p) or {}, self.planner_of(group, p).method.rule.all_slots
-                if all(state.get(slot) is None for slot in slots):
-                    found[p] = g
+            if g is None:
+                continue
+            state, planner = self.owner.state.get(p) or {}, self.planner_of(group, p)
+            if all(state.get(slot) is None for slot in planner.method.rule.all_slots):
+                found[p] = g
+                continue
+            kept = {slot for slot in self.rule.slots if state.get(slot) is not None}
+            if wrong := kept ^ set(self.rule.slots).intersection(planner.slots(group, p)):
+                has = f"{'' if wrong & kept else 'no '}{min(wrong)}"
+                raise RuntimeError(
+                    f"parameter {number} (shape {tuple(p.shape)}, {p.device}): its state has {has}, as by other "
+                    "options than its param group has now; valid: the options by which it was begun"
+                )
         return found
 
     def _prepare(self, given: Mapping[Tensor, Tensor]) -> None:
         """Make the state that no plan of a Program makes: before anything is written, as theirs."""
         places = self._places()
         if self._keeper is not self._direct.planner:
-            members = self._keeper.members([given.get(p) for _, p in places])
-            for member in members:
-                if self.rule.begins and member.param not in self._beginning:
-                    self._check_begun(member)
-            prepare(self._keeper, members, self._new)
+            prepare(self._keeper, self._keeper.members([given.get(p) for _, p in places]), self._new)
         if self._beginning:
             rest = [None if p in given else self._beginning.get(p) for _, p in places]
             prepare(self.planner, self.planner.members(rest), self._new)
 
-    def _check_begun(self, member: Member) -> None:
-        """Check that what a first gradient has made is what the options ask for now.
-
-        Raises:
-            RuntimeError: It is not.
-        """
-        group, state = self.owner.param_groups[member.row], self.owner.state.get(member.param) or {}
-        slots = set(self._keeper.slots(group, member.param)) & set(self.rule.slots)
-        kept = {slot for slot in self.rule.slots if state.get(slot) is not None}
-        if slots != kept:
-            has = "no " * bool(slots - kept) + min(slots ^ kept)
-            raise RuntimeError(
-                f"{member.label}: its state has {has}, as by other options than those of its param group; valid: the "
-                "options with which it was begun, or an optimizer without its state"
-            )
-
     def _lay_out(self, grads: Mapping[Tensor, Tensor] | None) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
         """Batches for all matrices with a gradient; their gradients, and where their directions are written."""
-        self._inputs, self._updates, self._batches = {}, {}, []
+        self._turned, self._updates, self._batches = {}, {}, []
         rule, transform = self.rule, self.rule.transform
         given: dict[Tensor, Tensor] = {}
         directions: dict[Tensor, Tensor] = {}

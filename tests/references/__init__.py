@@ -14,6 +14,7 @@ And if there is need:
 
 - ``INPUTS``: names of what a step takes beside the gradient; ``update`` has them as keywords;
 - ``EVERYWHERE``: slots that have one value for all parameters;
+- ``MIXES``: by how many roundings of its largest number a slot may be off, where it is mixed of all elements;
 - ``spread(o)``: by how many roundings of a weight's largest change a step may be off (matrices mix all elements);
 - ``evaluate(p, s, o)``: the weights for evaluation.
 """
@@ -47,6 +48,7 @@ class Reference:
     updates: Callable[..., Sequence[Update]]
     inputs: tuple[str, ...] = ()
     everywhere: tuple[str, ...] = ()
+    mixes: float = 0.0
     spread: Callable[[Options], float] = field(default=lambda o: 0.0)
     evaluate: Callable[[Tensor, State, Options], Tensor] | None = None
 
@@ -60,6 +62,7 @@ class Reference:
             updates=file.updates if hasattr(file, "updates") else _each(file.update),
             inputs=getattr(file, "INPUTS", ()),
             everywhere=getattr(file, "EVERYWHERE", ()),
+            mixes=getattr(file, "MIXES", 0.0),
             **optional,
         )
 

@@ -1,7 +1,7 @@
 """Vyas et al., SOAP (arXiv:2409.11321), as its authors' code has it, one dimension after the other.
 
-Eigenvectors are not unique: of equal eigenvalues any will do, and signs are free. So what a step makes of ``q_*`` is
-checked for what it must be, and then taken from the step (``settled``), and with it what depends on it.
+Eigenvectors are not unique: of equal eigenvalues any will do, and signs are free. So where it is told what a step has
+made (``o["made"]``), it checks that these are orthogonal bases of the kind that they must be, and goes on from them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+#: Rotations make each element a sum over its row and column.
+MIXES = 16.0
+
+
 def spread(o: Options) -> float:
-    """Rotations make each element a sum over its row and column."""
-    return 64.0
+    """Where the gradient is small in its eigenbasis, a quotient of its averages has the rounding of the large ones."""
+    return 2000.0
 
 
 def dimensions(p: Tensor, o: Options) -> list[int]:
@@ -55,8 +59,21 @@ def product(g: Tensor, d: int) -> Tensor:
     return rows @ rows.T
 
 
+def settled(d: int, own: Tensor, matrix: Tensor, turned: Tensor | None, o: Options) -> Tensor:
+    """The basis that the step has made, if it is one: eigenvectors, or what makes a turned basis triangular."""
+    if f"q_{d}" not in o.get("made", {}):
+        return own
+    basis = o["made"][f"q_{d}"]
+    # As many roundings of float32 as the largest of these tests needs; float64 is held to its own in tests/soap.
+    close, size = 1e-5, float(matrix.abs().max())
+    assert float((basis.T @ basis - torch.eye(len(basis), dtype=basis.dtype)).abs().max()) < close
+    left = basis.T @ matrix @ basis if turned is None else basis.T @ turned
+    assert float(left.tril(-1).abs().max()) <= close * size, (d, left)
+    return basis
+
+
 def update(p: Tensor, g: Tensor, s: State, o: Options) -> Tensor:
-    sides = [] if p.is_complex() else dimensions(p, o)
+    sides = [] if o.get("is_complex") else dimensions(p, o)
     (beta1, beta2), lr = o["betas"], float(o["lr"])
     beta = beta2 if o["shampoo_beta"] is None else o["shampoo_beta"]
     change = torch.zeros_like(p)
@@ -75,13 +92,14 @@ def update(p: Tensor, g: Tensor, s: State, o: Options) -> Tensor:
     for d in sides:
         average(s, f"gg_{d}", product(g, d), beta)
         if begins:
-            s[f"q_{d}"] = torch.linalg.eigh(s[f"gg_{d}"]).eigenvectors.flip(-1)
+            s[f"q_{d}"] = settled(d, torch.linalg.eigh(s[f"gg_{d}"]).eigenvectors.flip(-1), s[f"gg_{d}"], None, o)
     if not begins and o["updates"] and o["updates"] % o["precondition_frequency"] == 0:
         whole = rotated(s["exp_avg"], s, sides, back=True)
         for d in sides:
             old = s[f"q_{d}"]
             order = (old * (s[f"gg_{d}"] @ old)).sum(0).argsort(descending=True, stable=True)
             s["exp_avg_sq"] = s["exp_avg_sq"].index_select(d, order)
-            s[f"q_{d}"] = torch.linalg.qr(s[f"gg_{d}"] @ old[:, order]).Q
+            turned = s[f"gg_{d}"] @ old[:, order]
+            s[f"q_{d}"] = settled(d, torch.linalg.qr(turned).Q, s[f"gg_{d}"], turned, o)
         s["exp_avg"] = rotated(whole, s, sides)
     return change

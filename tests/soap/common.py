@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_optim.engines import ENGINES
 
-each_engine = pytest.mark.parametrize("engine", [name for name, e in ENGINES.items() if e.unavailable() is None])
+ENGINES_HERE = [name for name, engine in ENGINES.items() if engine.unavailable() is None]
+each_engine = pytest.mark.parametrize("engine", ENGINES_HERE)
 
 #: Several of one shape, a vector, a number, matrices of one column, kernels of convolutions, and nothing at all.
 SHAPES: tuple[tuple[int, ...], ...] = (

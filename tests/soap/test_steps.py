@@ -17,10 +17,13 @@ from lightning_optim.engines import eigenbases
 from lightning_optim.engines.scaling import LossScale
 from lightning_optim.stepping.undo import UndoBuffers
 
-from .common import contents, each_engine, give_gradients, normal, same, train, weights
+from .common import ENGINES_HERE, contents, each_engine, give_gradients, normal, same, train, weights
 
 # Rotations sum in another order, in float64; and renewals multiply what rounding did by ratios of eigenvalues.
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-10}
+
+
+CASES = reference.VARIANTS
 
 
 def settle(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -34,15 +37,14 @@ def settle(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         expected[name] = basis.clone()
 
 
-@each_engine
-@pytest.mark.parametrize("case", ["default", *reference.VARIANTS])
-def test_thirty_steps_of_all_shapes_are_the_references(engine: str, case: str) -> None:
+@pytest.mark.parametrize(("engine", "case"), [*((e, "default") for e in ENGINES_HERE), *(("eager", c) for c in CASES)])
+def test_steps_of_all_shapes_are_the_references(engine: str, case: str) -> None:
     options = reference.BASE | reference.VARIANTS.get(case, {})
     params = weights()
     exact: list[tuple[Tensor, dict[str, Tensor]]] = [(p.detach().clone(), {}) for p in params]
     optimizer = SOAP(params, engine=engine, **options)
-    for step in range(30):
-        if step == 14:
+    for step in range(14):
+        if step == 7:
             fresh = SOAP(params, engine=engine, lr=0.9)
             fresh.load_state_dict(saved_and_loaded(optimizer))
             optimizer = fresh
@@ -59,7 +61,7 @@ def test_thirty_steps_of_all_shapes_are_the_references(engine: str, case: str) -
             torch.testing.assert_close(p.detach(), weight, **CLOSE)
             for name, value in state.items():
                 torch.testing.assert_close(optimizer.state[p][name].double(), value.double(), **CLOSE)
-    assert optimizer.param_groups[0]["updates"] == 30
+    assert optimizer.param_groups[0]["updates"] == 14
 
 
 def saved_and_loaded(optimizer: SOAP) -> dict[str, Any]:
@@ -199,6 +201,7 @@ def test_a_gradient_that_is_no_number_is_not_hidden(engine: str, bad: int) -> No
 
 
 @each_engine
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # raised where a generator is freed
 def test_an_interrupted_step_is_taken_or_is_not(engine: str) -> None:
     """At a first gradient, at a renewal, and in between."""
     for step in (0, 1, 2):
@@ -219,7 +222,7 @@ def test_an_interrupted_step_is_taken_or_is_not(engine: str) -> None:
             is_new = same(now, contents(twin, straight))
             assert is_new or same(now, old), (step, number)
             taken.add(is_new)
-            number += 41
+            number += 83
         assert taken == {False, True}
 
 

@@ -214,8 +214,17 @@ class Judge:
             for (p, _), g in zip(self.params, self.gradients, strict=True)
         ]
         states = [{k: v for k, v in state.items() if k != KAHAN_SLOT} for state in self.states]
+        # What the reference may ask beside the options: of real numbers, whether they are pairs; what the step made.
+        known = [
+            {
+                **group,
+                "is_complex": p.is_complex(),
+                "made": {key: wide(value) for key, value in self.optimizer.state.get(p, {}).items()},
+            }
+            for (p, _), group in zip(self.params, self.groups, strict=True)
+        ]
         return references.step_all(
-            self.name, self.weights, gradients, states, self.groups, kind=self.kind, inputs=self.inputs
+            self.name, self.weights, gradients, states, known, kind=self.kind, inputs=self.inputs
         )
 
     def after(self) -> None:
@@ -237,17 +246,19 @@ class Judge:
             compensation = state.pop(KAHAN_SLOT, torch.zeros_like(old))
             kahan = self.optimizer.options.rounding == "kahan" and p.element_size() == 2
             bound = self.bound(p, old, new, [other[0] for other in others])
-            spread = references.REFERENCES[self.name].spread(group)
-            if spread:
+            spread, slot_spread = references.REFERENCES[self.name].spread(group), references.REFERENCES[self.name].mixes
+            if spread and p.numel():
                 bound = bound + spread * math_rounding(p) * (new - old).abs().max()
             stored = self.optimizer.state[p]
             assert set(stored) - {KAHAN_SLOT, "step"} == set(new_state) - {"step"}, where
             if "step" in stored:  # also where only the rounding noise needs it
-                assert float(stored["step"]) == float(state.get("step", 0.0)) + 1, where
+                assert float(stored["step"]) == float(new_state.get("step", state.get("step", 0.0) + 1)), where
             for slot, value in new_state.items():
                 if slot == "step":
                     continue
                 bound_of_slot = self.bound(p, state.get(slot, value), value, [other[1][slot] for other in others])
+                if value.numel():
+                    bound_of_slot = bound_of_slot + slot_spread * math_rounding(p) * value.abs().max()
                 self.compare(stored[slot], value, bound_of_slot, f"{where}, {slot}")
             if kahan:
                 # What is kept is rounded to the storage type itself, so the sum is right to a rounding of a rounding.
