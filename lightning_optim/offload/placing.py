@@ -66,8 +66,8 @@ class Placement:
             )
         if request_of(optimizer) == "hessian_vector":
             raise ValueError(
-                f"detached: {name}, whose step needs second derivatives beside gradients, and none travel to the masters "
-                "in host memory; valid: strategy='in_graph' or 'in_graph_ddp', or another optimizer"
+                f"detached: {name}, whose step needs second derivatives beside gradients, and none travel to the "
+                "masters in host memory; valid: strategy='in_graph' or 'in_graph_ddp', or another optimizer"
             )
         if self.whole is not None:
             for option, value, valid in (
