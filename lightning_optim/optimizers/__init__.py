@@ -20,6 +20,7 @@ from lightning_optim.optimizers.sam import SAM as SAM
 from lightning_optim.optimizers.schedulefreeadamw import ScheduleFreeAdamW as ScheduleFreeAdamW
 from lightning_optim.optimizers.sgd import SGDOptim as SGDOptim
 from lightning_optim.optimizers.soap import SOAP as SOAP
+from lightning_optim.optimizers.sophia import Sophia as Sophia
 
 # The familiar names of the classes that torch.optim has too. Their own names differ because a second subclass of
 # Optimizer called AdamW would make `--optimizer AdamW` ambiguous for every LightningCLI of the process.
