@@ -51,7 +51,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 #: Switches of single rules. With the ranges and choices, they are what tells one optimizer's saved options from
 #: another's.
-SWITCHES = frozenset({"adapt_1d", "amsgrad", "nesterov", "precondition_1d", "stacked", "use_muon"})
+SWITCHES = frozenset({"adapt_1d", "amsgrad", "nesterov", "stacked", "use_muon"})
 
 
 def check_option(optimizer: str, name: str, value: Any, default: Any) -> None:
