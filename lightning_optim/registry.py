@@ -21,7 +21,7 @@ from lightning_optim.optimizers.sam import built_by
 from lightning_optim.param_groups import param_groups
 from lightning_optim.rules.policy import Policy, Update
 from lightning_optim.schedulers import WSD, Cosine, Linear, Schedule
-from lightning_optim.stepping.group_keys import TORCH_SWITCHES
+from lightning_optim.stepping.options import TORCH_SWITCHES
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -11,9 +11,10 @@ from torch.optim.optimizer import ParamsT
 from lightning_optim.known_as import known_as
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.rules.ops import lerp, maximum, sqrt
-from lightning_optim.rules.policy import Decay, Rounding
+from lightning_optim.rules.policy import Decay
 from lightning_optim.rules.rule import Rule
 from lightning_optim.rules.slots import Slot
+from lightning_optim.stepping.common import Common
 from lightning_optim.stepping.group_keys import check_switches
 
 
@@ -61,17 +62,12 @@ class AdamOptim(RuleOptimizer):
         eps: Added to the denominator.
         weight_decay: Decay coefficient: added to the gradient as ``weight_decay * p`` (L2).
         amsgrad: Divide by the largest second moment so far (arXiv:1904.09237).
-        maximize: Ascend.
         decoupled_weight_decay: Decay the weights by ``lr * weight_decay`` instead (that is AdamW).
-        cautious: Zero updates whose sign disagrees with the gradient's (arXiv:2411.16085).
-        engine: See :class:`~lightning_optim.optimizers.base.RuleOptimizer`, as for the following.
-        rounding: How low-precision weights are written.
-        state_dtype: Storage type of the state.
-        max_grad_norm: Clip the global gradient norm inside the step.
         foreach: A switch of torch's, for its call sites: only None and False are valid here.
         capturable: The same.
         differentiable: The same.
         fused: The same.
+        common: What all optimizers have in common: see :class:`~lightning_optim.stepping.common.Common`.
 
     Raises:
         ValueError: An option out of its range, or unknown.
@@ -101,17 +97,12 @@ class AdamOptim(RuleOptimizer):
         weight_decay: float = 0.0,
         amsgrad: bool = False,
         *,
-        maximize: bool = False,
         decoupled_weight_decay: bool = False,
-        cautious: bool = False,
-        engine: str = "auto",
-        rounding: Rounding = "nearest",
-        state_dtype: str | torch.dtype | None = None,
-        max_grad_norm: float | None = None,
         foreach: Literal[False] | None = None,
         capturable: Literal[False] | None = False,
         differentiable: Literal[False] | None = False,
         fused: Literal[False] | None = None,
+        **common: Unpack[Common],
     ) -> None:
         switches = {"foreach": foreach, "capturable": capturable, "differentiable": differentiable, "fused": fused}
         check_switches(type(self).public_name(), switches)
@@ -121,15 +112,6 @@ class AdamOptim(RuleOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
-            "maximize": maximize,
             "decoupled_weight_decay": decoupled_weight_decay,
-            "cautious": cautious,
         }
-        super().__init__(
-            params,
-            defaults,
-            engine=engine,
-            rounding=rounding,
-            state_dtype=state_dtype,
-            max_grad_norm=max_grad_norm,
-        )
+        super().__init__(params, defaults, **common)

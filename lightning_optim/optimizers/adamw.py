@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch.optim.optimizer import ParamsT
 from lightning_optim.known_as import known_as
 from lightning_optim.optimizers.adam import ADAM
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.rules.policy import Decay, Rounding
+from lightning_optim.rules.policy import Decay
+from lightning_optim.stepping.common import Common
 from lightning_optim.stepping.group_keys import check_switches
 from lightning_optim.stepping.method import Group
 
@@ -34,16 +35,11 @@ class AdamWOptim(RuleOptimizer):
         eps: Added to the denominator.
         weight_decay: Decay coefficient; the weights shrink by ``lr * weight_decay`` of themselves each step.
         amsgrad: Divide by the largest second moment so far (arXiv:1904.09237).
-        maximize: Ascend.
-        cautious: Zero updates whose sign disagrees with the gradient's (arXiv:2411.16085).
-        engine: See :class:`~lightning_optim.optimizers.base.RuleOptimizer`, as for the following.
-        rounding: How low-precision weights are written.
-        state_dtype: Storage type of the state.
-        max_grad_norm: Clip the global gradient norm inside the step.
         foreach: A switch of torch's, for its call sites: only None and False are valid here.
         capturable: The same.
         differentiable: The same.
         fused: The same.
+        common: What all optimizers have in common: see :class:`~lightning_optim.stepping.common.Common`.
 
     Raises:
         ValueError: An option out of its range, or unknown.
@@ -72,16 +68,11 @@ class AdamWOptim(RuleOptimizer):
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
         *,
-        maximize: bool = False,
-        cautious: bool = False,
-        engine: str = "auto",
-        rounding: Rounding = "nearest",
-        state_dtype: str | torch.dtype | None = None,
-        max_grad_norm: float | None = None,
         foreach: Literal[False] | None = None,
         capturable: Literal[False] | None = False,
         differentiable: Literal[False] | None = False,
         fused: Literal[False] | None = None,
+        **common: Unpack[Common],
     ) -> None:
         switches = {"foreach": foreach, "capturable": capturable, "differentiable": differentiable, "fused": fused}
         check_switches(type(self).public_name(), switches)
@@ -91,17 +82,8 @@ class AdamWOptim(RuleOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
-            "maximize": maximize,
-            "cautious": cautious,
         }
-        super().__init__(
-            params,
-            defaults,
-            engine=engine,
-            rounding=rounding,
-            state_dtype=state_dtype,
-            max_grad_norm=max_grad_norm,
-        )
+        super().__init__(params, defaults, **common)
 
     @classmethod
     def decay(cls, group: Group) -> Decay:

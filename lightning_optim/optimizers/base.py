@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, ClassVar, cast, overload
+from typing import Any, ClassVar, Unpack, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lightning_optim.checks import Range, check_choice
 from lightning_optim.engines.base import requested_engine
 from lightning_optim.engines.scaling import LossScale
 from lightning_optim.param_groups import Kinds
 from lightning_optim.primitives import primitive, primitives
 from lightning_optim.rules.matrix import MatrixRule
-from lightning_optim.rules.policy import ROUNDINGS, Decay, Rounding
+from lightning_optim.rules.policy import ROUNDINGS, Decay
 from lightning_optim.rules.rule import Rule
+from lightning_optim.stepping.common import OF_GROUPS, Common, declared_defaults, own_options, resolved, signature
 from lightning_optim.stepping.divided import refuse_a_part
 from lightning_optim.stepping.group_keys import check_keys
 from lightning_optim.stepping.links import Rest
 from lightning_optim.stepping.loading import load_groups, load_state, readable
 from lightning_optim.stepping.method import UPDATES, Group, Inputs, Options, Owner
-from lightning_optim.stepping.options import check_option, check_options, check_parameters, each_once, parse_dtype
+from lightning_optim.stepping.options import (
+    UNDECLARED,
+    Declared,
+    Need,
+    check_option,
+    check_options,
+    check_parameters,
+    each_once,
+    make_known,
+    parse_dtype,
+)
 from lightning_optim.stepping.routed import RoutedStepper
 from lightning_optim.stepping.scalars import scalars_of
 from lightning_optim.stepping.stepper import Stepper
 
 #: Options that every saved state of an optimizer has that knows them.
-_OF_ANY_STATE = ("lr", "betas", "eps", "momentum", "weight_decay", "use_muon")
+_OF_ANY_STATE = ("lr", "betas", "eps", "momentum", "weight_decay")
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -41,16 +52,9 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     Args:
         params: Parameters, named parameters, or dicts of param groups, as for any torch optimizer.
-        defaults: The options that param groups may set, with their defaults.
-        engine: ``"auto"`` (the fastest that supports the parameters), ``"eager"``, ``"foreach"``, ``"host"`` or
-            ``"triton"``; the
-            environment variable ``LIGHTNING_OPTIM_ENGINE`` overrides it. :meth:`engine_report` says what runs.
-        rounding: How weights stored as bfloat16 or float16 are written: ``"nearest"``, ``"stochastic"`` (bfloat16:
-            unbiased, reproducible) or ``"kahan"`` (one more slot keeps what rounding lost). Weights in float32 and
-            float64 need none.
-        state_dtype: Storage type of the state: ``"float32"``, ``"bfloat16"``, ``"float64"``; default float32
-            (float64 for float64 weights), also for low-precision weights.
-        max_grad_norm: Clip the gradients' global norm to this inside the step; ``p.grad`` is not changed.
+        defaults: The options of the optimizer's own that param groups may set, with their defaults.
+        common: See :class:`~lightning_optim.stepping.common.Common`; the constructor of a subclass passes on its own
+            ``**common: Unpack[Common]``.
 
     Raises:
         ValueError: An option out of its range, an unknown option, engine, rounding or state type.
@@ -68,6 +72,17 @@ class RuleOptimizer(torch.optim.Optimizer):
     torch_equivalent: ClassVar[type[torch.optim.Optimizer] | None] = None
     #: How weight decay is applied where the group has no ``decoupled_weight_decay`` of its own.
     default_decay: ClassVar[Decay] = "decoupled"
+    #: Valid ranges of the class's own numbers by option, where they are not those of all (``RANGES``); a number
+    #: without a range may be any finite one. Of a tuple, each number is in the range.
+    ranges: ClassVar[Mapping[str, Range]] = MappingProxyType({})
+    #: Valid words of the class's own options that are words.
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
+    #: What the rule needs of every parameter, such as ``REAL``.
+    needs: ClassVar[tuple[Need, ...]] = ()
+    #: Options that only param groups have, and the constructor has not.
+    group_options: ClassVar[tuple[str, ...]] = ()
+    #: What this class and its bases declare of options.
+    declared: ClassVar[Declared] = UNDECLARED
     #: The constructor's options that hold for all groups, as they were given.
     given: Mapping[str, Any] = MappingProxyType({})
 
@@ -75,23 +90,20 @@ class RuleOptimizer(torch.optim.Optimizer):
         self,
         params: ParamsT,
         defaults: dict[str, Any],
-        *,
-        engine: str = "auto",
-        rounding: Rounding = "nearest",
-        state_dtype: str | torch.dtype | None = None,
-        max_grad_norm: float | None = None,
+        **common: Unpack[Common],
     ) -> None:
         name = type(self).public_name()
-        if rounding not in ROUNDINGS:
-            raise ValueError(f"{name}: rounding={rounding!r}; valid: {', '.join(ROUNDINGS)}")
-        if max_grad_norm is not None:
-            max_grad_norm = primitive(max_grad_norm)
+        asked = resolved(type(self), name, common)
+        defaults |= {option: asked[option] for option in OF_GROUPS if option in asked and option not in defaults}
+        engine, rounding, state_dtype = asked["engine"], asked["rounding"], asked["state_dtype"]
+        check_choice(name, "rounding", rounding, ROUNDINGS)
+        if (max_grad_norm := primitive(asked["max_grad_norm"])) is not None:
             check_option(name, "max_grad_norm", max_grad_norm, 1.0)
             refuse_a_part(name, f"max_grad_norm={max_grad_norm}")
         if self.rule.every or (self.matrix_rule is not None and self.matrix_rule.interval is not None):
             defaults = {**defaults, UPDATES: 0}
         primitives(defaults)
-        check_options(name, defaults, {**defaults, **_declared_defaults(type(self), defaults)})
+        check_options(name, defaults, {**defaults, **declared_defaults(type(self), defaults)}, self.declared)
         self.given = {
             **self.given,
             "engine": engine,
@@ -107,6 +119,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         )
         self._attach()
         super().__init__(params, defaults)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.declared = Declared.of(cls)
+        # What `inspect` shows, and all that reads options by it: the common ones by their names.
+        cls.__signature__ = signature(cls.__init__)  # type: ignore[attr-defined] # `inspect` looks for it
+        make_known((*own_options(cls), *cls.ranges, *cls.choices, *cls.group_options))
 
     @classmethod
     def public_name(cls) -> str:
@@ -251,11 +270,12 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name}: a param group without 'params'; it has {list(param_group)}")
             primitives(param_group)
             check_keys(name, param_group, self.defaults, self.given)
-            check_options(name, param_group, self.defaults)
+            check_options(name, param_group, self.defaults, self.declared)
             each_once(param_group)
         super().add_param_group(param_group)
         try:
-            check_parameters(name, self.param_groups[-1], self.options.rounding, self.options.state_dtype)
+            options = self.options
+            check_parameters(name, self.param_groups[-1], options.rounding, options.state_dtype, self.needs)
             self.check(self.param_groups[-1])
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -284,8 +304,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             state_dict = state_dict if result is None else result
         name = type(self).public_name()
         state_dict = readable(name, self.param_groups, state_dict)
-        required = [option for option in self.defaults if option in _OF_ANY_STATE]
-        groups = load_groups(name, self.param_groups, state_dict, self.defaults, required, self.check_saved, self.given)
+        required = [option for option in self.defaults if option in (*_OF_ANY_STATE, *self.group_options)]
+        groups = load_groups(
+            name, self.param_groups, state_dict, self.defaults, required, self.check_saved, self.given, self.declared
+        )
         state = load_state(name, groups, state_dict, self._stepper.planner_of, self.rules())
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in list(self._optimizer_load_state_dict_post_hooks.values()):
@@ -384,10 +406,3 @@ class RuleOptimizer(torch.optim.Optimizer):
 @torch._disable_dynamo
 def _outside_of_graphs(stepper: Stepper, *, inputs: Inputs | None, loss: LossScale | None) -> None:
     stepper.step(inputs=inputs, loss=loss)
-
-
-def _declared_defaults(cls: type, options: Iterable[str]) -> dict[str, Any]:
-    """The defaults in the constructor's signature: what type an option has, whatever value was given."""
-    parameters = inspect.signature(cls).parameters
-    declared = {name: parameters[name].default for name in options if name in parameters}
-    return {name: default for name, default in declared.items() if default is not inspect.Parameter.empty}

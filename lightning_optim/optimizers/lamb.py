@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar, Unpack
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lightning_optim.checks import POSITIVE_OR_NONE, Range
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.rules.ops import lerp, minimum, norm, sqrt, where
-from lightning_optim.rules.policy import Rounding
 from lightning_optim.rules.rule import Rule
+from lightning_optim.stepping.common import Common
 from lightning_optim.stepping.method import Group
 
 
@@ -55,7 +55,8 @@ class LAMB(RuleOptimizer):
               \quad \theta \leftarrow \theta - \eta\, \frac{\|\theta\|}{\|r\|}\, r
 
     The ratio is 1 where either norm is 0. Biases and norm weights (tensors of at most one dimension) take no
-    ratio and no decay.
+    ratio and no decay. Other implementations clip the gradients' global norm to 1 by default; this one does where
+    ``max_grad_norm=1.0`` says so.
 
     Args:
         params: Parameters, named parameters or param groups.
@@ -66,12 +67,7 @@ class LAMB(RuleOptimizer):
         max_weight_norm: Upper bound of the weight norm in the ratio; None: no bound.
         max_trust_ratio: Upper bound of the ratio; None: no bound.
         adapt_1d: Treat tensors of at most one dimension like all others.
-        maximize: Ascend.
-        cautious: Zero updates whose sign disagrees with the gradient's (arXiv:2411.16085).
-        engine: See :class:`~lightning_optim.optimizers.base.RuleOptimizer`, as for the following.
-        rounding: How low-precision weights are written.
-        state_dtype: Storage type of the state.
-        max_grad_norm: Clip the global gradient norm inside the step; other implementations clip to 1 by default.
+        common: What all optimizers have in common: see :class:`~lightning_optim.stepping.common.Common`.
 
     Raises:
         ValueError: An option out of its range, or unknown.
@@ -89,6 +85,7 @@ class LAMB(RuleOptimizer):
 
     paper = "arXiv:1904.00962"
     rule = Rule(lamb)
+    ranges: ClassVar[dict[str, Range]] = {"max_weight_norm": POSITIVE_OR_NONE, "max_trust_ratio": POSITIVE_OR_NONE}
 
     def __init__(
         self,
@@ -101,12 +98,7 @@ class LAMB(RuleOptimizer):
         max_weight_norm: float | None = None,
         max_trust_ratio: float | None = None,
         adapt_1d: bool = False,
-        maximize: bool = False,
-        cautious: bool = False,
-        engine: str = "auto",
-        rounding: Rounding = "nearest",
-        state_dtype: str | torch.dtype | None = None,
-        max_grad_norm: float | None = None,
+        **common: Unpack[Common],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -116,17 +108,8 @@ class LAMB(RuleOptimizer):
             "max_weight_norm": max_weight_norm,
             "max_trust_ratio": max_trust_ratio,
             "adapt_1d": adapt_1d,
-            "maximize": maximize,
-            "cautious": cautious,
         }
-        super().__init__(
-            params,
-            defaults,
-            engine=engine,
-            rounding=rounding,
-            state_dtype=state_dtype,
-            max_grad_norm=max_grad_norm,
-        )
+        super().__init__(params, defaults, **common)
 
     @classmethod
     def flags(cls, group: Group, p: Tensor, fresh: bool) -> dict[str, bool]:

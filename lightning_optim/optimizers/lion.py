@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.rules.ops import lerp, sign
-from lightning_optim.rules.policy import Rounding
 from lightning_optim.rules.rule import Rule
+from lightning_optim.stepping.common import Common
 
 
 def lion(p: Any, g: Any, exp_avg: Any, *, lr: Any, beta1: Any, beta2: Any) -> Any:
@@ -33,13 +32,8 @@ class Lion(RuleOptimizer):
         lr: Learning rate, a number or a 0-dim tensor.
         betas: Interpolation factor of the update, and decay rate of the momentum.
         weight_decay: Decay coefficient; the weights shrink by ``lr * weight_decay`` of themselves each step.
-        maximize: Ascend.
         decoupled_weight_decay: False adds ``weight_decay * p`` to the gradient instead (L2).
-        cautious: Zero updates whose sign disagrees with the gradient's (arXiv:2411.16085).
-        engine: See :class:`~lightning_optim.optimizers.base.RuleOptimizer`, as for the following.
-        rounding: How low-precision weights are written.
-        state_dtype: Storage type of the state.
-        max_grad_norm: Clip the global gradient norm inside the step.
+        common: What all optimizers have in common: see :class:`~lightning_optim.stepping.common.Common`.
 
     Raises:
         ValueError: An option out of its range, or unknown.
@@ -65,27 +59,13 @@ class Lion(RuleOptimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         *,
-        maximize: bool = False,
         decoupled_weight_decay: bool = True,
-        cautious: bool = False,
-        engine: str = "auto",
-        rounding: Rounding = "nearest",
-        state_dtype: str | torch.dtype | None = None,
-        max_grad_norm: float | None = None,
+        **common: Unpack[Common],
     ) -> None:
         defaults = {
             "lr": lr,
             "betas": betas,
             "weight_decay": weight_decay,
-            "maximize": maximize,
             "decoupled_weight_decay": decoupled_weight_decay,
-            "cautious": cautious,
         }
-        super().__init__(
-            params,
-            defaults,
-            engine=engine,
-            rounding=rounding,
-            state_dtype=state_dtype,
-            max_grad_norm=max_grad_norm,
-        )
+        super().__init__(params, defaults, **common)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lightning_optim.checks import FRACTION, Range, whole
 from lightning_optim.engines.eigenbases import Bases, eigenbasis, products, refined, reordered, rotate
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.rules.matrix import GRADIENT, MatrixRule, Stack, Transform
@@ -177,11 +178,21 @@ class SOAP(RuleOptimizer):
 
     paper = "arXiv:2409.11321"
     rule = Rule(soap)
+    ranges: ClassVar[dict[str, Range]] = {
+        "precondition_frequency": whole(1),
+        "max_precond_dim": whole(1),
+        "shampoo_beta": FRACTION.or_none(),
+    }
     matrix_rule = MatrixRule(
         GRADIENT, Eigenbases(), within=rule, slots=_SLOTS, begins=True, interval="precondition_frequency"
     )
     rest = Rest(rule, "Adam")
     default_decay: ClassVar[Decay] = "after"
+    ranges: ClassVar[dict[str, Range]] = {
+        "precondition_frequency": whole(1),
+        "max_precond_dim": whole(1),
+        "shampoo_beta": FRACTION.or_none(),
+    }
 
     def __init__(
         self,

@@ -6,16 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning_optim.stepping.ascent import ADAPTIVE, RHO
-from lightning_optim.stepping.options import CHOICES, RANGES, SWITCHES
-
-#: Switches of torch's own optimizers, which ask for nothing where they are None or False, and what there is in place
-#: of True.
-TORCH_SWITCHES: dict[str, str] = {
-    "foreach": "engine='foreach', or 'auto', which takes the fastest engine",
-    "fused": "engine='auto', which takes the fastest engine, a fused one if there is one",
-    "capturable": "capture_steps(), which records steps as a CUDA graph",
-    "differentiable": "torch.optim's own class, as engines step without autograd",
-}
+from lightning_optim.stepping.options import KNOWN_STRANGERS, TORCH_SWITCHES, known_options
 
 #: What options are called elsewhere. Under these names they would be ignored, where nobody expects it.
 SYNONYMS = {
@@ -24,9 +15,6 @@ SYNONYMS = {
     "weight_decay_rate": "weight_decay",
     "adjust_lr_fn": "adjust_lr",
 }
-
-#: Keys that programs in wide use have in their groups, and that look like slips: not so.
-KNOWN_STRANGERS = frozenset({"beta"})
 
 
 def check_switches(optimizer: str, switches: Mapping[str, Any]) -> None:
@@ -68,7 +56,7 @@ def check_keys(
     """
     defaults = list(defaults)
     valid = f"valid: {', '.join(sorted(defaults))}, and keys of your own that resemble none of them"
-    others = SWITCHES | {*RANGES, *CHOICES}
+    others = known_options()
     for key, value in group.items():
         if not isinstance(key, str):
             raise TypeError(f"{optimizer}: a param group has the key {key!r}, a {type(key).__name__}; valid: strings")

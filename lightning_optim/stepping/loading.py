@@ -18,7 +18,7 @@ from lightning_optim.rules.rule import Rule
 from lightning_optim.rules.slots import Slot
 from lightning_optim.stepping.group_keys import near_miss
 from lightning_optim.stepping.names import by_name
-from lightning_optim.stepping.options import CHOICES, RANGES, SWITCHES, check_option
+from lightning_optim.stepping.options import UNDECLARED, Declared, check_option, known_options
 from lightning_optim.stepping.preparing import zeros_for
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def load_groups(
     required: Sequence[str],
     check: Callable[[Group], None],
     constructor: Mapping[str, Any],
+    declared: Declared = UNDECLARED,
 ) -> list[Group]:
     """The saved param groups with this optimizer's parameters.
 
@@ -82,6 +83,7 @@ def load_groups(
         check: The optimizer's own check of a group's options together.
         required: Options that any state of this kind of optimizer has.
         constructor: The constructor's other options.
+        declared: What its class declares of the options.
 
     Raises:
         ValueError: Other groups, other numbers of parameters, a parameter twice, or another optimizer's options.
@@ -106,7 +108,7 @@ def load_groups(
                 f"{where} has no {', '.join(missing)}: the state of another optimizer? It has {sorted(new)}"
             )
         # Only what is known as another optimizer's option: a key of the user's own must not make a run lose its state.
-        others = (SWITCHES | {*RANGES, *CHOICES}) - {*defaults, *constructor, *group}
+        others = known_options() - {*defaults, *constructor, *group}
         if foreign := sorted(set(new) & others):
             raise ValueError(
                 f"{where} has {', '.join(map(repr, foreign))}: the state of another "
@@ -116,7 +118,7 @@ def load_groups(
             if (meant := near_miss(key, defaults)) and meant not in new:
                 raise ValueError(f"{where} has {key!r}, and no {meant!r} (did you mean that?)")
         for name, default in defaults.items():
-            check_option(optimizer, name, new.setdefault(name, default), default)
+            check_option(optimizer, name, new.setdefault(name, default), default, declared)
         new = {"params": group["params"], **new}
         check(new)
         if "param_names" in group:

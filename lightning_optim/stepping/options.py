@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -14,47 +15,82 @@ from lightning_optim.checks import (
     FRACTION,
     NONNEGATIVE,
     POSITIVE,
-    POSITIVE_OR_NONE,
     Range,
     check_choice,
     check_number,
     check_numbers,
     check_switch,
-    whole,
 )
 from lightning_optim.stepping.tensors import problem_of_weight
 from lightning_optim.warnings import warn_user
 
+#: Switches of torch's own optimizers, which ask for nothing where they are None or False, and what there is in place
+#: of True.
+TORCH_SWITCHES: dict[str, str] = {
+    "foreach": "engine='foreach', or 'auto', which takes the fastest engine",
+    "fused": "engine='auto', which takes the fastest engine, a fused one if there is one",
+    "capturable": "capture_steps(), which records steps as a CUDA graph",
+    "differentiable": "torch.optim's own class, as engines step without autograd",
+}
+
 #: Valid ranges of the options that mean the same in every optimizer that has them.
-RANGES: dict[str, Range] = {
+RANGES: Mapping[str, Range] = {
     "lr": NONNEGATIVE,
-    "adamw_lr": NONNEGATIVE,
     "betas": FRACTION,
     "eps": NONNEGATIVE,
     "weight_decay": NONNEGATIVE,
     "momentum": NONNEGATIVE,
-    "dampening": FINITE,
-    "ns_steps": Range(lambda x: 1 <= x < 100 and x % 1 == 0, "a number of steps from 1 to 99"),
-    "precondition_frequency": whole(1),
-    "max_precond_dim": whole(1),
-    "shampoo_beta": FRACTION.or_none(),
-    "max_weight_norm": POSITIVE_OR_NONE,
-    "max_trust_ratio": POSITIVE_OR_NONE,
     "max_grad_norm": POSITIVE,
 }
 
-#: Valid words by option name.
-CHOICES: dict[str, tuple[str, ...]] = {
-    "adjust_lr": ("original", "match_rms_adamw"),
-    "ns_coefficients": ("muon", "polar_express"),
-}
 
-#: Switches of single rules. With the ranges and choices, they are what tells one optimizer's saved options from
-#: another's.
-SWITCHES = frozenset({"adapt_1d", "amsgrad", "nesterov", "stacked", "use_muon"})
+@dataclass(frozen=True)
+class Declared:
+    """What the options of a class may be, as it declares them.
+
+    Attributes:
+        ranges: Of numbers, and of each number in a tuple. A number without a range may be any finite one.
+        choices: The valid words of options that are words.
+    """
+
+    ranges: Mapping[str, Range] = field(default_factory=lambda: RANGES)
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, optimizer: type) -> Declared:
+        """What a class and those that it inherits from declare as ``ranges`` and ``choices``."""
+        ranges, choices = dict(RANGES), dict[str, tuple[str, ...]]()
+        for base in reversed(optimizer.__mro__):
+            ranges |= base.__dict__.get("ranges", {})
+            choices |= base.__dict__.get("choices", {})
+        return cls(ranges, choices)
 
 
-def check_option(optimizer: str, name: str, value: Any, default: Any) -> None:
+#: What holds for classes that declare nothing.
+UNDECLARED = Declared()
+
+#: Options by which one optimizer's saved groups are told from another's: those of every class there is.
+_KNOWN: set[str] = {"max_grad_norm"}
+
+#: Options that are also keys of groups which wrappers and trainers in wide use keep there for themselves.
+KNOWN_STRANGERS = frozenset({"beta", "rho", "adaptive"})
+
+
+#: Options that tell no optimizer from another: torch's AdamW saves its form of decay, which it cannot be given.
+_OF_SEVERAL = frozenset({"decoupled_weight_decay"})
+
+
+def make_known(options: Iterable[str]) -> None:
+    """Have options be known as an optimizer's, so that no other one ignores them in a group or a state."""
+    _KNOWN.update(set(options) - KNOWN_STRANGERS - _OF_SEVERAL - TORCH_SWITCHES.keys())
+
+
+def known_options() -> frozenset[str]:
+    """The options of all optimizers, but for those that all have in common."""
+    return frozenset(_KNOWN)
+
+
+def check_option(optimizer: str, name: str, value: Any, default: Any, declared: Declared = UNDECLARED) -> None:
     """Check one option of a param group.
 
     Args:
@@ -62,23 +98,26 @@ def check_option(optimizer: str, name: str, value: Any, default: Any) -> None:
         name: The option's name.
         value: Its value.
         default: The optimizer's default, whose type (bool, number or tuple of numbers) the value must have.
+        declared: What the optimizer's class declares.
 
     Raises:
         ValueError: A value out of its range.
         TypeError: A value of another type.
     """
-    valid = RANGES.get(name, FINITE)
+    valid = declared.ranges.get(name, FINITE)
     if isinstance(default, bool):
         check_switch(optimizer, name, value)
-    elif isinstance(default, tuple):
+    elif isinstance(default, tuple | list):
         check_numbers(optimizer, name, value, valid, len(default), tensors=True)
-    elif name in CHOICES:
-        check_choice(optimizer, name, value, CHOICES[name])
-    elif name in RANGES or isinstance(default, Real):
+    elif name in declared.choices:
+        check_choice(optimizer, name, value, declared.choices[name])
+    elif name in declared.ranges or isinstance(default, Real):
         check_number(optimizer, name, value, valid, tensors=True)
 
 
-def check_options(optimizer: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def check_options(
+    optimizer: str, group: Mapping[str, Any], defaults: Mapping[str, Any], declared: Declared = UNDECLARED
+) -> None:
     """Check all options that a param group sets.
 
     Raises:
@@ -87,7 +126,7 @@ def check_options(optimizer: str, group: Mapping[str, Any], defaults: Mapping[st
     """
     for name, default in defaults.items():
         if name in group:
-            check_option(optimizer, name, group[name], default)
+            check_option(optimizer, name, group[name], default, declared)
 
 
 def each_once(group: dict[str, Any]) -> None:
@@ -118,13 +157,43 @@ def each_once(group: dict[str, Any]) -> None:
     )
 
 
-def check_parameters(optimizer: str, group: Mapping[str, Any], rounding: str, state_dtype: torch.dtype | None) -> None:
+@dataclass(frozen=True)
+class Need:
+    """What a rule needs of every parameter.
+
+    Attributes:
+        holds: Whether a parameter has it.
+        words: What is valid, in words.
+    """
+
+    holds: Callable[[Tensor], bool]
+    words: str
+
+
+#: For rules that have no meaning for complex numbers.
+REAL = Need(lambda p: not p.is_complex(), "real weights")
+
+
+def check_parameters(
+    optimizer: str,
+    group: Mapping[str, Any],
+    rounding: str,
+    state_dtype: torch.dtype | None,
+    needs: Sequence[Need] = (),
+) -> None:
     """Check the tensors of a new param group.
+
+    Args:
+        optimizer: The optimizer's name.
+        group: The group.
+        rounding: How low-precision weights are written.
+        state_dtype: The storage type of the state.
+        needs: What the optimizer needs of each parameter.
 
     Raises:
         TypeError: A parameter of a type that has no gradient.
         ValueError: A parameter that cannot be written element by element, or of a type that the rounding or the state's
-            type do not go with.
+            type do not go with, or without what the optimizer needs.
     """
     for index, p in enumerate(group["params"]):
         wide = p.dtype in (torch.float64, torch.complex128)
@@ -144,6 +213,14 @@ def check_parameters(optimizer: str, group: Mapping[str, Any], rounding: str, st
             )
         if (problem := problem_of_weight(p)) is not None:
             raise ValueError(f"{optimizer}: parameter {index} of the group cannot be stepped: {problem}")
+        for need in needs:
+            if not need.holds(p):
+                names = group.get("param_names")
+                which = f"parameter {index} of the group" + (f", {names[index]!r}," if names else "")
+                raise ValueError(
+                    f"{optimizer}: {which} has shape {tuple(p.shape)} and {p.dtype}, for which there is no "
+                    f"{optimizer}; valid: {need.words}"
+                )
 
 
 def parse_dtype(name: str, value: str | torch.dtype | None) -> torch.dtype | None:

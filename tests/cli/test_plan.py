@@ -169,7 +169,7 @@ def test_this_machine_is_saved_and_loaded(tmp_path: Path, capsys: pytest.Capture
         (["--weights=1e9", "--optimizer"], ["--optimizer needs a value"]),
         (["--weights=1e9", "--model=X"], ["unknown argument '--model'"]),
         (["--weights=1e9", "--optimizer=lightning_optim.optimizers.sam.SAM"], ["argument: 'base'"]),
-        (["--weights=1e9", "--ranks=0"], ["ranks=0; valid: an integer >= 1"]),
+        (["--weights=1e9", "--ranks=0"], ["ranks=0; valid: a whole number >= 1"]),
         (["--weights=1e9", "--machine=/nowhere.json"], ["/nowhere.json"]),
         ([f"--model={HERE}.Huge", "--dtype=bfloat16"], ["--dtype goes with --weights"]),
         ([f"--model={HERE}.Huge"], ["Huge has no configure_optimizers of its own", "--optimizer"]),

@@ -152,8 +152,8 @@ def test_another_state_is_refused() -> None:
 
 
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
-    "factor": ({"factor": 1.0}, ValueError, "factor=1.0; valid: a number above 0 and below 1"),
-    "recover": ({"recover_steps": 0}, ValueError, "recover_steps=0; valid: a whole number of at least 1"),
+    "factor": ({"factor": 1.0}, ValueError, r"factor=1.0; valid: a number in \(0, 1\)"),
+    "recover": ({"recover_steps": 0}, ValueError, "recover_steps=0; valid: a whole number >= 1"),
     "undos": ({"max_undos": 0}, ValueError, "max_undos=0"),
     "in a row": ({"max_consecutive": 2.0}, TypeError, r"max_consecutive=2.0"),
     "after": ({"after_cap": "pray"}, ValueError, "after_cap='pray'; valid: continue, stop, raise"),

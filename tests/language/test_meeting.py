@@ -25,7 +25,7 @@ def by_hand(steps: int) -> tuple[list[torch.Tensor], dict[str, float]]:
     for step in range(steps):
         holders = weights(torch.float64)
         give_gradients(holders, step)
-        gs = [p.grad for p in holders]
+        gs = [p.grad for p in holders if p.grad is not None]
         travelled = 0.9 * travelled + builtins.sum(
             (step + 1) * float((g * (a - p)).sum()) for g, a, p in zip(gs, p0, ps, strict=True)
         )

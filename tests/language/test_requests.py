@@ -17,7 +17,7 @@ def test_something_comes_at_every_third_step(engine: str) -> None:
     optimizer = Refreshed(params, engine=engine)
     for step in range(7):
         give_gradients(params, step)
-        estimates = {p: torch.full_like(p, float(step)) for p in params}
+        estimates: dict[torch.Tensor, torch.Tensor] = {p: torch.full_like(p, float(step)) for p in params}
         optimizer._stepper.step(inputs={"estimate": estimates} if step % 3 == 0 else None)
         for i, p in enumerate(params):
             assert p.grad is not None

@@ -10,6 +10,7 @@ from lightning_optim import create_optimizer, list_optimizers, optimizer_info
 from lightning_optim.engines import ENGINES
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.registry import CLOSURE_OPTIMIZERS, OPTIMIZERS, WRAPPERS
+from lightning_optim.stepping.common import Common
 
 from .common import each, gradient, known_warnings, make, parameters, train
 
@@ -63,7 +64,8 @@ def test_constructor(name: str) -> None:
     assert common <= set(info.options)
     assert isinstance(info.create(parameters()), RuleOptimizer)
     for option in info.options:
-        assert f"        {option}: " in (info.cls.__doc__ or ""), f"{option} is not documented"
+        documented = (info.cls.__doc__ or "") + (Common.__doc__ or "")
+        assert f"        {option}: " in documented, f"{option} is not documented"
     of_all_groups = {"engine", "rounding", "state_dtype", "max_grad_norm", "adamw_lr", "adamw_patterns"}
     assert set(make(name, parameters()).defaults) - {"use_muon"} == set(info.options) - of_all_groups
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_optim.optimizers import RuleOptimizer
 from lightning_optim.registry import OPTIMIZERS
 from lightning_optim.rules.policy import Decay
-from lightning_optim.stepping.group_keys import TORCH_SWITCHES
+from lightning_optim.stepping.options import TORCH_SWITCHES
 
 from .common import (
     ENGINE,
