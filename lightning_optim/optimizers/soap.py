@@ -188,11 +188,6 @@ class SOAP(RuleOptimizer):
     )
     rest = Rest(rule, "Adam")
     default_decay: ClassVar[Decay] = "after"
-    ranges: ClassVar[dict[str, Range]] = {
-        "precondition_frequency": whole(1),
-        "max_precond_dim": whole(1),
-        "shampoo_beta": FRACTION.or_none(),
-    }
 
     def __init__(
         self,

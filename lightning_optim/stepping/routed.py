@@ -274,7 +274,7 @@ class RoutedStepper(Stepper):
         warn_once(
             f"lightning-optim: the step of {self.method.public_name()} is not captured as a CUDA graph (matrices are "
             "transformed between its kernels)",
-            key="capture: matrices",
+            key=f"capture: matrices of {self.method.public_name()}",
         )
         return False
 
