@@ -24,7 +24,7 @@ from lightning_optim.stepping.divided import refuse_a_part
 from lightning_optim.stepping.group_keys import check_keys
 from lightning_optim.stepping.links import Rest
 from lightning_optim.stepping.loading import load_groups, load_state, readable
-from lightning_optim.stepping.method import Group, Inputs, Options, Owner
+from lightning_optim.stepping.method import UPDATES, Group, Inputs, Options, Owner
 from lightning_optim.stepping.options import (
     UNDECLARED,
     Declared,
@@ -95,6 +95,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         if (max_grad_norm := primitive(asked["max_grad_norm"])) is not None:
             check_option(name, "max_grad_norm", max_grad_norm, 1.0)
             refuse_a_part(name, f"max_grad_norm={max_grad_norm}")
+        if self.rule.every or (self.matrix_rule is not None and self.matrix_rule.interval is not None):
+            defaults = {**defaults, UPDATES: 0}
         primitives(defaults)
         check_options(name, defaults, {**defaults, **declared_defaults(type(self), defaults)}, self.declared)
         self.given = {**self.given, **asked, "max_grad_norm": max_grad_norm}

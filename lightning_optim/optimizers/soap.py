@@ -90,7 +90,7 @@ class Eigenbases(Transform):
 
 def _preconditioned(group: Group, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The dimensions of a weight that have a basis."""
-    if len(shape) < 2 and not group["precondition_1d"]:
+    if len(shape) < 2:
         return ()
     return tuple(dimension for dimension, size in enumerate(shape) if 0 < size <= group["max_precond_dim"])
 
@@ -130,8 +130,8 @@ class SOAP(RuleOptimizer):
     - A parameter's first gradient makes :math:`L, R` and the bases; there is no update, and no decay. The first
       update is its second.
     - A weight of more dimensions, as a convolution's kernel, has a basis for each one.
-    - Vectors and scalars are stepped by Adam (``precondition_1d``: vectors too have a basis), and so are weights all
-      of whose dimensions are larger than ``max_precond_dim``; one with a dimension that is has none for that.
+    - Vectors and scalars are stepped by Adam, and so are weights all of whose dimensions are larger than
+      ``max_precond_dim``. Of others, the dimensions that are have no basis.
 
     State: beside ``step``, ``exp_avg`` and ``exp_avg_sq`` (in the eigenbases), the matrices ``gg_0``, ``gg_1``, …
     (the authors' ``GG``) and ``q_0``, ``q_1``, … (their ``Q``) by dimension: for a square weight, four more times its
@@ -154,7 +154,6 @@ class SOAP(RuleOptimizer):
         precondition_frequency: After how many steps the bases are renewed.
         max_precond_dim: Dimensions that are larger than this have no basis: those of vocabularies, say.
         shampoo_beta: Decay rate of the averaged products; None: the second of ``betas``.
-        precondition_1d: Whether vectors have a basis.
         common: What all optimizers have in common: see :class:`~lightning_optim.stepping.common.CommonOfMatrices`.
 
     Raises:
@@ -198,7 +197,6 @@ class SOAP(RuleOptimizer):
         max_precond_dim: int = 10000,
         *,
         shampoo_beta: float | None = None,
-        precondition_1d: bool = False,
         **common: Unpack[CommonOfMatrices],
     ) -> None:
         defaults = {
@@ -209,7 +207,6 @@ class SOAP(RuleOptimizer):
             "precondition_frequency": precondition_frequency,
             "max_precond_dim": max_precond_dim,
             "shampoo_beta": shampoo_beta,
-            "precondition_1d": precondition_1d,
         }
         super().__init__(params, defaults, **common)
 
