@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,15 @@ def pytest_configure(config: pytest.Config) -> None:
     # Under pytest-xdist processes share the cores: more threads than that only wait for each other.
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@pytest.fixture(autouse=True)
+def _answers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no loss, what steps ask for is made up."""
+    from answering import EVALUATE, make_up_answers
+
+    if not set(EVALUATE) & set(Path(str(request.path)).parts):
+        make_up_answers(monkeypatch)
 
 
 @pytest.fixture

@@ -218,5 +218,7 @@ def _moved(kind: str, p: Tensor, g: Tensor, update: Update, o: Options) -> Tenso
     size, change = (float(o["lr"]), update) if isinstance(update, Tensor) else (update[0], update[0] * update[1])
     if o.get("cautious"):
         change = cautious(change, g)
-    shrink = size * o["weight_decay"] if kind in ("decoupled", "proximal") else 0.0
+    shrink = size * o["weight_decay"] if kind in ("decoupled", "after", "proximal") else 0.0
+    if kind == "after":
+        return (p - change) * (1 - shrink)
     return p - shrink * p - change if kind == "decoupled" else (p - change) / (1 + shrink)
