@@ -12,6 +12,7 @@ symmetric: :mod:`lightning_optim.engines.triton.symmetric` computes half of each
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.engines.ambient import no_autocast
+from lightning_optim.rules.matrix import Group, Stack, Transform
 from lightning_optim.warnings import warn_once
 
 #: ``(a, b, c)`` of the polynomial ``a x + b x³ + c x⁵`` of one step.
@@ -152,6 +154,43 @@ def orthogonalize(
             B = product(A, A, alpha=c, beta=b)  # A is its own transpose
             X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)
     return X.view(x.shape).to(x.dtype)
+
+
+class Orthogonalized(Transform):
+    """Muon's transform: Newton–Schulz, with the size of the update in the last step's polynomial."""
+
+    any_order = True
+    workspace = 2  # bfloat16
+
+    def shape(self, group: Group, p: Tensor) -> tuple[int, ...] | None:
+        """See :meth:`Transform.shape`."""
+        return matrices(p.shape, group["stacked"]) if p.numel() and p.ndim >= 2 else None
+
+    def constants(self, group: Group, shape: tuple[int, ...]) -> tuple[Triple, ...]:
+        """See :meth:`Transform.constants`: the polynomial of each step."""
+        rows, columns = shape
+        steps = int(group["ns_steps"])
+        schedule = (MUON,) * steps if group["ns_coefficients"] == "muon" else polar_express(steps)
+        size = max(1.0, rows / columns) ** 0.5 if group["adjust_lr"] == "original" else 0.2 * max(rows, columns) ** 0.5
+        a, b, c = schedule[-1]
+        return (*schedule[:-1], (size * a, size * b, size * c))
+
+    def dtype(self, p: Tensor) -> torch.dtype:
+        """See :meth:`Transform.dtype`: what :func:`orthogonalize` multiplies in."""
+        if p.dtype == torch.float64:
+            return torch.float64
+        return torch.bfloat16 if p.is_cuda else torch.float32
+
+    def forth(self, x: Tensor, stack: Stack) -> Tensor:
+        """See :meth:`Transform.forth`."""
+        return orthogonalize(x, steps=len(stack.constants), coefficients=stack.constants)
+
+
+def matrices(shape: torch.Size, stacked: bool) -> tuple[int, int, int]:
+    """As how many matrices, of how many rows and columns, a weight of two or more dimensions is stepped."""
+    if len(shape) == 3 and stacked:
+        return shape[0], shape[1], shape[2]
+    return 1, shape[0], math.prod(shape[1:])
 
 
 def _schedule(steps: int, coefficients: Triple | Sequence[Triple]) -> list[Triple]:

@@ -20,6 +20,7 @@ from lightning_optim.offload.placing import Placement
 from lightning_optim.offload.replicas import Replicas
 from lightning_optim.offload.transport import Ticket
 from lightning_optim.offload.worker import Job
+from lightning_optim.stepping.method import UPDATES
 from lightning_optim.stepping.shards import local
 
 
@@ -96,6 +97,8 @@ class Execution:
         if landing is not None:
             landing.begin(by_bucket, partial(host.start, jobs))
         host.start(jobs)
+        if self._placement.whole is None:
+            _count(optimizer, work)
         # By this schedulers see that a step came before theirs.
         optimizer._opt_called = True  # type: ignore[attr-defined] # torch sets it the same way, from outside
         self.finish(None if landing is None else here)
@@ -174,3 +177,11 @@ class Execution:
         jobs = self._jobs or []
         self._host.start(jobs)
         return [error for job in jobs if (error := job.exception()) is not None]
+
+
+def _count(optimizer: Optimizer, work: Sequence[OffloadBucket]) -> None:
+    """Count one more step of the param groups whose steps are counted: buckets have but copies of these."""
+    for row in {place.row for bucket in work for place in bucket.places}:
+        group = optimizer.param_groups[row]
+        if UPDATES in group:
+            group[UPDATES] += 1

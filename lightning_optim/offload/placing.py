@@ -19,7 +19,8 @@ from lightning_optim.offload.masters import View, bring_state, master_of
 from lightning_optim.offload.options import DetachedOptions
 from lightning_optim.offload.replicas import Replicas
 from lightning_optim.offload.shared_memory import check_memory
-from lightning_optim.offload.transport import Transport, transport_for
+from lightning_optim.offload.transport import Transport
+from lightning_optim.offload.transports import transport_for
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.stepping.evaluations import request_of
 from lightning_optim.stepping.shards import local

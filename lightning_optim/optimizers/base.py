@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.checks import Range, check_choice
-from lightning_optim.engines.base import requested_engine
+from lightning_optim.engines.choice import requested_engine
 from lightning_optim.engines.scaling import LossScale
 from lightning_optim.param_groups import Kinds
 from lightning_optim.primitives import primitive, primitives
@@ -100,7 +100,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if (max_grad_norm := primitive(asked["max_grad_norm"])) is not None:
             check_option(name, "max_grad_norm", max_grad_norm, 1.0)
             refuse_a_part(name, f"max_grad_norm={max_grad_norm}")
-        if self.rule.every:
+        if self.rule.every or (self.matrix_rule is not None and self.matrix_rule.interval is not None):
             defaults = {**defaults, UPDATES: 0}
         primitives(defaults)
         check_options(name, defaults, {**defaults, **declared_defaults(type(self), defaults)}, self.declared)

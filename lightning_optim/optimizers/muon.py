@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +13,16 @@ from torch.nn.parameter import is_lazy as is_uninitialized
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.checks import NONNEGATIVE, Range, check_number
-from lightning_optim.engines.newton_schulz import MUON, Triple, orthogonalize, polar_express
+from lightning_optim.engines.newton_schulz import MUON, Orthogonalized, matrices
 from lightning_optim.known_as import known_as
 from lightning_optim.optimizers.adam import ADAM
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.param_groups import Kinds
 from lightning_optim.primitives import primitive
-from lightning_optim.rules.matrix import MatrixRule, Stack, Transform
+from lightning_optim.rules.matrix import MatrixRule
 from lightning_optim.rules.ops import lerp
-from lightning_optim.rules.policy import Rounding
 from lightning_optim.rules.rule import Rule
+from lightning_optim.stepping.common import CommonOfMatrices
 from lightning_optim.stepping.divided import divided_by
 from lightning_optim.stepping.links import Rest
 from lightning_optim.stepping.method import Group
@@ -47,43 +46,6 @@ def muon(p: Any, g: Any, momentum_buffer: Any, *, momentum: Any, nesterov: bool)
 def move(p: Any, g: Any, *, lr: Any) -> Any:
     """The rule by which a weight follows its orthogonalized direction."""
     return lr * g
-
-
-class Orthogonalized(Transform):
-    """Newton–Schulz, with the size of the update in the last step's polynomial."""
-
-    any_order = True
-    workspace = 2  # bfloat16
-
-    def shape(self, group: Group, p: Tensor) -> tuple[int, ...] | None:
-        """See :meth:`Transform.shape`."""
-        return matrices(p.shape, group["stacked"]) if p.numel() and p.ndim >= 2 else None
-
-    def constants(self, group: Group, shape: tuple[int, ...]) -> tuple[Triple, ...]:
-        """See :meth:`Transform.constants`: the polynomial of each step."""
-        rows, columns = shape
-        steps = int(group["ns_steps"])
-        schedule = (MUON,) * steps if group["ns_coefficients"] == "muon" else polar_express(steps)
-        size = max(1.0, rows / columns) ** 0.5 if group["adjust_lr"] == "original" else 0.2 * max(rows, columns) ** 0.5
-        a, b, c = schedule[-1]
-        return (*schedule[:-1], (size * a, size * b, size * c))
-
-    def dtype(self, p: Tensor) -> torch.dtype:
-        """See :meth:`Transform.dtype`: what :func:`orthogonalize` multiplies in."""
-        if p.dtype == torch.float64:
-            return torch.float64
-        return torch.bfloat16 if p.is_cuda else torch.float32
-
-    def forth(self, x: Tensor, stack: Stack) -> Tensor:
-        """See :meth:`Transform.forth`."""
-        return orthogonalize(x, steps=len(stack.constants), coefficients=stack.constants)
-
-
-def matrices(shape: torch.Size, stacked: bool) -> tuple[int, int, int]:
-    """As how many matrices, of how many rows and columns, a weight of two or more dimensions is stepped."""
-    if len(shape) == 3 and stacked:
-        return shape[0], shape[1], shape[2]
-    return 1, shape[0], math.prod(shape[1:])
 
 
 @dataclass(frozen=True)
@@ -179,12 +141,8 @@ class MuonOptim(RuleOptimizer):
         adamw_lr: Learning rate of the AdamW groups.
         betas: Decay rates of AdamW's two averages.
         eps: Added to AdamW's denominator.
-        maximize: Ascend.
         adamw_patterns: Globs of the names of matrices that go to AdamW; None: ``EMBEDDINGS_AND_HEADS``.
-        engine: See :class:`~lightning_optim.optimizers.base.RuleOptimizer`, as for the following.
-        rounding: How low-precision weights are written.
-        state_dtype: Storage type of the state.
-        max_grad_norm: Clip the global gradient norm, over both kinds, inside the step.
+        common: What all optimizers have in common: see :class:`~lightning_optim.stepping.common.CommonOfMatrices`.
 
     Raises:
         ValueError: An option out of its range, or unknown; ``use_muon=True`` for what is no real matrix.
@@ -232,12 +190,8 @@ class MuonOptim(RuleOptimizer):
         adamw_lr: float | Tensor = _ADAMW_LR,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
-        maximize: bool = False,
         adamw_patterns: Sequence[str] | None = None,
-        engine: str = "auto",
-        rounding: Rounding = "nearest",
-        state_dtype: str | torch.dtype | None = None,
-        max_grad_norm: float | None = None,
+        **common: Unpack[CommonOfMatrices],
     ) -> None:
         defaults = {
             "lr": primitive(lr),
@@ -250,21 +204,13 @@ class MuonOptim(RuleOptimizer):
             "stacked": stacked,
             "betas": betas,
             "eps": eps,
-            "maximize": maximize,
             "use_muon": None,
         }
         lr, adamw_lr = primitive(lr), primitive(adamw_lr)
         self.routing = _routing(lr, adamw_lr, adamw_patterns)
         self.given = {"adamw_lr": adamw_lr, "adamw_patterns": adamw_patterns}
         self._in_constructor = True
-        super().__init__(
-            params,
-            defaults,
-            engine=engine,
-            rounding=rounding,
-            state_dtype=state_dtype,
-            max_grad_norm=max_grad_norm,
-        )
+        super().__init__(params, defaults, **common)
         self._in_constructor = False
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from lightning_optim.engines.eigenbases import Bases, eigenbasis, products, refi
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.rules.matrix import GRADIENT, MatrixRule, Stack, Transform
 from lightning_optim.rules.ops import lerp, sqrt
-from lightning_optim.rules.policy import Decay, Rounding
+from lightning_optim.rules.policy import Decay
 from lightning_optim.rules.rule import Rule
 from lightning_optim.rules.slots import Slot
+from lightning_optim.stepping.common import CommonOfMatrices
 from lightning_optim.stepping.links import Rest
 from lightning_optim.stepping.method import Group
 
@@ -89,7 +90,7 @@ class Eigenbases(Transform):
 
 def _preconditioned(group: Group, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The dimensions of a weight that have a basis."""
-    if len(shape) < 2 and not group["precondition_1d"]:
+    if len(shape) < 2:
         return ()
     return tuple(dimension for dimension, size in enumerate(shape) if 0 < size <= group["max_precond_dim"])
 
@@ -129,8 +130,8 @@ class SOAP(RuleOptimizer):
     - A parameter's first gradient makes :math:`L, R` and the bases; there is no update, and no decay. The first
       update is its second.
     - A weight of more dimensions, as a convolution's kernel, has a basis for each one.
-    - Vectors and scalars are stepped by Adam (``precondition_1d``: vectors too have a basis), and so are weights all
-      of whose dimensions are larger than ``max_precond_dim``; one with a dimension that is has none for that.
+    - Vectors and scalars are stepped by Adam, and so are weights all of whose dimensions are larger than
+      ``max_precond_dim``. Of others, the dimensions that are have no basis.
 
     State: beside ``step``, ``exp_avg`` and ``exp_avg_sq`` (in the eigenbases), the matrices ``gg_0``, ``gg_1``, …
     (the authors' ``GG``) and ``q_0``, ``q_1``, … (their ``Q``) by dimension: for a square weight, four more times its
@@ -153,12 +154,7 @@ class SOAP(RuleOptimizer):
         precondition_frequency: After how many steps the bases are renewed.
         max_precond_dim: Dimensions that are larger than this have no basis: those of vocabularies, say.
         shampoo_beta: Decay rate of the averaged products; None: the second of ``betas``.
-        precondition_1d: Whether vectors have a basis.
-        maximize: Ascend.
-        engine: See :class:`~lightning_optim.optimizers.base.RuleOptimizer`, as for the following.
-        rounding: How low-precision weights are written.
-        state_dtype: Storage type of the averages.
-        max_grad_norm: Clip the global gradient norm inside the step.
+        common: What all optimizers have in common: see :class:`~lightning_optim.stepping.common.CommonOfMatrices`.
 
     Raises:
         ValueError: An option out of its range, or unknown; a weight of more than five dimensions.
@@ -201,12 +197,7 @@ class SOAP(RuleOptimizer):
         max_precond_dim: int = 10000,
         *,
         shampoo_beta: float | None = None,
-        precondition_1d: bool = False,
-        maximize: bool = False,
-        engine: str = "auto",
-        rounding: Rounding = "nearest",
-        state_dtype: str | torch.dtype | None = None,
-        max_grad_norm: float | None = None,
+        **common: Unpack[CommonOfMatrices],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -216,17 +207,8 @@ class SOAP(RuleOptimizer):
             "precondition_frequency": precondition_frequency,
             "max_precond_dim": max_precond_dim,
             "shampoo_beta": shampoo_beta,
-            "precondition_1d": precondition_1d,
-            "maximize": maximize,
         }
-        super().__init__(
-            params,
-            defaults,
-            engine=engine,
-            rounding=rounding,
-            state_dtype=state_dtype,
-            max_grad_norm=max_grad_norm,
-        )
+        super().__init__(params, defaults, **common)
 
     @classmethod
     def check(cls, group: Group) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.engines.base import Bucket, Decision, Engine, Layout, choose, dtype_name
+from lightning_optim.engines.base import Bucket, Decision, Engine, Layout, dtype_name
+from lightning_optim.engines.choice import choose
 from lightning_optim.engines.memory import (
     Ranges,
     Reading,

@@ -85,8 +85,9 @@ def zeros_for(p: Tensor, slot: Slot, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=p.device)
     from torch.distributed.tensor import Replicate, zeros  # only who has DTensors needs it
 
+    whole = [dimension >= len(shape) or shape[dimension] != size for dimension, size in enumerate(p.shape)]
     placements = [
-        Replicate() if place.is_replicate() or shape[place.dim] != p.shape[place.dim] else place
+        Replicate() if place.is_replicate() or whole[place.dim] else place
         for place in p.placements  # type: ignore[attr-defined] # of a DTensor
     ]
     return zeros(shape, dtype=dtype, device_mesh=p.device_mesh, placements=placements)  # type: ignore[attr-defined]

@@ -274,7 +274,7 @@ class RoutedStepper(Stepper):
         warn_once(
             f"lightning-optim: the step of {self.method.public_name()} is not captured as a CUDA graph (matrices are "
             "transformed between its kernels)",
-            key="capture: matrices",
+            key=f"capture: matrices of {self.method.public_name()}",
         )
         return False
 
@@ -308,7 +308,7 @@ class RoutedStepper(Stepper):
         found: dict[Tensor, Tensor] = {}
         for number, (group, p) in enumerate(self._places() if self.rule.begins else ()):
             g = p.grad if grads is None else grads.get(p)
-            if g is None:
+            if g is None or not p.numel():
                 continue
             state, planner = self.owner.state.get(p) or {}, self.planner_of(group, p)
             if all(state.get(slot) is None for slot in planner.method.rule.all_slots):

@@ -19,7 +19,7 @@ from torch.optim import SGD, Optimizer
 
 from lightning_optim.adopt import give_counters_back, stepper_for, why_not_adopted
 from lightning_optim.control.step_in_backward import StepInBackward
-from lightning_optim.engines.base import requested_engine
+from lightning_optim.engines.choice import requested_engine
 from lightning_optim.engines.scaling import LossScale
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.stepping.method import Inputs, Options

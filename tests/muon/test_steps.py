@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_optim import Muon
 from lightning_optim.control.step_in_backward import StepInBackward
-from lightning_optim.optimizers import muon as transforms
+from lightning_optim.engines import newton_schulz
 
 from .common import each_engine, give_gradients, muon, normal, train, weights
 
@@ -93,7 +93,7 @@ def test_batches_are_their_matrices_one_by_one(engine: str, monkeypatch: pytest.
     together, apart = weights(), weights()
     optimizer, single = muon(together, engine=engine), [muon([p], engine=engine) for p in apart]
     batches: list[int] = []
-    orthogonalize = transforms.orthogonalize
+    orthogonalize = newton_schulz.orthogonalize
 
     def noting(x: Tensor, **options: Any) -> Tensor:
         batches.append(len(x))
@@ -101,7 +101,7 @@ def test_batches_are_their_matrices_one_by_one(engine: str, monkeypatch: pytest.
 
     for step in range(3):
         with monkeypatch.context() as patch:
-            patch.setattr(transforms, "orthogonalize", noting)
+            patch.setattr(newton_schulz, "orthogonalize", noting)
             train(optimizer, together, [step])
         give_gradients(apart, step)
         for one in single:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .shared import Options, State, average
 
-DECAY = "none"  # it comes after the update
+DECAY = "after"
 BASE: dict[str, Any] = {"lr": 0.02, "precondition_frequency": 3}
 VARIANTS: dict[str, dict[str, Any]] = {
     "betas_eps": {"betas": (0.3, 0.6), "eps": 0.1},
@@ -22,7 +22,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "every_step": {"precondition_frequency": 1},
     "one_side": {"max_precond_dim": 3},
     "no_sides": {"max_precond_dim": 1, "weight_decay": 0.1},
-    "vectors": {"precondition_1d": True},
     "shampoo_beta": {"shampoo_beta": 0.7},
 }
 
@@ -38,7 +37,7 @@ def spread(o: Options) -> float:
 
 def dimensions(p: Tensor, o: Options) -> list[int]:
     """Those that have a basis."""
-    if p.numel() == 0 or p.ndim == 0 or (p.ndim == 1 and not o["precondition_1d"]):
+    if p.numel() == 0 or p.ndim < 2:
         return []
     return [d for d in range(p.ndim) if p.shape[d] <= o["max_precond_dim"]]
 
@@ -72,34 +71,36 @@ def settled(d: int, own: Tensor, matrix: Tensor, turned: Tensor | None, o: Optio
     return basis
 
 
-def update(p: Tensor, g: Tensor, s: State, o: Options) -> Tensor:
+def update(p: Tensor, g: Tensor, s: State, o: Options) -> Tensor | tuple[float, Tensor]:
     sides = [] if o.get("is_complex") else dimensions(p, o)
     (beta1, beta2), lr = o["betas"], float(o["lr"])
     beta = beta2 if o["shampoo_beta"] is None else o["shampoo_beta"]
-    change = torch.zeros_like(p)
-    begins = "exp_avg" not in s
-    if begins:
+    if "exp_avg" not in s:
         s.update(exp_avg=torch.zeros_like(g), exp_avg_sq=torch.zeros_like(g), step=torch.zeros((), dtype=torch.float64))
-        s.update({f"gg_{d}": torch.zeros(g.shape[d], g.shape[d], dtype=g.dtype) for d in sides})
-    else:
-        s["step"] = s["step"] + 1
-        t = int(s["step"])
-        turned = rotated(g, s, sides)
-        m, v = average(s, "exp_avg", turned, beta1), average(s, "exp_avg_sq", turned * turned, beta2)
-        direction = rotated(m / (v.sqrt() + o["eps"]), s, sides, back=True)
-        change = lr * math.sqrt(1 - beta2**t) / (1 - beta1**t) * direction
-        change = change + lr * o["weight_decay"] * (p - change)
+        for d in sides:
+            s[f"gg_{d}"] = (1 - beta) * product(g, d)
+            s[f"q_{d}"] = settled(d, torch.linalg.eigh(s[f"gg_{d}"]).eigenvectors.flip(-1), s[f"gg_{d}"], None, o)
+        if p.numel():
+            return 0.0, torch.zeros_like(p)
+    s["step"] = s["step"] + 1
+    t = int(s["step"])
+    turned = rotated(g, s, sides)
+    m, v = average(s, "exp_avg", turned, beta1), average(s, "exp_avg_sq", turned * turned, beta2)
+    direction = rotated(m / (v.sqrt() + o["eps"]), s, sides, back=True)
     for d in sides:
         average(s, f"gg_{d}", product(g, d), beta)
-        if begins:
-            s[f"q_{d}"] = settled(d, torch.linalg.eigh(s[f"gg_{d}"]).eigenvectors.flip(-1), s[f"gg_{d}"], None, o)
-    if not begins and o["updates"] and o["updates"] % o["precondition_frequency"] == 0:
-        whole = rotated(s["exp_avg"], s, sides, back=True)
-        for d in sides:
-            old = s[f"q_{d}"]
-            order = (old * (s[f"gg_{d}"] @ old)).sum(0).argsort(descending=True, stable=True)
-            s["exp_avg_sq"] = s["exp_avg_sq"].index_select(d, order)
-            turned = s[f"gg_{d}"] @ old[:, order]
-            s[f"q_{d}"] = settled(d, torch.linalg.qr(turned).Q, s[f"gg_{d}"], turned, o)
-        s["exp_avg"] = rotated(whole, s, sides)
-    return change
+    if o["updates"] and o["updates"] % o["precondition_frequency"] == 0:
+        renew(s, sides, o)
+    return lr * math.sqrt(1 - beta2**t) / (1 - beta1**t) * direction
+
+
+def renew(s: State, sides: list[int], o: Options) -> None:
+    """Turn the bases, and the averages with them."""
+    whole = rotated(s["exp_avg"], s, sides, back=True)
+    for d in sides:
+        old = s[f"q_{d}"]
+        order = (old * (s[f"gg_{d}"] @ old)).sum(0).argsort(descending=True, stable=True)
+        s["exp_avg_sq"] = s["exp_avg_sq"].index_select(d, order)
+        turned = s[f"gg_{d}"] @ old[:, order]
+        s[f"q_{d}"] = settled(d, torch.linalg.qr(turned).Q, s[f"gg_{d}"], turned, o)
+    s["exp_avg"] = rotated(whole, s, sides)

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import pytest
+import references
 import torch
 from interrupting import Interrupt, ours
 from references import soap as reference
@@ -53,7 +54,7 @@ def test_steps_of_all_shapes_are_the_references(engine: str, case: str) -> None:
         for index, p in enumerate(params):
             weight, state = exact[index]
             assert p.grad is not None
-            weight = weight - reference.update(weight, p.grad, state, group)
+            weight, state = references.step("soap", weight, p.grad, state, group)
             exact[index] = weight, state
             if step == 0:
                 settle(optimizer.state[p], state)
@@ -78,7 +79,7 @@ def test_the_first_gradient_only_makes_the_state(engine: str) -> None:
     optimizer = SOAP(params, engine=engine, max_grad_norm=0.5, weight_decay=0.1)
     train(optimizer, params, [0])
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
-    assert {float(optimizer.state[p]["step"]) for p in params} == {0.0}
+    assert {float(optimizer.state[p]["step"]) for p in params if p.numel()} == {0.0}
     norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     assert optimizer.grad_norm is not None
     torch.testing.assert_close(float(optimizer.grad_norm), float(norm), rtol=1e-12, atol=0)
@@ -233,7 +234,7 @@ def test_low_precision(engine: str, rounding: Any) -> None:
     optimizer = SOAP(params, engine=engine, rounding=rounding, precondition_frequency=2, state_dtype="bfloat16")
     train(optimizer, params, range(5))
     for p in params:
-        assert float(optimizer.state[p]["step"]) == 4
+        assert float(optimizer.state[p]["step"]) == (4 if p.numel() else 5)
         assert bool(p.isfinite().all())
         for name, value in optimizer.state[p].items():
             matrix = name[:2] in ("gg", "q_") or name == "step"
@@ -261,7 +262,6 @@ def test_a_basis_that_is_missing_is_not_made_up() -> None:
         ({"precondition_frequency": 2.5}, "precondition_frequency=2.5"),
         ({"max_precond_dim": 0}, "max_precond_dim=0"),
         ({"shampoo_beta": 1.0}, "shampoo_beta=1.0"),
-        ({"precondition_1d": 1}, "precondition_1d=1"),
         ({"cautious": True}, "cautious"),
     ],
 )

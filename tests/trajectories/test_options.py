@@ -15,7 +15,17 @@ from lightning_optim.registry import OPTIMIZERS
 from lightning_optim.rules.policy import Decay
 from lightning_optim.stepping.options import TORCH_SWITCHES
 
-from .common import ENGINE, OPTIMIZER, Judge, give_gradients, judged_run, supported, variant, weights
+from .common import (
+    ENGINE,
+    OPTIMIZER,
+    Judge,
+    give_gradients,
+    judged_run,
+    normal_with_zeros,
+    supported,
+    variant,
+    weights,
+)
 
 
 @ENGINE
@@ -36,6 +46,7 @@ def test_a_mask_that_keeps_almost_nothing_is_not_scaled_up_without_bound(name: s
     assert int((p != before).sum()) == 1
 
 
+@pytest.mark.matrix(unless=lambda name, engine: references.representative(name) and engine == references.FASTEST)
 @ENGINE
 @OPTIMIZER
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
@@ -73,8 +84,8 @@ def test_an_option_that_changes_between_steps_counts_at_once(name: str, option: 
     params = weights(torch.float32)
     optimizer = OPTIMIZERS[name].create(params, **references.BASE[name], weight_decay=0.1, engine="eager")
     for step in range(7):
-        for p in params:
-            p.grad = torch.ones_like(p)
+        for index, p in enumerate(params):
+            p.grad = torch.empty_like(p, requires_grad=False).copy_(normal_with_zeros(p.shape, 1000 * step + index))
         if step == 4:  # after steps in which nothing but the gradients' values has changed
             optimizer.param_groups[0][option] = not optimizer.param_groups[0][option]
         judge = Judge(name, optimizer)
@@ -83,6 +94,7 @@ def test_an_option_that_changes_between_steps_counts_at_once(name: str, option: 
         judge.after()
 
 
+@pytest.mark.matrix(unless=lambda name, engine: references.representative(name) and engine == references.FASTEST)
 @ENGINE
 @OPTIMIZER
 @pytest.mark.parametrize("kind", ["none", "l2", "decoupled", "proximal"])
