@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # Processes that share the tests, each module to one of them: for two cores. 0 is this process alone.
 WORKERS ?= 2
+# One thread for each, and for what it starts: tensors of tests are too small for more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 FUZZ_CASES ?= 5000
 FUZZ_SEED ?= 0
 KILLS ?= 30
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint types pytest fuzz kills bench clean
+.PHONY: help setup train test lint types pytest matrix fuzz kills bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -37,7 +39,10 @@ types: setup
 	$(BIN)/mypy
 
 pytest: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+matrix: setup  ## Every optimizer through every test, which takes many times as long as `make test`
+	$(PYTEST) --matrix $(PYTEST_ARGS)
 
 fuzz: setup  ## Thousands of random cases of each fuzzer; FUZZ_CASES=, FUZZ_SEED= for others
 	FUZZ_CASES=$(FUZZ_CASES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/fuzz

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from lightning_optim.engines.base import requested_engine
+from lightning_optim.engines.choice import requested_engine
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.registry import OPTIMIZERS
 from lightning_optim.stepping.method import Options, Owner

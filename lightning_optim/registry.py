@@ -66,7 +66,7 @@ class OptimizerInfo:
         weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.float32, device="cpu"))
         # What a group would hold: making an optimizer would import torch's compiler, which takes seconds.
         group = {name: parameter.default for name, parameter in inspect.signature(self.cls).parameters.items()}
-        flags = self.cls.flags(group, weight, True)
+        flags = dict.fromkeys(self.cls.rule.every, True) | self.cls.flags(group, weight, True)
         update = Update(self.cls.rule, Policy(), tuple(sorted(flags.items())))
         return "reduce" if update.program.reduces else "elementwise"
 

@@ -169,9 +169,7 @@ def test_a_fit_gets_what_it_needs(root: str, configure: Any, strategy: str, expe
 
 @both_roots
 def test_one_that_the_user_has_added_comes_first_and_is_the_only_one(root: str) -> None:
-    module = import_module(
-        f"lightning_optim.callbacks.{'schedule_totals' if 'lightning.' in root else '_pytorch_lightning'}"
-    )
+    module = import_module(f"lightning_optim.callbacks{'' if 'lightning.' in root else '._pytorch_lightning'}")
     mine, first = module.FillTotalSteps(), import_module(root).Callback()
     trainer = trainer_of(root, callbacks=[first, mine])
     trainer.fit(model_of(root), data())

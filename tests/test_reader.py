@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import lightning_optim
-from lightning_optim.engines.host import HostEngine, reader
+from lightning_optim.engines.host import reader
+from lightning_optim.engines.host.engine import HostEngine
 from lightning_optim.engines.host.toolchain import ToolchainError, find_toolchain
 from lightning_optim.engines.memory import Reading, read
 

@@ -1,26 +1,24 @@
-"""Lightning callbacks: thin adapters over :mod:`lightning_optim.control`, imported on first use."""
+"""Lightning callbacks: thin adapters over :mod:`lightning_optim.control`, imported on first use.
+
+Lightning takes seconds to import, so that a name is looked up when it is asked for.
+"""
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_optim.callbacks.roots import CALLBACKS, callback_class
+
 if TYPE_CHECKING:
-    from lightning_optim.callbacks.replay_guard import RefuseWithoutReplay
-    from lightning_optim.callbacks.schedule_totals import FillTotalSteps
-
-__all__ = ["FillTotalSteps", "RefuseWithoutReplay"]
-
-# Name -> module of this package. Lightning takes seconds to import, so that a name is looked up when it is
-# asked for.
-_HOMES = {"FillTotalSteps": "schedule_totals", "RefuseWithoutReplay": "replay_guard"}
+    from lightning_optim.callbacks.replay_guard import RefuseWithoutReplay as RefuseWithoutReplay
+    from lightning_optim.callbacks.schedule_totals import FillTotalSteps as FillTotalSteps
+else:
+    __all__ = list(CALLBACKS)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return callback_class(name, "lightning.pytorch")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *CALLBACKS])

@@ -1,14 +1,11 @@
-"""The automatic callbacks for the ``pytorch_lightning`` package, whose ``Callback`` is another class."""
+"""The callbacks for ``pytorch_lightning.Trainer``: see :mod:`lightning_optim.callbacks.roots`."""
 
-from pytorch_lightning import Callback
+from __future__ import annotations
 
-from lightning_optim.control.replay.guard import ReplayGuard
-from lightning_optim.control.schedules.totals import TotalsFiller
+from typing import Any
 
-
-class FillTotalSteps(TotalsFiller, Callback):
-    """As :class:`lightning_optim.callbacks.FillTotalSteps`, for ``pytorch_lightning.Trainer``."""
+from lightning_optim.callbacks.roots import callback_class
 
 
-class RefuseWithoutReplay(ReplayGuard, Callback):
-    """As :class:`lightning_optim.callbacks.RefuseWithoutReplay`, for ``pytorch_lightning.Trainer``."""
+def __getattr__(name: str) -> Any:
+    return callback_class(name, "pytorch_lightning")

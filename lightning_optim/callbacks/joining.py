@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import logging
 from functools import wraps
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 from lightning_optim.after_import import after_import
+from lightning_optim.callbacks.roots import ROOTS, callback_class
 
-#: Where each root of Lightning calls its callbacks -> where the classes for it are.
-HOMES = {
-    "lightning.pytorch.trainer.call": {"FillTotalSteps": "schedule_totals", "RefuseWithoutReplay": "replay_guard"},
-    "pytorch_lightning.trainer.call": dict.fromkeys(("FillTotalSteps", "RefuseWithoutReplay"), "_pytorch_lightning"),
-}
+#: Where each root of Lightning calls its callbacks.
+CALLS = {f"{root}.trainer.call": root for root in ROOTS}
 
 _log = logging.getLogger(__name__)
 
 
 def join_trainings() -> None:
     """Have each fit get the callbacks that it needs, under each Lightning that is imported or will be."""
-    for name in HOMES:
+    for name in CALLS:
         after_import(name, wrap_calls)
 
 
@@ -52,7 +49,7 @@ def wrap_calls(call: ModuleType) -> None:
         if hook_name in ("on_fit_start", "on_train_batch_start"):
             try:
                 if hook_name == "on_fit_start" or _lacks_a_total(trainer):
-                    _join(trainer, HOMES[call.__name__])
+                    _join(trainer, CALLS[call.__name__])
             except Exception:  # whatever it is, a Trainer that does not use this package has to run
                 _log.warning("lightning-optim adds no callbacks to this Trainer", exc_info=True)
         return stock(trainer, hook_name, *args, **kwargs)
@@ -70,9 +67,9 @@ def _lacks_a_total(trainer: Any) -> bool:
     return False
 
 
-def _join(trainer: Any, homes: dict[str, str]) -> None:
+def _join(trainer: Any, root: str) -> None:
     """Put the callbacks that a training needs before all others, which then see schedules that are ready."""
-    needed = [_of_trainer(trainer, name) or _new(name, homes) for name in _needs(trainer)]
+    needed = [_of_trainer(trainer, name) or callback_class(name, root)() for name in _needs(trainer)]
     if needed:
         others = [callback for callback in trainer.callbacks if not any(callback is one for one in needed)]
         trainer.callbacks = [*needed, *others]
@@ -92,7 +89,3 @@ def _of_trainer(trainer: Any, name: str) -> Any:
     """The callback that a Trainer has already, by its user or from an earlier fit."""
     ours = (callback for callback in trainer.callbacks if type(callback).__module__.startswith("lightning_optim."))
     return next((callback for callback in ours if type(callback).__name__ == name), None)
-
-
-def _new(name: str, homes: dict[str, str]) -> Any:
-    return getattr(import_module(f"lightning_optim.callbacks.{homes[name]}"), name)()

@@ -1,7 +1,6 @@
 """Stops trainings in which SAM or L-BFGS would silently be something else; a fit that has them gets it by itself."""
 
-from lightning.pytorch import Callback
-
+from lightning_optim.callbacks.roots import Callback
 from lightning_optim.control.replay.guard import ReplayGuard
 
 
@@ -17,6 +16,7 @@ class RefuseWithoutReplay(ReplayGuard, Callback):
 
     Example:
         >>> from lightning.pytorch import Trainer
+        >>> from lightning_optim.callbacks import RefuseWithoutReplay
         >>> trainer = Trainer(callbacks=[RefuseWithoutReplay()], logger=False, enable_checkpointing=False)
         >>> sum(isinstance(callback, RefuseWithoutReplay) for callback in trainer.callbacks)
         1

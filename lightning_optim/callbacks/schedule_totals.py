@@ -1,7 +1,6 @@
 """Fills ``total_steps`` of our schedules under Lightning; a fit with one that lacks it gets this by itself."""
 
-from lightning.pytorch import Callback
-
+from lightning_optim.callbacks.roots import Callback
 from lightning_optim.control.schedules.totals import TotalsFiller
 
 
@@ -19,6 +18,7 @@ class FillTotalSteps(TotalsFiller, Callback):
 
     Example:
         >>> from lightning.pytorch import Trainer
+        >>> from lightning_optim.callbacks import FillTotalSteps
         >>> trainer = Trainer(callbacks=[FillTotalSteps()], logger=False, enable_checkpointing=False)
         >>> sum(isinstance(callback, FillTotalSteps) for callback in trainer.callbacks)
         1

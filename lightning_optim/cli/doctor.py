@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 import lightning_optim
-from lightning_optim.engines import PREFERENCE, available_engines
-from lightning_optim.engines.base import ENGINE_VARIABLE
 from lightning_optim.engines.cache import CACHE_VARIABLE, cache_folder
+from lightning_optim.engines.choice import ENGINE_VARIABLE, PREFERENCE, available_engines
 from lightning_optim.engines.host.threads import THREADS_VARIABLE, thread_count
 from lightning_optim.engines.host.toolchain import ToolchainError, find_toolchain
 from lightning_optim.engines.private import not_private

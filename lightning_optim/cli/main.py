@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -79,26 +78,9 @@ def _without_command(arguments: list[str]) -> int:
     return 2
 
 
-def can_use_lightning(command: str) -> bool:
-    """Prepare for a command that takes LightningCLI's flags; say what is missing for it, if anything is."""
-    missing = [name for name in ("lightning", "jsonargparse") if importlib.util.find_spec(name) is None]
-    if missing:
-        print(
-            f"lightning-optim {command} needs {' and '.join(missing)}: pip install 'lightning-optim[cli]'",
-            file=sys.stderr,
-        )
-        return False
-    # `--model my_project.Model` is looked up from the current folder, as under `python -m`: the console script's
-    # own folder is what Python would put there.
-    if not sys.flags.safe_path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    from lightning_optim.cli.quiet import quiet_lightning
-
-    quiet_lightning()
-    return True
-
-
 def _run_trainer(command: str, arguments: list[str]) -> int:
+    from lightning_optim.cli.with_lightning import can_use_lightning
+
     if not can_use_lightning(command):
         return 1
     from lightning_optim.cli.faults import in_words, is_of_the_user

@@ -154,7 +154,7 @@ def _training(options: argparse.Namespace, rest: list[str]) -> tuple[Footprint, 
             # Nearer than `--weights_only` of `fit`, which is none of ours.
             if hint := did_you_mean(flag, _flags(), cutoff=0.85):
                 raise UsageError(f"unknown argument {flag!r}{hint}")
-        from lightning_optim.cli.main import can_use_lightning
+        from lightning_optim.cli.with_lightning import can_use_lightning
 
         if not can_use_lightning("plan"):
             raise UsageError("without Lightning a training is described by numbers: --weights N --optimizer NAME")

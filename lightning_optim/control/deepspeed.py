@@ -206,7 +206,7 @@ def _reduces(optimizer: RuleOptimizer) -> bool:
     """Whether the rule itself takes a norm, a sum or a mean of a tensor."""
     cls = type(optimizer)
     flags = {
-        tuple(sorted(cls.flags(group, p, fresh).items()))
+        tuple(sorted({**dict.fromkeys(cls.rule.every, True), **cls.flags(group, p, fresh)}.items()))
         for group in optimizer.param_groups
         for p in group["params"]
         for fresh in (True, False)

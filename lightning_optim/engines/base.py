@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Container, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_optim.engines.host.reader import native_reader
 from lightning_optim.engines.memory import Reading, is_lazy, is_plain, read
 from lightning_optim.engines.progress import Progress, Write
 from lightning_optim.engines.scaling import Scaling
@@ -20,9 +20,6 @@ from lightning_optim.rules.interpret import interpret_results
 from lightning_optim.rules.policy import Update
 from lightning_optim.rules.program import Program
 from lightning_optim.rules.table import wide, widest
-from lightning_optim.warnings import warn_once
-
-ENGINE_VARIABLE = "LIGHTNING_OPTIM_ENGINE"
 
 #: Per-tensor scalars, which the bucket itself provides; all others come from a row of the table.
 TENSOR_SCALARS = ("step", "tensor_id")
@@ -161,8 +158,6 @@ class Engine(ABC):
             RuntimeError, TypeError, AttributeError: One of them is no tensor of torch's own, or none that has strides,
                 or its storage has become too small for it.
         """
-        from lightning_optim.engines.host.reader import native_reader  # it knows what engines are
-
         return (native_reader() or read)(tensors)
 
     @abstractmethod
@@ -245,66 +240,3 @@ def in_place(bucket: Bucket) -> str | None:
     if bucket.aliased:
         return "two weights share memory, or slots or gradients do, so that updates must follow one another"
     return None
-
-
-def requested_engine(argument: str) -> str:
-    """The engine asked for: the environment variable if set, else the argument.
-
-    Raises:
-        ValueError: Not the name of an engine, nor ``"auto"``; or the environment variable of the number of threads is
-            no such number, which is better said now than in a step.
-    """
-    from lightning_optim.engines import ENGINES
-    from lightning_optim.engines.host.threads import requested_threads
-
-    requested_threads()
-    override = os.environ.get(ENGINE_VARIABLE)
-    names = {"engine": argument} | ({f"the environment variable {ENGINE_VARIABLE}": override} if override else {})
-    for source, name in names.items():
-        if name != "auto" and name not in ENGINES:
-            raise ValueError(f"{source}={name!r} is not an engine; valid: auto, {', '.join(ENGINES)}")
-    return override or argument
-
-
-class EngineError(RuntimeError):
-    """An engine should run a bucket, but cannot here: its build failed, say."""
-
-
-def choose(bucket: Bucket, requested: str) -> tuple[Engine, Decision]:
-    """The engine for a bucket: the one requested, or the fastest that can run it.
-
-    An engine that was requested by name, or that is broken on this machine (no compiler, a failed build), is passed
-    over with one warning; one that does not support the bucket only leaves its reason in the Decision.
-
-    Args:
-        bucket: What is to be run.
-        requested: ``"auto"`` or the name of an engine.
-    """
-    from lightning_optim.engines import ENGINES, PREFERENCE
-
-    preference = PREFERENCE.get(bucket.device.type, PREFERENCE["default"])
-    order = list(preference) if requested == "auto" else [requested, *(n for n in preference if n != requested)]
-    rejected: dict[str, str] = {}
-    unexpected: dict[str, str] = {}  # engine -> what may be said of it only once in this process
-    for name in order:
-        engine = ENGINES[name]
-        broken = engine.unavailable()
-        try:
-            reason = broken or engine.rejects(bucket)
-        except EngineError as error:
-            broken = reason = str(error)
-        if reason is None:
-            for other in unexpected:
-                warn_once(
-                    f"lightning-optim: the {other} engine cannot be used ({rejected[other]}); stepping with {name} "
-                    "instead, with the same results",
-                    key=f"{other} engine: {unexpected[other]}",
-                )
-            why = "the fastest that supports it" if requested == "auto" else "requested"
-            return engine, Decision(
-                bucket.label, name, why if requested in ("auto", name) else f"in place of {requested}", rejected
-            )
-        rejected[name] = reason
-        if broken or name == requested:
-            unexpected[name] = "broken" if broken else reason  # a failed build's message is another for every kernel
-    raise RuntimeError(f"no engine can run {bucket.label}: {rejected}")

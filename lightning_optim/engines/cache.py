@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
-from lightning_optim.engines.base import EngineError
+from lightning_optim.engines.errors import EngineError
 from lightning_optim.engines.private import has_room, made_private, not_private, opened, read_own
 
 CACHE_VARIABLE = "LIGHTNING_OPTIM_CACHE"

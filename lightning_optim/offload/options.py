@@ -8,7 +8,8 @@ from typing import Literal, get_args
 import torch
 
 from lightning_optim.checks import POSITIVE_FINITE, SHARE, check_choice, check_ranges, check_switch
-from lightning_optim.engines.base import dtype_name, requested_engine
+from lightning_optim.engines.base import dtype_name
+from lightning_optim.engines.choice import requested_engine
 from lightning_optim.engines.scaling import LossScale
 from lightning_optim.stepping.options import parse_dtype
 

@@ -19,8 +19,10 @@ from lightning_optim.offload.masters import View, bring_state, master_of
 from lightning_optim.offload.options import DetachedOptions
 from lightning_optim.offload.replicas import Replicas
 from lightning_optim.offload.shared_memory import check_memory
-from lightning_optim.offload.transport import Transport, transport_for
+from lightning_optim.offload.transport import Transport
+from lightning_optim.offload.transports import transport_for
 from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.stepping.evaluations import request_of
 from lightning_optim.stepping.shards import local
 from lightning_optim.stepping.stepper import Stepper
 
@@ -62,6 +64,11 @@ class Placement:
             raise ValueError(
                 f"detached: {name}, whose step evaluates the model, at weights that only the device has; valid: any "
                 "optimizer that steps without a closure"
+            )
+        if request_of(optimizer) == "hessian_vector":
+            raise ValueError(
+                f"detached: {name}, whose step needs second derivatives beside gradients, and none travel to the "
+                "masters in host memory; valid: strategy='in_graph' or 'in_graph_ddp', or another optimizer"
             )
         if self.whole is not None:
             for option, value, valid in (

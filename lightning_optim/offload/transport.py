@@ -89,18 +89,3 @@ def copy_all(sources: Sequence[Tensor], targets: Sequence[Tensor], *, non_blocki
     """Copy each source to its target."""
     for source, target in zip(sources, targets, strict=True):
         target.copy_(source, non_blocking=non_blocking)
-
-
-def transport_for(device: torch.device) -> Transport:
-    """The transport between host memory and a device.
-
-    Raises:
-        ValueError: There is none for this kind of device.
-    """
-    if device.type == "cpu":
-        return CopyTransport()
-    if device.type == "cuda":
-        from lightning_optim.offload.cuda import CudaTransport
-
-        return CudaTransport(device)
-    raise ValueError(f"weights on {device}: detached steps know no way to host memory from there; valid: cpu, cuda")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_optim.checks import Range, check_choice
-from lightning_optim.engines.base import requested_engine
+from lightning_optim.engines.choice import requested_engine
 from lightning_optim.engines.scaling import LossScale
 from lightning_optim.param_groups import Kinds
 from lightning_optim.primitives import primitive, primitives

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from lightning_optim.param_groups import Kinds
 from lightning_optim.primitives import primitive
 from lightning_optim.rules.matrix import MatrixRule
 from lightning_optim.rules.ops import lerp
-from lightning_optim.rules.policy import Rounding
 from lightning_optim.rules.rule import Rule
+from lightning_optim.stepping.common import CommonOfMatrices
 from lightning_optim.stepping.divided import divided_by
 from lightning_optim.stepping.links import Rest
 from lightning_optim.stepping.method import Group
@@ -141,12 +141,8 @@ class MuonOptim(RuleOptimizer):
         adamw_lr: Learning rate of the AdamW groups.
         betas: Decay rates of AdamW's two averages.
         eps: Added to AdamW's denominator.
-        maximize: Ascend.
         adamw_patterns: Globs of the names of matrices that go to AdamW; None: ``EMBEDDINGS_AND_HEADS``.
-        engine: See :class:`~lightning_optim.optimizers.base.RuleOptimizer`, as for the following.
-        rounding: How low-precision weights are written.
-        state_dtype: Storage type of the state.
-        max_grad_norm: Clip the global gradient norm, over both kinds, inside the step.
+        common: What all optimizers have in common: see :class:`~lightning_optim.stepping.common.CommonOfMatrices`.
 
     Raises:
         ValueError: An option out of its range, or unknown; ``use_muon=True`` for what is no real matrix.
@@ -194,12 +190,8 @@ class MuonOptim(RuleOptimizer):
         adamw_lr: float | Tensor = _ADAMW_LR,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
-        maximize: bool = False,
         adamw_patterns: Sequence[str] | None = None,
-        engine: str = "auto",
-        rounding: Rounding = "nearest",
-        state_dtype: str | torch.dtype | None = None,
-        max_grad_norm: float | None = None,
+        **common: Unpack[CommonOfMatrices],
     ) -> None:
         defaults = {
             "lr": primitive(lr),
@@ -212,21 +204,13 @@ class MuonOptim(RuleOptimizer):
             "stacked": stacked,
             "betas": betas,
             "eps": eps,
-            "maximize": maximize,
             "use_muon": None,
         }
         lr, adamw_lr = primitive(lr), primitive(adamw_lr)
         self.routing = _routing(lr, adamw_lr, adamw_patterns)
         self.given = {"adamw_lr": adamw_lr, "adamw_patterns": adamw_patterns}
         self._in_constructor = True
-        super().__init__(
-            params,
-            defaults,
-            engine=engine,
-            rounding=rounding,
-            state_dtype=state_dtype,
-            max_grad_norm=max_grad_norm,
-        )
+        super().__init__(params, defaults, **common)
         self._in_constructor = False
 
     @classmethod

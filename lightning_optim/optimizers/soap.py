@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from lightning_optim.engines.eigenbases import Bases, eigenbasis, products, refi
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.rules.matrix import GRADIENT, MatrixRule, Stack, Transform
 from lightning_optim.rules.ops import lerp, sqrt
-from lightning_optim.rules.policy import Decay, Rounding
+from lightning_optim.rules.policy import Decay
 from lightning_optim.rules.rule import Rule
 from lightning_optim.rules.slots import Slot
+from lightning_optim.stepping.common import CommonOfMatrices
 from lightning_optim.stepping.links import Rest
 from lightning_optim.stepping.method import Group
 
@@ -153,11 +154,7 @@ class SOAP(RuleOptimizer):
         precondition_frequency: After how many steps the bases are renewed.
         max_precond_dim: Dimensions that are larger than this have no basis: those of vocabularies, say.
         shampoo_beta: Decay rate of the averaged products; None: the second of ``betas``.
-        maximize: Ascend.
-        engine: See :class:`~lightning_optim.optimizers.base.RuleOptimizer`, as for the following.
-        rounding: How low-precision weights are written.
-        state_dtype: Storage type of the averages.
-        max_grad_norm: Clip the global gradient norm inside the step.
+        common: What all optimizers have in common: see :class:`~lightning_optim.stepping.common.CommonOfMatrices`.
 
     Raises:
         ValueError: An option out of its range, or unknown; a weight of more than five dimensions.
@@ -200,11 +197,7 @@ class SOAP(RuleOptimizer):
         max_precond_dim: int = 10000,
         *,
         shampoo_beta: float | None = None,
-        maximize: bool = False,
-        engine: str = "auto",
-        rounding: Rounding = "nearest",
-        state_dtype: str | torch.dtype | None = None,
-        max_grad_norm: float | None = None,
+        **common: Unpack[CommonOfMatrices],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -214,16 +207,8 @@ class SOAP(RuleOptimizer):
             "precondition_frequency": precondition_frequency,
             "max_precond_dim": max_precond_dim,
             "shampoo_beta": shampoo_beta,
-            "maximize": maximize,
         }
-        super().__init__(
-            params,
-            defaults,
-            engine=engine,
-            rounding=rounding,
-            state_dtype=state_dtype,
-            max_grad_norm=max_grad_norm,
-        )
+        super().__init__(params, defaults, **common)
 
     @classmethod
     def check(cls, group: Group) -> None:

@@ -162,7 +162,7 @@ def _planners(optimizer: Optimizer) -> Callable[[dict[str, Any], Tensor], Planne
 
 def _moved(planner: Planner, group: dict[str, Any], p: Tensor, stepped: Tensor) -> int:
     """Bytes that a Program moves for one parameter."""
-    flags = {name: bool(value) for name, value in planner.method.flags(group, stepped, False).items()}
+    flags = dict.fromkeys(planner.method.rule.every, False) | planner.method.flags(group, stepped, False)
     slots = planner.slots(group, stepped)
     program = Update(planner.method.rule, Policy(), tuple(sorted(flags.items()))).program
     size = {"p": stepped.dtype.itemsize, "g": p.dtype.itemsize}

@@ -3,7 +3,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict
 
 import torch
 
@@ -12,15 +12,14 @@ from lightning_optim.rules.policy import Rounding
 from lightning_optim.stepping.options import TORCH_SWITCHES
 
 
-class Common(TypedDict, total=False):
-    """What can be asked of every optimizer.
+class CommonOfMatrices(TypedDict, total=False):
+    """What can be asked of every optimizer, of those too that step whole matrices.
 
-    A constructor takes these as ``**common: Unpack[Common]``: editors, mypy, jsonargparse and ``inspect.signature``
-    see each of them by its name.
+    A constructor takes these as ``**common: Unpack[CommonOfMatrices]``: editors, mypy, jsonargparse and
+    ``inspect.signature`` see each of them by its name.
 
     Args:
         maximize: Ascend instead of descending; default False.
-        cautious: Zero updates whose sign disagrees with the gradient's (arXiv:2411.16085); default False.
         engine: ``"auto"`` (the default: the fastest that supports the parameters), ``"eager"``, ``"foreach"``,
             ``"host"`` or ``"triton"``; the environment variable ``LIGHTNING_OPTIM_ENGINE`` overrides it.
             ``engine_report()`` of the optimizer says what runs.
@@ -34,12 +33,29 @@ class Common(TypedDict, total=False):
     """
 
     maximize: bool
-    cautious: bool
     engine: str
     rounding: Rounding
     state_dtype: str | torch.dtype | None
     max_grad_norm: float | None
 
+
+class Common(CommonOfMatrices, total=False):
+    """What can be asked of every optimizer that steps element by element.
+
+    A constructor takes these as ``**common: Unpack[Common]``.
+
+    Args:
+        cautious: Zero updates whose sign disagrees with the gradient's (arXiv:2411.16085); default False.
+    """
+
+    cautious: bool
+
+
+# A TypedDict does not inherit documentation, and those who read one look for all of its keys there.
+Common.__doc__ = (Common.__doc__ or "").rstrip() + (CommonOfMatrices.__doc__ or "").partition("Args:")[2]
+
+#: By the name in the annotation of ``**common``.
+_FORMS = {form.__name__: form.__annotations__ for form in (Common, CommonOfMatrices)}
 
 #: The defaults, which a TypedDict cannot declare.
 COMMON_DEFAULTS: Mapping[str, Any] = {
@@ -62,12 +78,12 @@ def signature(constructor: Callable[..., Any]) -> inspect.Signature:
         constructor: The ``__init__`` of a class. If it has no ``**common: Unpack[Common]``, its signature is as it is.
     """
     _, *parameters = inspect.signature(constructor).parameters.values()
-    if parameters and _is_common(parameters[-1]):
+    if parameters and (common := _common(parameters[-1])) is not None:
         last = parameters.pop()
         named = {parameter.name for parameter in parameters}
         parameters += [
             inspect.Parameter(name, last.KEYWORD_ONLY, default=COMMON_DEFAULTS[name], annotation=annotation)
-            for name, annotation in Common.__annotations__.items()
+            for name, annotation in common.items()
             if name not in named
         ]
     return inspect.Signature(parameters)
@@ -75,40 +91,49 @@ def signature(constructor: Callable[..., Any]) -> inspect.Signature:
 
 def own_options(cls: type) -> tuple[str, ...]:
     """The options that a class's constructor names itself, which are not the common ones."""
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = list(inspect.signature(cls).parameters.values())[1:]
-    return tuple(p.name for p in parameters if p.kind not in kinds and p.name not in COMMON_DEFAULTS)
+    return tuple(option for option in _options(cls) if option not in COMMON_DEFAULTS)
 
 
 def resolved(cls: type, name: str, common: Mapping[str, Any]) -> dict[str, Any]:
     """The common options of an optimizer that is being made: what was given, and the defaults of the others.
 
     Args:
-        cls: Its class. Where the constructor does not take an option for groups, its rule cannot do that, and there is
-            no such option.
+        cls: Its class. What neither its constructor nor one that it inherits from takes its rule cannot do.
         name: Its name, for the error.
         common: What was given.
 
     Raises:
         TypeError: Something that is no option.
     """
-    valid = [option for option in list(inspect.signature(cls).parameters)[1:] if option not in TORCH_SWITCHES]
+    shown = [option for base in cls.__mro__ if "__signature__" in base.__dict__ for option in _options(base)]
+    taken = [option for option in COMMON_DEFAULTS if option not in OF_GROUPS or option in shown]
     for option in common:
-        if option not in COMMON_DEFAULTS:
-            hint = did_you_mean(option, valid)
-            raise TypeError(f"{name} has no option {option!r}{hint}; valid: {', '.join(valid)}")
-    taken = {option for option in COMMON_DEFAULTS if option not in OF_GROUPS or option in valid or option in common}
-    return {option: common.get(option, default) for option, default in COMMON_DEFAULTS.items() if option in taken}
+        if option not in taken:
+            valid = list(dict.fromkeys(shown))
+            raise TypeError(f"{name} has no option {option!r}{did_you_mean(option, valid)}; valid: {', '.join(valid)}")
+    return {option: common.get(option, COMMON_DEFAULTS[option]) for option in taken}
+
+
+def _options(cls: type) -> list[str]:
+    """The options by the names that a constructor's signature has for them, without torch's switches."""
+    unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    _, *parameters = inspect.signature(cls).parameters.values()
+    return [p.name for p in parameters if p.kind not in unnamed and p.name not in TORCH_SWITCHES]
 
 
 def declared_defaults(cls: type, options: Iterable[str]) -> dict[str, Any]:
     """The defaults in a constructor's signature: what type an option has, whatever value was given."""
-    parameters = inspect.signature(cls).parameters
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in reversed(cls.__mro__):  # one that passes everything on has none of its own
+        if "__signature__" in base.__dict__:
+            parameters |= inspect.signature(base).parameters
     declared = {name: parameters[name].default for name in options if name in parameters}
     return {name: default for name, default in declared.items() if default is not inspect.Parameter.empty}
 
 
-def _is_common(parameter: inspect.Parameter) -> bool:
-    annotation = parameter.annotation
-    written = isinstance(annotation, str) and annotation.endswith("Unpack[Common]")
-    return parameter.kind is parameter.VAR_KEYWORD and (written or annotation == Unpack[Common])
+def _common(parameter: inspect.Parameter) -> Mapping[str, Any] | None:
+    """The options, with their types, for which a parameter ``**common: Unpack[Common]`` stands; None for another."""
+    if parameter.kind is not parameter.VAR_KEYWORD:
+        return None
+    written = str(parameter.annotation).removesuffix("]").rpartition("[")
+    return _FORMS.get(written[2].rpartition(".")[2]) if written[0].endswith("Unpack") else None

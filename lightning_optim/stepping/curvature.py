@@ -39,7 +39,7 @@ def hessian_vector(loss: Tensor, directions: Mapping[Tensor, Tensor]) -> dict[Te
     >>> hessian_vector(loss, {weight: torch.tensor([1.0, 0.0])})[weight]  # its first column
     tensor([4., 4.])
     """
-    params = list(directions)
+    params = [p for p in directions if p.requires_grad]
     if any(map(is_distributed, params)):
         raise RuntimeError(
             "a second derivative of sharded parameters (FSDP2, DTensor): their gathering and scattering is "
@@ -49,10 +49,8 @@ def hessian_vector(loss: Tensor, directions: Mapping[Tensor, Tensor]) -> dict[Te
         with torch.enable_grad():
             slopes = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         pairs = [(g, directions[p]) for p, g in zip(params, slopes, strict=True) if g is not None and g.requires_grad]
-        if not pairs:
-            return {p: torch.zeros_like(p, requires_grad=False) for p in params}
-        parts, along = zip(*pairs, strict=True)
-        products = torch.autograd.grad(parts, params, grad_outputs=along, allow_unused=True, materialize_grads=True)
+        parts, along = zip(*pairs, strict=True) if pairs else ((), ())
+        products = torch.autograd.grad(parts, params, along, allow_unused=True) if pairs else ()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -62,7 +60,8 @@ def hessian_vector(loss: Tensor, directions: Mapping[Tensor, Tensor]) -> dict[Te
             "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) and checkpoint(use_reentrant=False), and a loss that "
             "backward() was not called of"
         ) from error
-    return dict(zip(params, products, strict=True))
+    found = {p: product for p, product in zip(params, products, strict=False) if product is not None}
+    return {p: found[p] if p in found else torch.zeros_like(u) for p, u in directions.items()}
 
 
 def hutchinson(directions: Mapping[Tensor, Tensor], products: Products) -> dict[Tensor, Tensor]:

@@ -89,6 +89,9 @@ def fill(
             }
         if planned.reorder:
             tensors["g"] = list(map(in_order_of, tensors["g"], tensors["p"]))
+        if bucket.dense:
+            for name in update.inputs:
+                tensors[name] = list(map(in_order_of, tensors[name], tensors["p"]))
         every = [*chain.from_iterable(tensors.values()), *steps]
         reading = planned.engine.read(every) if planned.strict else read_any(every)
     except _OF_THE_DEVICE:

@@ -55,6 +55,11 @@ class Owner(Protocol):
         """By parameter, a dict of slots."""
 
 
+def is_due(rule: Rule, group: Group, flag: str) -> bool:
+    """Whether a flag that is set at every n-th step is so at a param group's next one."""
+    return bool(group.get(UPDATES, 0) % max(int(group[rule.every[flag]]), 1) == 0)
+
+
 @dataclass(frozen=True)
 class Options:
     """What holds for all parameters of one optimizer.

@@ -20,7 +20,9 @@ from lightning_optim.checks import (
     check_number,
     check_numbers,
     check_switch,
+    whole,
 )
+from lightning_optim.stepping.method import UPDATES
 from lightning_optim.stepping.tensors import problem_of_weight
 from lightning_optim.warnings import warn_user
 
@@ -41,6 +43,7 @@ RANGES: Mapping[str, Range] = {
     "weight_decay": NONNEGATIVE,
     "momentum": NONNEGATIVE,
     "max_grad_norm": POSITIVE,
+    UPDATES: whole(0),
 }
 
 

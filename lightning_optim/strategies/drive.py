@@ -19,10 +19,10 @@ from torch.optim import SGD, Optimizer
 
 from lightning_optim.adopt import give_counters_back, stepper_for, why_not_adopted
 from lightning_optim.control.step_in_backward import StepInBackward
-from lightning_optim.engines.base import requested_engine
+from lightning_optim.engines.choice import requested_engine
 from lightning_optim.engines.scaling import LossScale
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.stepping.method import Options
+from lightning_optim.stepping.method import Inputs, Options
 from lightning_optim.stepping.stepper import Stepper
 
 AMP = "_step_supports_amp_scaling"
@@ -65,6 +65,7 @@ class Drive:
         self._engine = requested_engine(engine)
         self.loss: LossScale | None = None
         self.backward: StepInBackward | None = None
+        self._inputs: Inputs | None = None
         self._found_inf: Tensor | None = None
         self._max_norm: float | None = None
         self._adopted: Stepper | None = None
@@ -149,7 +150,7 @@ class Drive:
             if self.backward is not None:
                 self.backward.last = False
             set_attribute(optimizer, "step", before)
-            self.stepping, self._max_norm, self.loss, self._seen = False, None, None, None
+            self.stepping, self._max_norm, self.loss, self._seen, self._inputs = False, None, None, None, None
 
     def clip(self, optimizer: Optimizer, max_norm: float, stock: Callable[[], None], *, has_its_own_way: bool) -> None:
         """Clip the gradients' global norm in the step to come.
@@ -174,13 +175,21 @@ class Drive:
             raise ValueError(two_limits(type(optimizer).__name__, own, max_norm))
         self._max_norm = max_norm if self._max_norm is None else min(max_norm, self._max_norm)
 
-    def _step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    def _step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any] | None = None,
+        *,
+        evaluate: Callable[[], Tensor] | None = None,
+    ) -> Any:
         """In place of ``optimizer.step``."""
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
         self._check_undisturbed(optimizer)
+        if isinstance(optimizer, RuleOptimizer):
+            self._inputs = optimizer.asked_for(evaluate)
         with torch.no_grad():
             self._update(optimizer)
         # By this schedulers see that a step came before theirs.
@@ -194,7 +203,7 @@ class Drive:
         elif self.backward is not None:
             self.backward.finish()
         else:
-            self.stepper(optimizer).step(loss=self.loss, max_grad_norm=self._max_norm)
+            self.stepper(optimizer).step(inputs=self._inputs, loss=self.loss, max_grad_norm=self._max_norm)
 
     def _steps_sparse(self, optimizer: Optimizer) -> bool:
         """Whether torch's own step is needed for a gradient that is sparse."""

@@ -15,7 +15,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_optim.control.schedules.held import HeldSchedules
-from lightning_optim.engines.base import requested_engine
+from lightning_optim.engines.choice import requested_engine
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.optimizers.sam import stepped
 from lightning_optim.strategies.drive import Drive, two_limits

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.control.rollback.policy import UndoPolicy
 from lightning_optim.control.step_in_backward import CLIPS
-from lightning_optim.engines import ENGINES
+from lightning_optim.engines.choice import ENGINES
 from lightning_optim.optimizers.sam import stepped
 from lightning_optim.strategies.backward import StepsInBackward, in_backward
 from lightning_optim.strategies.drive import Drive

@@ -13,11 +13,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_optim.strategies  # noqa: F401 # makes the names known
 from lightning_optim import optimizer_info
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.registry import OPTIMIZERS
 
 known_warnings = [
+    # On a CPU there is no Triton engine, which our strategies say once.
+    pytest.mark.filterwarnings("ignore:in_graph\\w*. the triton engine cannot be used"),
     # Without a C compiler the host engine says so and another one takes its place, "with the same results".
     pytest.mark.filterwarnings(
         "ignore:.*the host engine cannot be used .no C compiler:lightning_optim.warnings.LightningOptimWarning"
@@ -36,6 +39,20 @@ USUAL: dict[str, Any] = {"lr": 0.05, "adamw_lr": 0.05, "weight_decay": 0.1, "mom
 CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 
 Make = Callable[..., RuleOptimizer]
+
+
+def asks_for_evaluations(cls: Any) -> bool:
+    """Whether steps of a class ask for more than gradients, which Lightning's own strategies do not answer."""
+    return getattr(cls, "request", None) is not None
+
+
+#: Those that step by the gradient alone, whoever calls their step.
+by_gradient = pytest.mark.parametrize(
+    "name", sorted(name for name, info in OPTIMIZERS.items() if not asks_for_evaluations(info.cls))
+)
+asking = pytest.mark.parametrize(
+    "name", sorted(name for name, info in OPTIMIZERS.items() if asks_for_evaluations(info.cls))
+)
 
 
 def maker(name: str, **options: Any) -> Make:
@@ -120,9 +137,16 @@ def trainer(folder: Path, **options: Any) -> Trainer:
 
 
 def fit(folder: Path, model: LightningModule, ckpt_path: Path | None = None, **options: Any) -> Trainer:
+    make = getattr(model, "make", None)
+    if isinstance(make, partial) and asks_for_evaluations(make.func):
+        options = {"strategy": "in_graph"} | options
     run = trainer(folder, **options)
     run.fit(model, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return run
+
+
+def loss_of(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.mse_loss(net(x), y)
 
 
 def by_hand(
@@ -138,10 +162,11 @@ def by_hand(
         for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
             group["lr"] = base_lr / (1 + step)
         optimizer.zero_grad()
-        nn.functional.mse_loss(net(x[part]), y[part]).backward()
+        loss = partial(loss_of, net, x[part], y[part])
+        loss().backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(net.parameters(), clip)
-        optimizer.step()
+        optimizer.step(evaluate=loss)
     return net, optimizer
 
 
@@ -173,5 +198,6 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> Non
     for step in steps:
         part = slice(step * 4 % len(x), step * 4 % len(x) + 4)
         optimizer.zero_grad()
-        nn.functional.mse_loss(net(x[part]), y[part]).backward()
-        optimizer.step()
+        loss = partial(loss_of, net, x[part], y[part])
+        loss().backward()
+        optimizer.step(evaluate=loss)  # type: ignore[call-overload] # ours has it

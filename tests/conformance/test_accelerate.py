@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .common import Net, assert_close, assert_same_state, by_hand, dataset, each, known_warnings, maker
+from .common import Net, asking, assert_close, assert_same_state, by_gradient, by_hand, dataset, known_warnings, maker
 
 pytestmark = known_warnings
 
@@ -27,7 +27,21 @@ def _fresh_accelerate() -> Iterator[None]:
     GradientState._reset_state()
 
 
-@each
+@asking
+@pytest.mark.usefixtures("_fresh_accelerate")
+def test_nobody_answers_there(name: str) -> None:
+    """What a step asks for beside gradients is missed at the first one."""
+    from accelerate import Accelerator
+
+    net = Net()
+    accelerator = Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(net, maker(name)(net.parameters()))
+    accelerator.backward(prepared(torch.ones(2, 6)).sum())
+    with pytest.raises(RuntimeError, match=r"step\(\) without evaluate=.*valid: step\(evaluate=lambda"):
+        optimizer.step()
+
+
+@by_gradient
 @pytest.mark.usefixtures("_fresh_accelerate")
 def test_accelerate(name: str, tmp_path: Path) -> None:
     """``prepare``, ``accumulate``, clipping, a schedule, ``save_state`` and ``load_state`` into a fresh run."""

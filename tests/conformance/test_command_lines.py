@@ -11,7 +11,7 @@ from lightning_optim import optimizer_info
 from lightning_optim.optimizers import RuleOptimizer
 from lightning_optim.registry import OPTIMIZERS
 
-from .common import Flagged, changed, each, known_warnings
+from .common import Flagged, asks_for_evaluations, changed, each, known_warnings
 
 pytestmark = known_warnings
 
@@ -20,6 +20,11 @@ def _flags(folder: Path, *flags: str) -> list[str]:
     quiet = ("logger=false", "enable_checkpointing=false", "enable_progress_bar=false", "enable_model_summary=false")
     run = ("accelerator=cpu", "devices=1", "max_epochs=1", f"default_root_dir={folder}")
     return ["fit", *flags, *(f"--trainer.{flag}" for flag in (*quiet, *run))]
+
+
+def _strategy(cls: type) -> tuple[str, ...]:
+    """What answers steps that ask for evaluations."""
+    return ("--trainer.strategy=in_graph",) if asks_for_evaluations(cls) else ()
 
 
 def _public_name(name: str) -> str:
@@ -33,7 +38,7 @@ def test_lightning_cli(name: str, how: str, tmp_path: Path) -> None:
     cls: type[RuleOptimizer] = optimizer_info(name).cls
     spelled = f"lightning_optim.{_public_name(name)}" if how == "path" else cls.__qualname__
     flags = ("--optimizer", spelled, "--optimizer.lr=0.02", "--optimizer.max_grad_norm=1.0", "--optimizer.engine=eager")
-    cli = LightningCLI(Flagged, args=_flags(tmp_path, *flags), save_config_callback=None)
+    cli = LightningCLI(Flagged, args=_flags(tmp_path, *flags, *_strategy(cls)), save_config_callback=None)
     (optimizer,) = cli.trainer.optimizers
     assert type(optimizer) is cls
     assert optimizer.param_groups[0]["lr"] == 0.02
@@ -66,7 +71,8 @@ def test_optim_cli(name: str, tmp_path: Path) -> None:
     from lightning_optim.cli.optim_cli import OptimCLI
 
     flags = ("--optimizer", _public_name(name), "--optimizer.lr=0.02")
-    cli = OptimCLI(Flagged, args=_flags(tmp_path, *flags), save_config_callback=None)
+    cls = optimizer_info(name).cls
+    cli = OptimCLI(Flagged, args=_flags(tmp_path, *flags, *_strategy(cls)), save_config_callback=None)
     (optimizer,) = cli.trainer.optimizers
     assert type(optimizer) is optimizer_info(name).cls
     assert optimizer.param_groups[0]["lr"] == 0.02

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
 from .common import Net, assert_close, each, known_warnings, maker
 
 pytestmark = known_warnings
+
+
+def loss_of(net: Net, x: Tensor) -> Tensor:
+    return net(x).sum()
 
 
 @each
@@ -32,8 +38,9 @@ def test_torch_schedulers(name: str, kind: str) -> None:
             used.append({k: v for k, v in scheduled.param_groups[0].items() if k in ("lr", "betas", "momentum")})
             for net, optimizer in zip(nets, (scheduled, manual), strict=True):
                 optimizer.zero_grad()
-                net(torch.full((2, 6), 0.1 * step, dtype=torch.float64)).sum().backward()
-                optimizer.step()
+                loss = partial(loss_of, net, torch.full((2, 6), 0.1 * step, dtype=torch.float64))
+                loss().backward()
+                optimizer.step(evaluate=loss)
             schedule.step()
     assert_close(nets[0].state_dict(), nets[1].state_dict(), rtol=0, atol=0)
     assert len({options["lr"] for options in used}) == 6

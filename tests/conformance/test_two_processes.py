@@ -25,8 +25,11 @@ from lightning_optim.registry import OPTIMIZERS
 from .common import (
     Model,
     Net,
+    asking,
+    asks_for_evaluations,
     assert_close,
     assert_same_state,
+    by_gradient,
     by_hand,
     dataset,
     each,
@@ -43,7 +46,7 @@ SHARDED_CASES = [
     (name, case)
     for name in sorted(OPTIMIZERS)
     for case, options in SHARDED.items()
-    if set(options) <= set(optimizer_info(name).options)
+    if set(options) <= set(optimizer_info(name).options) and not asks_for_evaluations(optimizer_info(name).cls)
 ]
 
 
@@ -61,7 +64,8 @@ def ddp_rank(rank: int, folder: Path) -> None:
     found = {}
     for name in sorted(OPTIMIZERS):
         model = Shared(maker(name), torch.float64, batch=2)
-        run = fit(folder, model, strategy="ddp", devices=RANKS, use_distributed_sampler=False)
+        strategy = "in_graph_ddp" if asks_for_evaluations(optimizer_info(name).cls) else "ddp"
+        run = fit(folder, model, strategy=strategy, devices=RANKS, use_distributed_sampler=False)
         assert run.world_size == RANKS
         found[name] = model.net.state_dict(), run.optimizers[0].state_dict()
     torch.save(found, folder / f"ddp{rank}.pt")
@@ -87,8 +91,17 @@ def fsdp2_rank(rank: int, folder: Path) -> None:
             assert optimizer_info(name).kind == "reduce" or "eager" not in optimizer.engine_report()
             sharded = get_optimizer_state_dict(net, optimizer)
             dcp.save({"model": get_model_state_dict(net), "optimizer": sharded}, checkpoint_id=folder / name)
+    refused: dict[str, str] = {}
+    for name in sorted(set(OPTIMIZERS) - {name for name, _ in SHARDED_CASES}):
+        net = Net(torch.float64)
+        fully_shard(net, mesh=mesh)
+        try:
+            train(net, maker(name)(net.parameters()), range(1))
+        except RuntimeError as error:
+            refused[name] = str(error)
     if rank == 0:
         torch.save(found, folder / "fsdp2.pt")
+        torch.save(refused, folder / "refused.pt")
     leave()
 
 
@@ -126,7 +139,14 @@ def test_fsdp2(name: str, case: str, fsdp2: tuple[Path, dict[tuple[str, str], An
         assert_close(state["state"][key], optimizer.state[p])
 
 
-@each
+@asking
+def test_fsdp2_refuses_second_derivatives(name: str, fsdp2: tuple[Path, dict[tuple[str, str], Any]]) -> None:
+    refused = torch.load(fsdp2[0] / "refused.pt", weights_only=True)
+    assert "second derivative of sharded parameters" in refused[name]
+    assert "valid: " in refused[name]
+
+
+@by_gradient
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 def test_fsdp2_checkpoint_in_one_process(name: str, fsdp2: tuple[Path, dict[tuple[str, str], Any]]) -> None:

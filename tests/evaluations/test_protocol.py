@@ -101,7 +101,8 @@ def test_weights_on_which_nothing_depends_twice() -> None:
 
 def test_directions_are_a_matter_of_two_numbers() -> None:
     """Not of a generator that others use, and in the order of the weight in memory."""
-    net = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+    net: Any = nn.Conv2d(3, 5, 3)
+    net.to(memory_format=torch.channels_last)
     state = torch.get_rng_state()
     first, again = (directions(list(net.parameters()), 7) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
@@ -111,7 +112,7 @@ def test_directions_are_a_matter_of_two_numbers() -> None:
         assert first[p].stride() == p.stride()
         assert not torch.equal(first[p], other[p])
     large = nn.Parameter(torch.zeros(100_000))
-    u = directions([net.bias, large], 0)[large]  # type: ignore[list-item]
+    u = directions([net.bias, large], 0)[large]
     assert abs(u.mean()) < 0.02
     assert abs(u.square().mean() - 1) < 0.02
 
@@ -191,6 +192,6 @@ def test_sam_evaluates_no_more_than_it_has_to() -> None:
     optimizer.step(evaluate=evaluate)  # without gradients there is nothing to step with
     assert evaluated == 0
     loss_of(net).backward()
-    assert optimizer.step(evaluate=evaluate) is None  # type: ignore[func-returns-value] # that is what is tested
+    assert optimizer.step(evaluate=evaluate) is None
     assert evaluated == 1
     assert optimizer.asks

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_optim.engines import ENGINES, cache
-from lightning_optim.engines.host import HostEngine
 from lightning_optim.engines.host import toolchain as toolchains
+from lightning_optim.engines.host.engine import HostEngine
 from lightning_optim.optimizers import RuleOptimizer
 from lightning_optim.registry import OPTIMIZERS
 

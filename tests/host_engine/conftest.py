@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from lightning_optim.engines import ENGINES, cache
-from lightning_optim.engines.host import HostEngine, reader
+from lightning_optim.engines.host import reader
 from lightning_optim.engines.host import toolchain as toolchains
+from lightning_optim.engines.host.engine import HostEngine
 
 
 @pytest.fixture

@@ -77,6 +77,21 @@ def test_common_options_come_with_the_class() -> None:
     assert (optimizer.options.engine, optimizer.options.max_grad_norm) == ("eager", 2)
 
 
+def test_a_class_that_passes_everything_on_has_all_of_its_bases() -> None:
+    class Passing(Lion):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    assert Passing([weight()], cautious=True).param_groups[0].keys() == Lion([weight()]).param_groups[0].keys()
+    with pytest.raises(TypeError, match="cautious=1 is not a bool"):
+        Passing([weight()], cautious=1)
+
+
+def test_whole_matrices_cannot_be_cautious() -> None:
+    with pytest.raises(TypeError, match="Muon has no option 'cautious'; valid: lr, momentum"):
+        OPTIMIZERS["muon"].create([weight()], cautious=True)
+
+
 def test_another_keyword_is_named() -> None:
     cases: list[tuple[Any, str, str]] = [(Floored, "cautios", "cautious"), (Lion, "weight_deacy", "weight_decay")]
     for cls, wrong, meant in cases:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import references
 import torch
 from torch import nn
 
@@ -31,6 +32,7 @@ pytestmark = known_warnings
 torch_twins = pytest.mark.parametrize("name", [name for name, info in OPTIMIZERS.items() if info.torch_equivalent])
 
 
+@references.common_to_all
 @each
 @each_engine
 def test_a_parameter_moves_by_its_own_gradients_only(name: str, engine: str) -> None:
@@ -93,6 +95,7 @@ def test_frozen_then_unfrozen_as_in_torch(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)  # float64: the order of operations differs
 
 
+@references.common_to_all
 @each
 @each_engine
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"maximize": True}, {"cautious": True}])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import references
 import torch
 from torch import nn
 
@@ -83,6 +84,7 @@ def test_a_parameter_of_two_groups_is_refused(name: str) -> None:
         make(name, [{"params": [a]}, {"params": [b, a]}])
 
 
+@references.common_to_all
 @each
 @each_engine
 @pytest.mark.filterwarnings("ignore:.*two weights share memory:lightning_optim.warnings.LightningOptimWarning")

@@ -7,12 +7,14 @@ import pickle
 import weakref
 
 import pytest
+import references
 
 from .common import assert_same, contents, each, each_engine, known_warnings, make, parameters, train, weights
 
 pytestmark = known_warnings
 
 
+@references.common_to_all
 @each
 @each_engine
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])

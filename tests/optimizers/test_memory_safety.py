@@ -107,7 +107,7 @@ def test_overlapping_weights_are_updated_one_after_the_other(engine: str) -> Non
 
 def test_clipping_goes_on_if_its_kernel_does_not_build(monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_optim.engines.compiled import NORM
-    from lightning_optim.engines.host import HostEngine
+    from lightning_optim.engines.host.engine import HostEngine
 
     def fail(self: Any, program: Any, layout: Any) -> Any:
         if program is NORM:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import references
 import torch
 from torch import nn
 
@@ -30,6 +31,7 @@ def test_swapped_data_is_honoured(name: str, engine: str) -> None:
     assert_same([t.clone() for t in old], kept)
 
 
+@references.common_to_all
 @each
 @each_engine
 def test_replaced_state_is_honoured(name: str, engine: str) -> None:
@@ -54,6 +56,7 @@ def test_replaced_state_is_honoured(name: str, engine: str) -> None:
         assert float(optimizer.state[p].get("step", 8)) == 8
 
 
+@references.common_to_all
 @each
 @each_engine
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

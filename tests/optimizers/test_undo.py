@@ -71,6 +71,11 @@ def assert_same_bits(a: list[tuple[Any, str, Tensor]], b: list[tuple[Any, str, T
         assert torch.equal(x, y), f"{name} of parameter {number}"
 
 
+@pytest.mark.matrix(
+    unless=lambda name, case, engine, spike: (
+        case == "default" or (references.representative(name) and engine == references.FASTEST and spike == 1e4)
+    )
+)
 @each_engine
 @pytest.mark.parametrize(("name", "case"), CASES)
 @pytest.mark.parametrize("spike", [1e4, float("nan"), float("inf"), 1e-30])
@@ -97,6 +102,11 @@ def test_a_step_is_taken_back(name: str, case: str, engine: str, spike: float) -
     assert_same([p.detach() for p in params], [p.detach() for p in twins])
 
 
+@pytest.mark.matrix(
+    unless=lambda name, engine, rounding: (
+        references.representative(name) and (engine == references.FASTEST or rounding == "nearest")
+    )
+)
 @each_engine
 @each
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -117,6 +127,7 @@ def test_every_type_and_rounding(name: str, engine: str, dtype: torch.dtype, rou
         step(optimizer, buffers)
 
 
+@references.common_to_all
 @each_engine
 @each
 @pytest.mark.filterwarnings("ignore:.*the (host|foreach) engine cannot be used")

@@ -29,13 +29,30 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 from torch import Tensor
 
+from lightning_optim.engines import ENGINES
 from lightning_optim.registry import OPTIMIZERS
 
 from .shared import Options, State, Update, cautious, clip_coefficient
 
-__all__ = ["BASE", "NAMES", "REFERENCES", "SHARED", "Reference", "cases", "clip_coefficient", "step", "step_all"]
+__all__ = [
+    "BASE",
+    "FASTEST",
+    "NAMES",
+    "REFERENCES",
+    "REPRESENTATIVES",
+    "SHARED",
+    "TELLING",
+    "Reference",
+    "cases",
+    "clip_coefficient",
+    "common_to_all",
+    "representative",
+    "step",
+    "step_all",
+]
 
 
 @dataclass(frozen=True)
@@ -81,6 +98,25 @@ REFERENCES = {name: Reference.of(importlib.import_module(f".{name}", __name__)) 
 #: Optimizers that are held against a reference: all, unless a file is missing, which one test says.
 NAMES = [name for name in OPTIMIZERS if name in REFERENCES]
 
+#: One optimizer of each kind. What all have in common is tested on these by default, and on all under ``--matrix``.
+REPRESENTATIVES = {
+    "sgd": "element-wise, with a slot that an option switches",
+    "adamw": "element-wise, with a counter",
+    "lamb": "with norms of its tensor",
+    "muon": "whole matrices, and another rule beside",
+}
+
+
+def representative(name: str) -> bool:
+    return name in REPRESENTATIVES
+
+
+#: For tests of what all optimizers have in common.
+common_to_all = pytest.mark.matrix(unless=representative)
+
+#: The engine that most cases run on by default: the fastest that there is here.
+FASTEST = "foreach" if ENGINES["host"].unavailable() else "host"
+
 BASE = {name: reference.base for name, reference in REFERENCES.items()}
 
 #: Cases of every optimizer that has the options; ``decoupled_weight_decay`` is the other way round from its default.
@@ -105,6 +141,10 @@ def cases(name: str) -> dict[str, dict[str, Any]]:
             if "decoupled_weight_decay" in options:
                 table[case]["decoupled_weight_decay"] = not signature["decoupled_weight_decay"].default
     return table
+
+
+#: Of the cases in :data:`SHARED`, those that have most in them.
+TELLING = ("default", "clip_cautious", "bfloat16_state")
 
 
 def decay_of(name: str, o: Options) -> str:
@@ -167,12 +207,10 @@ def step_all(
 
 
 def _seen(kind: str, p: Tensor, g: Tensor | None, o: Options) -> tuple[Tensor, Tensor]:
-    """The weight and the gradient that the rule sees: decay by the learning rate comes before it."""
+    """The weight, before decay, and the gradient that the rule sees."""
     assert g is not None
     g = -g if o.get("maximize") else g
-    if kind == "l2":
-        return p, g + o["weight_decay"] * p
-    return (p - float(o["lr"]) * o["weight_decay"] * p if kind == "decoupled" else p), g
+    return p, g + o["weight_decay"] * p if kind == "l2" else g
 
 
 def _moved(kind: str, p: Tensor, g: Tensor, update: Update, o: Options) -> Tensor:

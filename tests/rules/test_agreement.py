@@ -13,7 +13,7 @@ import torch
 from lightning_optim.engines import ENGINES
 from lightning_optim.engines.base import Bucket, Layout
 from lightning_optim.engines.foreach import TensorList
-from lightning_optim.engines.host import HostEngine
+from lightning_optim.engines.host.engine import HostEngine
 from lightning_optim.rules import Policy, Rule, Update, ops, trace
 from lightning_optim.rules.table import Op
 from lightning_optim.rules.trace import Graph

@@ -117,6 +117,9 @@ def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         fit(Model(OPTIMIZERS["ours"]), OptimAutoStrategy(activation_gb=0))
 
 
+@pytest.mark.matrix(
+    unless=lambda name, case, place: name == "ours" or (case == "clip and accumulate" and place == ("backward", 2))
+)
 @pytest.mark.parametrize("place", [("forward", 3), ("backward", 2), ("backward", 5)])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", ["ours", "torch AdamW", "foreign"])

@@ -17,6 +17,7 @@ ORDERS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.matrix(unless=lambda name, options: bool(options) or name == "ours")
 @ORDERS
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}])

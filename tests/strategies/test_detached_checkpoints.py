@@ -32,6 +32,7 @@ MAKERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.matrix(unless=lambda name, options: bool(options) and name in ("ours", "foreign"))
 @pytest.mark.parametrize(("first", "second"), [*ORDERS, ("detached", "detached")])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}])

@@ -11,6 +11,11 @@ from lightning_optim.registry import OPTIMIZERS
 from .common import ALL_CASES, OPTIMIZER, bits, give_gradients, group_of, running_engines, supported, weights
 
 
+@pytest.mark.matrix(
+    unless=lambda name, case: (
+        case == "default" or (references.representative(name) and case in references.REFERENCES[name].variants)
+    )
+)
 @pytest.mark.parametrize(("name", "case"), ALL_CASES)
 def test_engines_differ_by_fused_multiply_adds_only(name: str, case: str) -> None:
     """From one state, in float32, each step.
@@ -47,6 +52,7 @@ def test_engines_differ_by_fused_multiply_adds_only(name: str, case: str) -> Non
                     mine.copy_(value)
 
 
+@references.common_to_all
 @OPTIMIZER
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_foreach_in_parts_is_foreach(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from lightning_optim.registry import OPTIMIZERS
 from .common import ENGINE, OPTIMIZER, ROUNDINGS, give_gradients, supported, weights
 
 
+@pytest.mark.matrix(unless=lambda name, engine: references.representative(name) and engine == references.FASTEST)
 @ENGINE
 @OPTIMIZER
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16, torch.float64], ids=["bf16", "f16", "f64"])
@@ -65,6 +66,7 @@ def test_a_gradient_of_another_kind_is_refused(weight: torch.dtype, grad: torch.
     assert torch.equal(p.detach(), torch.ones(6, dtype=weight))
 
 
+@references.common_to_all
 @ENGINE
 @OPTIMIZER
 def test_an_empty_or_missing_gradient_is_no_step(name: str, engine: str) -> None:

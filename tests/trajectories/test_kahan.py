@@ -15,6 +15,7 @@ from lightning_optim.rules.policy import KAHAN_SLOT, Decay
 from .common import ENGINE, OPTIMIZER, variant, wide
 
 
+@pytest.mark.matrix(unless=lambda name, engine: references.representative(name) and engine == references.FASTEST)
 @ENGINE
 @OPTIMIZER
 def test_kahan_bfloat16_stays_with_float32_where_nearest_stalls(name: str, engine: str) -> None:

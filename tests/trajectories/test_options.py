@@ -46,6 +46,7 @@ def test_a_mask_that_keeps_almost_nothing_is_not_scaled_up_without_bound(name: s
     assert int((p != before).sum()) == 1
 
 
+@pytest.mark.matrix(unless=lambda name, engine: references.representative(name) and engine == references.FASTEST)
 @ENGINE
 @OPTIMIZER
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
@@ -93,6 +94,7 @@ def test_an_option_that_changes_between_steps_counts_at_once(name: str, option: 
         judge.after()
 
 
+@pytest.mark.matrix(unless=lambda name, engine: references.representative(name) and engine == references.FASTEST)
 @ENGINE
 @OPTIMIZER
 @pytest.mark.parametrize("kind", ["none", "l2", "decoupled", "proximal"])

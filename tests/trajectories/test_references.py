@@ -31,6 +31,11 @@ from .common import (
 )
 
 
+@pytest.mark.matrix(
+    unless=lambda name, case, engine: (
+        case == "default" or (references.representative(name) and engine == references.FASTEST)
+    )
+)
 @ENGINE
 @pytest.mark.parametrize(("name", "case"), ALL_CASES)
 def test_float64_follows_the_reference_for_all_steps(name: str, case: str, engine: str) -> None:
@@ -67,6 +72,12 @@ def test_float64_follows_the_reference_for_all_steps(name: str, case: str, engin
         close(params, [value for value, _ in expected], STEPS * ROUNDINGS * 2.0**-51)
 
 
+@pytest.mark.matrix(
+    unless=lambda name, case, dtype, engine: (
+        (dtype == torch.float32 and engine == references.FASTEST)
+        or (references.representative(name) and case in references.TELLING)
+    )
+)
 @ENGINE
 @pytest.mark.parametrize(("name", "case"), ALL_CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
@@ -77,6 +88,9 @@ def test_each_step_is_the_references(name: str, case: str, dtype: torch.dtype, e
     judged_run(name, options, weights(dtype), steps=14 if dtype == torch.float32 else 8)
 
 
+@pytest.mark.matrix(
+    unless=lambda name, engine: name == "adamw" or (references.representative(name) and engine == references.FASTEST)
+)
 @ENGINE
 @OPTIMIZER
 @pytest.mark.parametrize("rounding", ["kahan", "stochastic"])

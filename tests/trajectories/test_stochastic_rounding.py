@@ -68,6 +68,7 @@ def test_stochastic_rounding_differs_only_with_the_float32_value_before_it(name:
         assert differing <= mean + 5 * math.sqrt(mean), engine
 
 
+@references.common_to_all
 @ENGINE
 @OPTIMIZER
 def test_stochastic_rounding_goes_on_after_a_reload(name: str, engine: str) -> None:

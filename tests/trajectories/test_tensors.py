@@ -17,6 +17,7 @@ from lightning_optim.warnings import LightningOptimWarning
 from .common import ENGINE, OPTIMIZER, judged_run, supported
 
 
+@references.common_to_all
 @ENGINE
 @OPTIMIZER
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -29,6 +30,7 @@ def test_tensors_of_several_chunks(name: str, dtype: torch.dtype, engine: str) -
     judged_run(name, options, params, steps=3, reload_at=1)
 
 
+@references.common_to_all
 @ENGINE
 @OPTIMIZER
 @pytest.mark.filterwarnings("ignore::lightning_optim.warnings.LightningOptimWarning")  # host passes these on
@@ -47,6 +49,7 @@ def test_weights_with_gaps_in_memory(name: str, engine: str) -> None:
         assert "not host: the weights have gaps or overlaps in memory" in report
 
 
+@references.common_to_all
 @ENGINE
 @OPTIMIZER
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=["c64", "c128"])

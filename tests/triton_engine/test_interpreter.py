@@ -14,20 +14,20 @@ from .common import needs_triton
 
 TESTS = Path(__file__).parent / "interpreted"
 
-#: What each process runs: a file, or the largest one's tests of some optimizers.
+pytestmark = pytest.mark.long
+
+#: What each process runs: a file.
 PARTS = {path.stem: [str(path)] for path in sorted(TESTS.glob("test_*.py"))}
-_REFERENCE = PARTS.pop("test_reference")
-PARTS |= {f"test_reference of {name}": [*_REFERENCE, "-k", name] for name in ("adam", "not adam")}
 
 
 class Part:
     """A process that runs one of them."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, *options: str) -> None:
         self._said = folder / f"{name}.txt"
         with self._said.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pytest", "-q", "-x", *PARTS[name]],
+                [sys.executable, "-m", "pytest", "-q", "-x", *options, *PARTS[name]],
                 env={**os.environ, "TRITON_INTERPRET": "1"},
                 cwd=Path(__file__).parents[2],
                 stdout=file,
@@ -45,8 +45,10 @@ def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
     wanted = [str(item.callspec.params["part"]) for item in items if item.function is test_interpreted]
     # Under pytest-xdist other workers have other parts.
-    started = {} if "PYTEST_XDIST_WORKER" in os.environ else {part: Part(part, folder) for part in wanted}
-    yield lambda part: started[part] if part in started else started.setdefault(part, Part(part, folder))
+    wanted = [] if "PYTEST_XDIST_WORKER" in os.environ else wanted
+    options = ["--matrix"] if request.config.getoption("--matrix") else []
+    started = {part: Part(part, folder, *options) for part in wanted}
+    yield lambda part: started[part] if part in started else started.setdefault(part, Part(part, folder, *options))
     for part in started.values():
         part.process.kill()
         part.process.wait()

@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_optim.engines.base import EngineError
+from lightning_optim.engines.errors import EngineError
 from lightning_optim.engines.host.build import load
 from lightning_optim.engines.host.toolchain import ToolchainError, find_toolchain
 from lightning_optim.engines.memory import Reading, is_plain, problem_of_storage

@@ -56,6 +56,7 @@ def test_launches_of_a_bucket(name: str, most: int, monkeypatch: pytest.MonkeyPa
         assert len(log.names) <= most, log.names
 
 
+@references.common_to_all
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_changing_scalars_compiles_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params = [nn.Parameter(torch.zeros(3)) for _ in range(3)]
@@ -86,6 +87,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@references.common_to_all
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_nothing_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params = weights()

@@ -1,0 +1,44 @@
+"""Our callbacks for both roots of Lightning, ``lightning.pytorch`` and ``pytorch_lightning``, made in one place.
+
+The two packages have the same code, and yet two classes ``Callback``: each Trainer calls its own alone, and either
+package may be missing. So a file of this folder says what a callback is, once, and here it becomes one of a root.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+else:
+    #: What a callback's file derives from: for editors and type checkers it is a Callback at once.
+    Callback = object
+
+#: Each root of Lightning -> the module in which its classes of ours are found, by pickle for one.
+ROOTS = {
+    "lightning.pytorch": "lightning_optim.callbacks",
+    "pytorch_lightning": "lightning_optim.callbacks._pytorch_lightning",
+}
+
+#: Each callback -> its file in this folder.
+CALLBACKS = {"FillTotalSteps": "schedule_totals", "RefuseWithoutReplay": "replay_guard"}
+
+
+@cache
+def callback_class(name: str, root: str) -> type[Any]:
+    """The class of a callback for one root of Lightning, which is imported with it.
+
+    Args:
+        name: One of :data:`CALLBACKS`.
+        root: One of :data:`ROOTS`.
+
+    Raises:
+        AttributeError: There is no such callback.
+    """
+    if name not in CALLBACKS:
+        raise AttributeError(f"module {ROOTS[root]!r} has no attribute {name!r}; it has {', '.join(CALLBACKS)}")
+    ours = getattr(import_module(f"lightning_optim.callbacks.{CALLBACKS[name]}"), name)
+    theirs = import_module(root).Callback
+    return type(name, (ours, theirs), {"__doc__": ours.__doc__, "__module__": ROOTS[root]})

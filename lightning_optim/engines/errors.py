@@ -1,0 +1,7 @@
+"""What engines raise where they cannot do what they should."""
+
+from __future__ import annotations
+
+
+class EngineError(RuntimeError):
+    """An engine should run a bucket, but cannot here: its build failed, say."""

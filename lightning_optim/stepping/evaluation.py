@@ -1,0 +1,105 @@
+"""Optimizers that train at other weights than those with which a model is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_optim.rules.interpret import interpret
+from lightning_optim.rules.program import Program
+from lightning_optim.rules.trace import trace
+from lightning_optim.stepping.method import Group, Inputs
+
+#: The key of a param group that says whether its weights are those of training.
+TRAINS = "train_mode"
+
+
+class EvaluatesElsewhere:
+    """What such an optimizer has: :meth:`eval` puts the weights where they are to be evaluated, :meth:`train` back.
+
+    Put it before :class:`~lightning_optim.optimizers.base.RuleOptimizer` among the bases of a class, whose rule has
+    ``evaluate`` and ``train``, and whose defaults have ``train_mode``.
+    """
+
+    param_groups: list[Group]
+    state: Any
+    rule: Any
+    scalars: Callable[[Group], dict[str, float | Tensor]]
+
+    _aside: Mapping[Tensor, tuple[Tensor, int]] = {}
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put the weights where the model is to be evaluated, exported or published; again, it does nothing.
+
+        The weights of training are kept aside meanwhile, in memory of the same size.
+        """
+        kept = dict(self._aside)
+        for group in self.param_groups:
+            if group[TRAINS]:
+                for p, new in self._moved(group, self.rule.evaluate):
+                    old = p.detach().clone()
+                    p.copy_(new)
+                    kept[p] = old, p._version
+                group[TRAINS] = False
+        self._aside = kept
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Put the weights back to where they are trained, bit for bit; again, it does nothing.
+
+        Weights that somebody has changed meanwhile (of a checkpoint that was saved after :meth:`eval`, say) are moved
+        as the algorithm has it, to rounding.
+        """
+        kept, self._aside = self._aside, {}
+        for group in self.param_groups:
+            if not group[TRAINS]:
+                for p, new in self._moved(group, self.rule.train):
+                    old, version = kept.get(p, (None, 0))
+                    p.copy_(old if old is not None and p._version == version else new)
+                group[TRAINS] = True
+
+    def asked_for(self, evaluate: Callable[[], Tensor] | None) -> Inputs | None:
+        """See :meth:`~lightning_optim.optimizers.base.RuleOptimizer.asked_for`; before a step, weights must be back.
+
+        Raises:
+            RuntimeError: They are where the model is evaluated.
+        """
+        if not all(group[TRAINS] for group in self.param_groups):
+            raise RuntimeError(
+                f"{type(self).__name__}: step() with the weights of evaluation; valid: train() before the next step"
+            )
+        return super().asked_for(evaluate)  # type: ignore[misc] # of RuleOptimizer
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :meth:`~lightning_optim.optimizers.base.RuleOptimizer.load_state_dict`."""
+        super().load_state_dict(state_dict)  # type: ignore[misc] # of RuleOptimizer
+        self._aside = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_aside"}  # type: ignore[misc]
+
+    def _moved(self, group: Group, function: Callable[..., Any]) -> Iterable[tuple[Tensor, Tensor]]:
+        """The parameters of a group that have been stepped, with where they go."""
+        program = _traced(function, self.rule.all_slots)
+        scalars = self.scalars(group)
+        for p in group["params"]:
+            if state := self.state.get(p):
+                math = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
+                math = math.to_complex() if p.is_complex() else math
+                tensors = {name: (p if name == "p" else state[name]).to(math) for name in program.loads}
+                yield p, interpret(program, tensors, scalars, math)["p"]
+
+
+@cache  # one or two for each class
+def _traced(function: Callable[..., Any], slots: tuple[str, ...]) -> Program:
+    code = function.__code__
+    tensors = code.co_varnames[: code.co_argcount]
+    scalars = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
+    if unknown := set(tensors) - {"p", *slots}:
+        raise TypeError(f"{function.__name__} has {', '.join(sorted(unknown))}; valid: p, {', '.join(slots)}")
+    return trace(lambda **values: {"p": function(**values)}, tensors=tensors, scalars=scalars, name=function.__name__)
