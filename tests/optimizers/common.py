@@ -36,8 +36,8 @@ def make(name: str, params: Iterable[Any], **options: Any) -> RuleOptimizer:
 
 
 def one_group(name: str, params: Iterable[Any], **options: Any) -> RuleOptimizer:
-    """As :func:`make`, with all parameters in one param group: optimizers of the matrix kind step it by AdamW."""
-    kind = {"use_muon": False} if optimizer_info(name).kind == "matrix" else {}
+    """As :func:`make`, with all parameters in one param group: optimizers of the matrix kind step it element by element."""
+    kind: dict[str, Any] = {"muon": {"use_muon": False}, "soap": {"max_precond_dim": 1}}.get(name, {})
     return make(name, [{"params": list(params), **kind}], **options)
 
 
