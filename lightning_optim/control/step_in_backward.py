@@ -21,6 +21,7 @@ from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.stepping.method import Group
 from lightning_optim.stepping.options import check_option
 from lightning_optim.stepping.stepper import Stepper
+from lightning_optim.stepping.together import why_together
 
 Clip = Literal["per_tensor", "previous_norm"]
 CLIPS: tuple[Clip, ...] = get_args(Clip)
@@ -89,6 +90,8 @@ class StepInBackward:
         name = "step_in_backward"
         if not isinstance(optimizer, RuleOptimizer) or type(optimizer._stepper) is not Stepper:
             raise TypeError(f"{name}: {type(optimizer).__name__} does not step parameter by parameter")
+        if (reason := why_together(type(optimizer), optimizer.param_groups)) is not None:
+            raise TypeError(f"{name}: {type(optimizer).__name__} does not step parameter by parameter: {reason}")
         if clip is not None and clip not in CLIPS:
             raise ValueError(f"{name}: clip={clip!r}; valid: None, {', '.join(CLIPS)}")
         if max_norm is not None:
