@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_optim.engines.base import Decision
 from lightning_optim.engines.scaling import LossScale, Scaling
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.stepping.method import Group
+from lightning_optim.stepping.method import Group, Inputs
 from lightning_optim.stepping.options import check_option
 from lightning_optim.stepping.stepper import Stepper
 
@@ -180,14 +180,21 @@ class StepInBackward:
         """How the gradients of a step of all parameters together were clipped, as the first window's are."""
         return self.optimizer._stepper.scaling
 
-    def step(self, *, loss: LossScale | None = None, max_grad_norm: float | None = None) -> None:
+    def step(
+        self,
+        *,
+        inputs: Inputs | None = None,
+        loss: LossScale | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
         """End a window: :meth:`finish`.
 
         Raises:
-            ValueError: A loss scale or a limit, for which it is too late: most parameters have been stepped.
+            ValueError: Inputs, a loss scale or a limit, for which it is too late: most parameters have been stepped.
         """
-        if loss is not None or max_grad_norm is not None:
-            what = "the loss is scaled" if loss is not None else f"max_grad_norm={max_grad_norm}"
+        if inputs is not None or loss is not None or max_grad_norm is not None:
+            what = "the rule needs inputs" if inputs is not None else f"max_grad_norm={max_grad_norm}"
+            what = "the loss is scaled" if loss is not None else what
             raise ValueError(f"step_in_backward: {what}, but steps were made in the backward pass; valid: neither")
         self.finish()
 
