@@ -36,12 +36,16 @@ class Adopted:
 
     @torch.no_grad()
     def step(
-        self, *, inputs: Inputs | None = None, loss: LossScale | None = None, max_grad_norm: float | None = None
+        self,
+        *,
+        inputs: Inputs | None = None,
+        loss: LossScale | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         """What ``optimizer.step()`` does, the instance's step hooks and its schedulers' bookkeeping included.
 
         Args:
-            inputs: What the rule needs beside gradients.
+            inputs: What a rule may need beside the gradients; those of torch's optimizers need nothing.
             loss: How the loss was scaled, if it was.
             max_grad_norm: Clip the global gradient norm to this; default: as :func:`adopt` was told.
         """

@@ -181,19 +181,20 @@ class StepInBackward:
         return self.optimizer._stepper.scaling
 
     def step(
-        self, *, inputs: Inputs | None = None, loss: LossScale | None = None, max_grad_norm: float | None = None
+        self,
+        *,
+        inputs: Inputs | None = None,
+        loss: LossScale | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         """End a window: :meth:`finish`.
 
         Raises:
             ValueError: Inputs, a loss scale or a limit, for which it is too late: most parameters have been stepped.
         """
-        if inputs:
-            raise ValueError(
-                f"step_in_backward: inputs={list(inputs)}, but steps were made in the backward pass; valid: none"
-            )
-        if loss is not None or max_grad_norm is not None:
-            what = "the loss is scaled" if loss is not None else f"max_grad_norm={max_grad_norm}"
+        if inputs is not None or loss is not None or max_grad_norm is not None:
+            what = "the rule needs inputs" if inputs is not None else f"max_grad_norm={max_grad_norm}"
+            what = "the loss is scaled" if loss is not None else what
             raise ValueError(f"step_in_backward: {what}, but steps were made in the backward pass; valid: neither")
         self.finish()
 

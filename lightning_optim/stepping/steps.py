@@ -17,12 +17,16 @@ class Steps(Protocol):
         """How the gradients of the last step were unscaled and clipped; None if they were not."""
 
     def step(
-        self, *, inputs: Inputs | None = None, loss: LossScale | None = None, max_grad_norm: float | None = None
+        self,
+        *,
+        inputs: Inputs | None = None,
+        loss: LossScale | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         """Update every parameter that has a gradient.
 
         Args:
-            inputs: What rules need beside gradients, which only an optimizer's own stepper and an adopted one take.
+            inputs: What the rule needs beside the gradients: by name, a tensor of each parameter's shape.
             loss: How the loss was scaled, and whether the step is to be left out.
             max_grad_norm: Clip the gradients' global norm to this; default: what the options say.
         """
