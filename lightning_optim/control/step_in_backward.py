@@ -15,10 +15,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_optim.engines.scaling import Scaling
+from lightning_optim.engines.base import Decision
+from lightning_optim.engines.scaling import LossScale, Scaling
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.stepping.evaluations import request_of
-from lightning_optim.stepping.method import Group
+from lightning_optim.stepping.method import Group, Inputs
 from lightning_optim.stepping.options import check_option
 from lightning_optim.stepping.stepper import Stepper
 
@@ -176,6 +177,32 @@ class StepInBackward:
             first = self._squares[0].device
             self._previous = torch.stack([s.to(first, non_blocking=True) for s in self._squares]).sum().reshape(1)
             self._squares = []
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """How the gradients of a step of all parameters together were clipped, as the first window's are."""
+        return self.optimizer._stepper.scaling
+
+    def step(
+        self, *, inputs: Inputs | None = None, loss: LossScale | None = None, max_grad_norm: float | None = None
+    ) -> None:
+        """End a window: :meth:`finish`.
+
+        Raises:
+            ValueError: Inputs, a loss scale or a limit, for which it is too late: most parameters have been stepped.
+        """
+        if inputs:
+            raise ValueError(
+                f"step_in_backward: inputs={list(inputs)}, but steps were made in the backward pass; valid: none"
+            )
+        if loss is not None or max_grad_norm is not None:
+            what = "the loss is scaled" if loss is not None else f"max_grad_norm={max_grad_norm}"
+            raise ValueError(f"step_in_backward: {what}, but steps were made in the backward pass; valid: neither")
+        self.finish()
+
+    def report(self, *, scaled: bool = False) -> list[Decision]:
+        """Which engine steps which parameters, and why; with ``scaled``, if the loss is scaled."""
+        return self.optimizer._stepper.report(scaled=scaled)
 
     def remove(self) -> None:
         """Remove the hooks."""

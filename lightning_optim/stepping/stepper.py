@@ -231,7 +231,7 @@ class Stepper:
         ]
         if not self._skip:
             if Meeting.is_due(self.planner, self._plan):
-                self._meeting = Meeting(self.planner, self._plan, self._tables)
+                self._meeting = Meeting(self.planner, self._plan, self._tables, scaling)
             self._count_versions()
 
     def _go_on(self) -> None:

@@ -36,7 +36,7 @@ def test_create(name: str) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     optimizer = create_optimizer(name.upper(), model, lr=0.01, weight_decay=0.1, engine="eager", max_grad_norm=1.0)
     assert type(optimizer) is info.cls
-    several = info.kind == "matrix"  # and then vectors have an lr of their own
+    several = "use_muon" in info.cls.group_options  # and then vectors have an lr of their own
     names = ["decay.muon", "no_decay.adamw"] if several else ["decay", "no_decay"]
     assert [group["name"] for group in optimizer.param_groups] == names
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]

@@ -60,7 +60,9 @@ def test_complex_weights_are_pairs_of_real_ones(name: str, dtype: torch.dtype, e
     real_params = [nn.Parameter(torch.view_as_real(p.detach()).clone()) for p in complex_params]
     options = {"weight_decay": 0.1, **supported(name, {"cautious": True}), "max_grad_norm": 0.5, "engine": engine}
     options = {**references.BASE[name], **options}
-    kind = {"use_muon": False} if OPTIMIZERS[name].kind == "matrix" else {}  # where complex weights are no matrices
+    kind = (
+        {"use_muon": False} if "use_muon" in OPTIMIZERS[name].cls.group_options else {}
+    )  # where complex weights are no matrices
     ours = OPTIMIZERS[name].create([{"params": complex_params, **kind}], **options)
     pairs = OPTIMIZERS[name].create([{"params": real_params, **kind}], **options)
     for _ in range(5):
