@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_optim.engines.base import Decision
 from lightning_optim.engines.scaling import LossScale, Scaling
 from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.stepping.evaluations import request_of
 from lightning_optim.stepping.method import Group, Inputs
 from lightning_optim.stepping.options import check_option
 from lightning_optim.stepping.stepper import Stepper
@@ -71,7 +72,7 @@ class StepInBackward:
         clip: Which approximation; needed with ``max_norm``.
 
     Raises:
-        TypeError: Not an optimizer of ours that steps parameter by parameter.
+        TypeError: Not an optimizer of ours that steps parameter by parameter, by gradients alone.
         ValueError: ``max_norm`` without ``clip``, an unknown ``clip``, or an optimizer with a ``max_grad_norm``.
 
     >>> weight = torch.nn.Parameter(torch.ones(2))
@@ -89,6 +90,8 @@ class StepInBackward:
         name = "step_in_backward"
         if not isinstance(optimizer, RuleOptimizer) or type(optimizer._stepper) is not Stepper:
             raise TypeError(f"{name}: {type(optimizer).__name__} does not step parameter by parameter")
+        if request_of(optimizer) is not None:
+            raise TypeError(f"{name}: {type(optimizer).__name__}, whose step asks for more than gradients")
         if clip is not None and clip not in CLIPS:
             raise ValueError(f"{name}: clip={clip!r}; valid: None, {', '.join(CLIPS)}")
         if max_norm is not None:

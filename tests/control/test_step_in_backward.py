@@ -16,7 +16,7 @@ from lightning_optim.control.step_in_backward import StepInBackward
 from lightning_optim.registry import OPTIMIZERS, create_optimizer
 from lightning_optim.stepping.steps import Steps
 
-NAMES = [name for name, info in OPTIMIZERS.items() if info.kind != "matrix"]
+NAMES = [name for name, info in OPTIMIZERS.items() if info.kind != "matrix" and not hasattr(info.cls, "request")]
 
 
 class Net(nn.Module):
@@ -204,3 +204,9 @@ def test_it_is_an_entrance_to_steps_as_the_others_are() -> None:
     assert [(len(one.report()), one.scaling) for one in entrances] == [(1, None)] * 3
     with pytest.raises(ValueError, match=r"max_grad_norm=1\.0, but steps were made in the backward pass"):
         entrances[0].step(max_grad_norm=1.0)
+
+
+def test_steps_that_ask_for_more_than_gradients_are_refused() -> None:
+    optimizer = lightning_optim.Sophia([nn.Parameter(torch.ones(2))])
+    with pytest.raises(TypeError, match=r"step_in_backward: Sophia, whose step asks for more than gradients"):
+        StepInBackward(optimizer)
