@@ -11,7 +11,7 @@ from lightning_optim.engines.choice import requested_engine
 from lightning_optim.engines.scaling import LossScale, Scaling
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.registry import OPTIMIZERS
-from lightning_optim.stepping.method import Options, Owner
+from lightning_optim.stepping.method import Inputs, Options, Owner
 from lightning_optim.stepping.options import check_option
 from lightning_optim.stepping.stepper import Stepper
 from lightning_optim.stepping.tensors import problem_of_weight
@@ -35,17 +35,24 @@ class Adopted:
         return self._stepper.scaling
 
     @torch.no_grad()
-    def step(self, *, loss: LossScale | None = None, max_grad_norm: float | None = None) -> None:
+    def step(
+        self,
+        *,
+        inputs: Inputs | None = None,
+        loss: LossScale | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
         """What ``optimizer.step()`` does, the instance's step hooks and its schedulers' bookkeeping included.
 
         Args:
+            inputs: What a rule may need beside the gradients; those of torch's optimizers need nothing.
             loss: How the loss was scaled, if it was.
             max_grad_norm: Clip the global gradient norm to this; default: as :func:`adopt` was told.
         """
         optimizer = self.optimizer
         for before in list(optimizer._optimizer_step_pre_hooks.values()):
             before(optimizer, (), {})
-        self._stepper.step(loss=loss, max_grad_norm=max_grad_norm)
+        self._stepper.step(inputs=inputs, loss=loss, max_grad_norm=max_grad_norm)
         for after in list(optimizer._optimizer_step_post_hooks.values()):
             after(optimizer, (), {})
         # By this schedulers see that a step came before theirs.

@@ -42,7 +42,7 @@ from lightning_optim.stepping.stepper import Stepper
 from lightning_optim.stepping.together import why_one_whole
 
 #: Options that every saved state of an optimizer has that knows them.
-_OF_ANY_STATE = ("lr", "betas", "eps", "momentum", "dampening", "nesterov", "weight_decay")
+_OF_ANY_STATE = ("lr", "betas", "eps", "momentum", "dampening", "nesterov", "weight_decay", UPDATES)
 
 
 class RuleOptimizer(torch.optim.Optimizer):

@@ -355,7 +355,9 @@ class Stepper:
                 if self._fill(gradients, copies):
                     self._plans.insert(0, self._plans.pop(index))
                     return True
+                inputs = self._inputs
                 self._let_go()
+                self._inputs = inputs  # the plan that is made now is given them
         return False
 
     def _fill(self, gradients: list[Tensor], copies: Mapping[Tensor, Tensor] | None) -> bool:

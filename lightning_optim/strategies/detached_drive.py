@@ -119,7 +119,7 @@ class DetachedDrive(Drive):
 
     def _update(self, optimizer: Optimizer) -> None:
         if self.detached is not None:
-            self.detached.step(loss=self.loss, max_grad_norm=self._max_norm)
+            self.detached.step(inputs=self._inputs, loss=self.loss, max_grad_norm=self._max_norm)
             return
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         states = dict(optimizer.state)
