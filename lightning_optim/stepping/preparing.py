@@ -75,7 +75,9 @@ def new_slot(p: Tensor, slot: Slot, dtype: torch.dtype, initial: float | Tensor)
         zeros = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
     else:
         zeros = zeros_for(p, slot, dtype)
-    return zeros if isinstance(initial, float) and initial == 0 else zeros.copy_(torch.as_tensor(initial))
+    if isinstance(initial, Tensor):
+        return zeros.copy_(initial)
+    return zeros if initial == 0 else zeros.fill_(initial)  # not from a tensor, which has float32 in it
 
 
 def zeros_for(p: Tensor, slot: Slot, dtype: torch.dtype) -> Tensor:

@@ -34,8 +34,11 @@ def test_a_mask_that_keeps_almost_nothing_is_not_scaled_up_without_bound(name: s
     """The floor under the cautious mask's mean: with one element of 3000 kept, a thousandfold step, not more."""
     p = nn.Parameter(torch.linspace(1, 2, 3000).reshape(3, 1000))
     p.grad = torch.ones_like(p)
-    optimizer = OPTIMIZERS[name].create([p], **references.BASE[name], weight_decay=0.0, cautious=True, engine=engine)
+    options = supported(name, {"momentum": 0.9}) | references.BASE[name]
+    optimizer = OPTIMIZERS[name].create([p], **options, weight_decay=0.0, cautious=True, engine=engine)
     optimizer.step()
+    if not optimizer.state[p].keys() & {"exp_avg", "momentum_buffer"}:
+        pytest.skip("it remembers no direction: its updates have the signs of their gradients")
     p.grad = torch.full_like(p, -1e-3)
     p.grad[1, 7] = 1.0
     judge = Judge(name, optimizer)

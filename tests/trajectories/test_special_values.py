@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_optim.optimizers import SGDOptim
 from lightning_optim.registry import OPTIMIZERS
 
-from .common import ALL_CASES, ENGINE, group_of, running_engines, wide
+from .common import ALL_CASES, ENGINE, group_of, known_of, running_engines, wide
 
 
 @pytest.mark.matrix(
@@ -57,7 +57,7 @@ def test_nan_and_infinity_go_where_the_reference_has_them(
             for p, g in zip(params, row, strict=True):
                 p.grad = g.clone()
             coefficient = clip_coefficient_with_nan(row, options.get("max_grad_norm"))
-            groups = [dict(group_of(optimizer, p)) for p in params]
+            groups = [known_of(p, group_of(optimizer, p)) for p in params]
             optimizer.step()
             old, states = [value for value, _ in exact], [state for _, state in exact]
             exact = references.step_all(name, old, [coefficient * wide(g) for g in row], states, groups)
