@@ -133,7 +133,7 @@ def list_optimizers() -> list[str]:
     """Names of all optimizers.
 
     >>> list_optimizers()
-    ['adam', 'adamw', 'lamb', 'lbfgs', 'lion', 'muon', 'sam', 'sgd', 'soap']
+    ['adam', 'adamw', 'lamb', 'lbfgs', 'lion', 'muon', 'sam', 'sgd', 'soap', 'sophia']
     """
     return sorted({**OPTIMIZERS, **CLOSURE_OPTIMIZERS, **WRAPPERS})
 

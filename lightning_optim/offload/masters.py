@@ -176,11 +176,16 @@ def bring_state(
     """
     for p, master in masters.items():
         for name, value in (optimizer.state.get(p) or {}).items():
-            if not isinstance(value, Tensor) or value.shape != p.shape or name == "step":
+            if not isinstance(value, Tensor) or name == "step":
                 continue
             if not (value.is_floating_point() or value.is_complex()):
                 continue
-            device, dtype = local(master).device, dtype_of(p, name)
+            device = local(master).device
+            if value.shape != p.shape:  # a matrix that a rule keeps, or one number for each row
+                if value.ndim and value.device != device:
+                    optimizer.state[p][name] = value.to(device)
+                continue
+            dtype = dtype_of(p, name)
             if value.device != device or value.dtype != dtype:
                 optimizer.state[p][name] = like_master(local(value).to(device, dtype), master)
 

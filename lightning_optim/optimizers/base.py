@@ -41,7 +41,7 @@ from lightning_optim.stepping.scalars import scalars_of
 from lightning_optim.stepping.stepper import Stepper
 
 #: Options that every saved state of an optimizer has that knows them.
-_OF_ANY_STATE = ("lr", "betas", "eps", "momentum", "dampening", "nesterov", "weight_decay")
+_OF_ANY_STATE = ("lr", "betas", "eps", "momentum", "dampening", "nesterov", "weight_decay", UPDATES)
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -86,17 +86,12 @@ class RuleOptimizer(torch.optim.Optimizer):
     #: The constructor's options that hold for all groups, as they were given.
     given: Mapping[str, Any] = MappingProxyType({})
 
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        **common: Unpack[Common],
-    ) -> None:
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], **common: Unpack[Common]) -> None:
         name = type(self).public_name()
         asked = resolved(type(self), name, common)
-        defaults |= {option: asked[option] for option in OF_GROUPS if option in asked and option not in defaults}
-        engine, rounding, state_dtype = asked["engine"], asked["rounding"], asked["state_dtype"]
-        check_choice(name, "rounding", rounding, ROUNDINGS)
+        of_groups = {option: asked.pop(option) for option in OF_GROUPS if option in asked}
+        defaults |= {option: value for option, value in of_groups.items() if option not in defaults}
+        check_choice(name, "rounding", asked["rounding"], ROUNDINGS)
         if (max_grad_norm := primitive(asked["max_grad_norm"])) is not None:
             check_option(name, "max_grad_norm", max_grad_norm, 1.0)
             refuse_a_part(name, f"max_grad_norm={max_grad_norm}")
@@ -104,17 +99,11 @@ class RuleOptimizer(torch.optim.Optimizer):
             defaults = {**defaults, UPDATES: 0}
         primitives(defaults)
         check_options(name, defaults, {**defaults, **declared_defaults(type(self), defaults)}, self.declared)
-        self.given = {
-            **self.given,
-            "engine": engine,
-            "rounding": rounding,
-            "state_dtype": state_dtype,
-            "max_grad_norm": max_grad_norm,
-        }
+        self.given = {**self.given, **asked, "max_grad_norm": max_grad_norm}
         self.options = Options(
-            engine=requested_engine(engine),
-            rounding=rounding,
-            state_dtype=parse_dtype("state_dtype", state_dtype),
+            engine=requested_engine(asked["engine"]),
+            rounding=asked["rounding"],
+            state_dtype=parse_dtype("state_dtype", asked["state_dtype"]),
             max_grad_norm=max_grad_norm,
         )
         self._attach()

@@ -29,6 +29,7 @@ def test_closure(name: str) -> None:
         assert not torch.is_grad_enabled()
     assert loss is not None
     assert torch.as_tensor(loss).item() == expected
+    optimizer.step(closure)  # SOAP's first gradient makes state
     assert not torch.equal(p, before[0])
     p.grad = None
     assert optimizer.step() is None

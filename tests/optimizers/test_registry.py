@@ -66,8 +66,8 @@ def test_constructor(name: str) -> None:
     for option in info.options:
         documented = (info.cls.__doc__ or "") + (Common.__doc__ or "")
         assert f"        {option}: " in documented, f"{option} is not documented"
-    of_all_groups = {"engine", "rounding", "state_dtype", "max_grad_norm", "adamw_lr", "adamw_patterns"}
-    assert set(make(name, parameters()).defaults) - {"use_muon"} == set(info.options) - of_all_groups
+    of_all_groups = {"engine", "rounding", "state_dtype", "max_grad_norm", "adamw_lr", "adamw_patterns", "hessian"}
+    assert set(make(name, parameters()).defaults) - {"use_muon", "updates"} == set(info.options) - of_all_groups
 
 
 @each

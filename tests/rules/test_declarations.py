@@ -111,12 +111,12 @@ def test_rules_are_pure(name: str) -> None:
     """A rule does not change what it is given: engines read it again."""
     rule = OPTIMIZERS[name].cls.rule
     flags = dict.fromkeys(rule.flags, True)
-    values = {slot: torch.rand(5) for slot in ("p", "g", *rule.slots_under(flags))}
+    values = {slot: torch.rand(5) for slot in ("p", "g", *rule.slots_under(flags), *rule.inputs_under(flags))}
     kept = {slot: value.clone() for slot, value in values.items()}
     rule(
         values["p"],
         values["g"],
-        {s: values[s] for s in rule.slots_under(flags)},
+        {s: values[s] for s in values if s not in ("p", "g")},
         dict.fromkeys(rule.scalars, 0.5),
         flags,
     )
