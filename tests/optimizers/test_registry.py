@@ -24,7 +24,7 @@ def test_names() -> None:
         assert optimizer_info(name.upper()) is info
         assert info.summary
         assert info.paper
-    with pytest.raises(ValueError, match=r"unknown optimizer 'adamww' \(did you mean 'adamw'\?\); valid: adam, adamw"):
+    with pytest.raises(ValueError, match=r"unknown optimizer 'adamww' \(did you mean 'adamw'\?\); valid: .*, adam, "):
         optimizer_info("adamww")
     with pytest.raises(ValueError, match="unknown optimizer 'zzz'; valid"):
         create_optimizer("zzz", parameters())
