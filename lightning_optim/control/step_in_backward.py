@@ -22,6 +22,7 @@ from lightning_optim.stepping.evaluations import request_of
 from lightning_optim.stepping.method import Group, Inputs
 from lightning_optim.stepping.options import check_option
 from lightning_optim.stepping.stepper import Stepper
+from lightning_optim.stepping.together import why_together
 
 Clip = Literal["per_tensor", "previous_norm"]
 CLIPS: tuple[Clip, ...] = get_args(Clip)
@@ -92,6 +93,8 @@ class StepInBackward:
             raise TypeError(f"{name}: {type(optimizer).__name__} does not step parameter by parameter")
         if request_of(optimizer) is not None:
             raise TypeError(f"{name}: {type(optimizer).__name__}, whose step asks for more than gradients")
+        if (reason := why_together(type(optimizer), optimizer.param_groups)) is not None:
+            raise TypeError(f"{name}: {type(optimizer).__name__} does not step parameter by parameter: {reason}")
         if clip is not None and clip not in CLIPS:
             raise ValueError(f"{name}: clip={clip!r}; valid: None, {', '.join(CLIPS)}")
         if max_norm is not None:
@@ -238,6 +241,7 @@ class StepInBackward:
             self._squares.append(stepper.scaling.squares.sum())
 
     def _step(self, p: Tensor) -> None:
+        self.optimizer.asked_for(None)  # which refuses steps that would go wrong
         stepper = self._steppers[p]
         try:
             if self.max_norm is None or self.clip == "per_tensor":

@@ -291,6 +291,8 @@ class Detached:
         optimizer = self.optimizer
         max_norm = self._placement.max_grad_norm(optimizer) if max_grad_norm is None else max_grad_norm
         self.options.check_step(max_norm, loss)
+        if isinstance(optimizer, RuleOptimizer):
+            optimizer.asked_for(None)  # which refuses steps that would go wrong
         self._host.threads = torch.get_num_threads()
         self.publish()
         self._grow()

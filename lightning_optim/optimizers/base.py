@@ -20,7 +20,7 @@ from lightning_optim.rules.matrix import MatrixRule
 from lightning_optim.rules.policy import ROUNDINGS, Decay
 from lightning_optim.rules.rule import Rule
 from lightning_optim.stepping.common import OF_GROUPS, Common, declared_defaults, own_options, resolved, signature
-from lightning_optim.stepping.divided import refuse_a_part
+from lightning_optim.stepping.divided import divided_by, refuse_a_part
 from lightning_optim.stepping.group_keys import check_keys
 from lightning_optim.stepping.links import Rest
 from lightning_optim.stepping.loading import load_groups, load_state, readable
@@ -39,6 +39,7 @@ from lightning_optim.stepping.options import (
 from lightning_optim.stepping.routed import RoutedStepper
 from lightning_optim.stepping.scalars import scalars_of
 from lightning_optim.stepping.stepper import Stepper
+from lightning_optim.stepping.together import why_one_whole
 
 #: Options that every saved state of an optimizer has that knows them.
 _OF_ANY_STATE = ("lr", "betas", "eps", "momentum", "dampening", "nesterov", "weight_decay", UPDATES)
@@ -108,6 +109,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         )
         self._attach()
         super().__init__(params, defaults)
+        if divided_by() is not None and (reason := why_one_whole(type(self), self.param_groups)) is not None:
+            refuse_a_part(name, f"its step ({reason})")
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -16,7 +16,11 @@ from lightning_optim.control.step_in_backward import StepInBackward
 from lightning_optim.registry import OPTIMIZERS, create_optimizer
 from lightning_optim.stepping.steps import Steps
 
-NAMES = [name for name, info in OPTIMIZERS.items() if info.kind != "matrix" and not hasattr(info.cls, "request")]
+NAMES = [
+    name
+    for name, info in OPTIMIZERS.items()
+    if info.kind != "matrix" and not hasattr(info.cls, "request") and not info.cls.rule.shares
+]
 
 
 class Net(nn.Module):
@@ -210,3 +214,21 @@ def test_steps_that_ask_for_more_than_gradients_are_refused() -> None:
     optimizer = lightning_optim.Sophia([nn.Parameter(torch.ones(2))])
     with pytest.raises(TypeError, match=r"step_in_backward: Sophia, whose step asks for more than gradients"):
         StepInBackward(optimizer)
+
+
+def test_steps_of_all_parameters_together_are_refused() -> None:
+    optimizer = lightning_optim.Prodigy([nn.Parameter(torch.ones(2))])
+    with pytest.raises(TypeError, match=r"Prodigy does not step parameter by parameter: .* of their state in common"):
+        StepInBackward(optimizer)
+
+
+def test_steps_with_the_weights_of_evaluation_are_refused() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = lightning_optim.ScheduleFreeAdamW([weight])
+    backward = StepInBackward(optimizer)
+    for _ in range(2):
+        weight.sum().backward()
+        backward.finish()
+    optimizer.eval()
+    with pytest.raises(RuntimeError, match=r"step\(\) with the weights of evaluation; valid: train\(\)"):
+        weight.sum().backward()

@@ -214,10 +214,12 @@ class Judge:
             for (p, _), g in zip(self.params, self.gradients, strict=True)
         ]
         states = [{k: v for k, v in state.items() if k != KAHAN_SLOT} for state in self.states]
-        # What the reference may ask beside the options: of real numbers, whether they are pairs; what the step made.
+        # What the reference may ask beside the options: of the weight, its type, and whether real numbers are pairs;
+        # what the step made.
         known = [
             {
                 **group,
+                "weight_dtype": p.dtype,
                 "is_complex": p.is_complex(),
                 "made": {key: wide(value) for key, value in self.optimizer.state.get(p, {}).items()},
             }
