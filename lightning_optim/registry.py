@@ -132,8 +132,9 @@ SCHEDULERS: dict[str, SchedulerInfo] = {
 def list_optimizers() -> list[str]:
     """Names of all optimizers.
 
-    >>> list_optimizers()
-    ['adam', 'adamw', 'lamb', 'lbfgs', 'lion', 'muon', 'sam', 'sgd', 'soap', 'sophia']
+    >>> list_optimizers()  # doctest: +NORMALIZE_WHITESPACE
+    ['adafactor', 'adam', 'adamw', 'lamb', 'lbfgs', 'lion', 'muon', 'prodigy', 'radam', 'rmsprop', 'sam',
+     'schedulefreeadamw', 'sgd', 'soap', 'sophia']
     """
     return sorted({**OPTIMIZERS, **CLOSURE_OPTIMIZERS, **WRAPPERS})
 
