@@ -87,7 +87,12 @@ def zeros_for(p: Tensor, slot: Slot, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=p.device)
     from torch.distributed.tensor import Replicate, zeros  # only who has DTensors needs it
 
-    whole = [dimension >= len(shape) or shape[dimension] != size for dimension, size in enumerate(p.shape)]
+    # A side over which a mean is taken is whole, also where it has one element.
+    taken = {"row": p.ndim - 1, "column": p.ndim - 2}.get(slot.rate)
+    whole = [
+        dimension == taken or dimension >= len(shape) or shape[dimension] != size
+        for dimension, size in enumerate(p.shape)
+    ]
     placements = [
         Replicate() if place.is_replicate() or whole[place.dim] else place
         for place in p.placements  # type: ignore[attr-defined] # of a DTensor
