@@ -201,7 +201,7 @@ def test_no_fault_of_ours_ends_a_fit(monkeypatch: pytest.MonkeyPatch, caplog: py
 def test_a_lightning_that_calls_callbacks_otherwise(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, joining.__name__):
         joining.wrap_calls(ModuleType("lightning.pytorch.trainer.call"))
-    assert "callbacks=[FillTotalSteps(), RefuseWithoutReplay()]" in caplog.text
+    assert "callbacks=[FillTotalSteps(), RefuseWithoutReplay(), EvaluationWeights()]" in caplog.text
 
 
 def test_it_is_done_once() -> None:
