@@ -125,17 +125,16 @@ class Sizes:
 
     def _by_rule(self, planner_of: Callable[[dict[str, Any], Tensor], Planner], on_masters: bool) -> State:
         total = values = 0
-        shared: set[str] = set()  # slots that are there once
+        shared: set[str] = set()  # which all parameters have once
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 if p not in self.masters:
                     continue
                 planner = planner_of(group, p)
                 stepped = self._stepped(p, on_masters)
-                for slot in planner.slots(group, stepped):
-                    if slot in shared:
-                        continue
-                    shared |= {slot} if planner.slot(slot).rate == "shared" else set()
+                slots = set(planner.slots(group, stepped)) - shared
+                shared |= {slot for slot in slots if planner.slot(slot).rate == "shared"}
+                for slot in slots:
                     size = planner.slot(slot).shape_for(stepped.shape).numel()
                     total += size * planner.slot_dtype(stepped, slot).itemsize
                     values += size * (2 if stepped.is_complex() else 1)
@@ -172,18 +171,18 @@ def _moved(planner: Planner, group: dict[str, Any], p: Tensor, stepped: Tensor) 
     flags = dict.fromkeys(planner.method.rule.every, False) | planner.method.flags(group, stepped, False)
     slots = planner.slots(group, stepped)
     program = Update(planner.method.rule, Policy(), tuple(sorted(flags.items()))).program
-    size = {"p": stepped.numel() * stepped.dtype.itemsize, "g": stepped.numel() * p.dtype.itemsize}
+    size = {"p": stepped.dtype.itemsize * stepped.numel(), "g": p.dtype.itemsize * stepped.numel()}
     for slot in slots:
-        count = planner.slot(slot).shape_for(stepped.shape).numel()
-        size[slot] = count * planner.slot_dtype(stepped, slot).itemsize
+        numbers = planner.slot(slot).shape_for(stepped.shape).numel()
+        size[slot] = planner.slot_dtype(stepped, slot).itemsize * numbers
     # In the policy, the weight is also read where the rule does not; and Kahan's slot is read and written.
     read = [
-        {node.attr("name") for node in map(part.nodes.__getitem__, sweep.elements) if node.op == "load"}
-        for part in (*(phase.program for phase in program.phases), program)
-        for sweep in part.passes
+        {node.attr("name") for node in map(program.nodes.__getitem__, sweep.elements) if node.op == "load"}
+        for sweep in program.passes
     ]
     read[-1] |= {"p", *slots}
-    return sum(size[name] for names in read for name in names) + sum(size[name] for name in ("p", *slots))
+    before = [set(phase.program.loads) for phase in program.phases]  # what is summed over all parameters
+    return sum(size[name] for names in (*before, *read) for name in names) + sum(size[name] for name in ("p", *slots))
 
 
 def _dry_step(optimizer: Optimizer, stepped: dict[Tensor, Tensor]) -> State:

@@ -159,7 +159,7 @@ class MatrixRule:
         scalars = dict.fromkeys(name for rule in rules for name in rule.scalars)
 
         def kept(p: Any, g: Any, **named: Any) -> Any:
-            return (g, *(named[name] for name in slots if named[name] is not None))
+            return (g, *(named[name] for name in slots if named.get(name) is not None))
 
         parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("p", "g", *slots)]
         parameters += [Parameter(name, Parameter.KEYWORD_ONLY) for name in scalars]
