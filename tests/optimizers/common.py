@@ -36,7 +36,7 @@ def make(name: str, params: Iterable[Any], **options: Any) -> RuleOptimizer:
 
 
 def one_group(name: str, params: Iterable[Any], **options: Any) -> RuleOptimizer:
-    """As :func:`make`, with all parameters in one param group: optimizers of the matrix kind step it element by element."""
+    """As :func:`make`, with all parameters in one param group: the matrix kind steps it element by element."""
     kind: dict[str, Any] = {"muon": {"use_muon": False}, "soap": {"max_precond_dim": 1}}.get(name, {})
     return make(name, [{"params": list(params), **kind}], **options)
 
