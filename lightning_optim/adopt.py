@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import torch
 
+from lightning_optim.engines.base import Decision
 from lightning_optim.engines.choice import requested_engine
+from lightning_optim.engines.scaling import LossScale, Scaling
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.registry import OPTIMIZERS
-from lightning_optim.stepping.method import Options, Owner
+from lightning_optim.stepping.method import Inputs, Options, Owner
 from lightning_optim.stepping.options import check_option
 from lightning_optim.stepping.stepper import Stepper
 from lightning_optim.stepping.tensors import problem_of_weight
@@ -27,21 +29,42 @@ class Adopted:
         self.optimizer = optimizer
         self._stepper = _stepper(optimizer, options)
 
+    @property
+    def scaling(self) -> Scaling | None:
+        """How the gradients of the last step were unscaled and clipped; None if they were not."""
+        return self._stepper.scaling
+
     @torch.no_grad()
-    def step(self) -> None:
-        """What ``optimizer.step()`` does, the instance's step hooks and its schedulers' bookkeeping included."""
+    def step(
+        self,
+        *,
+        inputs: Inputs | None = None,
+        loss: LossScale | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        """What ``optimizer.step()`` does, the instance's step hooks and its schedulers' bookkeeping included.
+
+        Args:
+            inputs: What a rule may need beside the gradients; those of torch's optimizers need nothing.
+            loss: How the loss was scaled, if it was.
+            max_grad_norm: Clip the global gradient norm to this; default: as :func:`adopt` was told.
+        """
         optimizer = self.optimizer
         for before in list(optimizer._optimizer_step_pre_hooks.values()):
             before(optimizer, (), {})
-        self._stepper.step()
+        self._stepper.step(inputs=inputs, loss=loss, max_grad_norm=max_grad_norm)
         for after in list(optimizer._optimizer_step_post_hooks.values()):
             after(optimizer, (), {})
         # By this schedulers see that a step came before theirs.
         optimizer._opt_called = True  # type: ignore[attr-defined] # torch sets it the same way, from outside
 
+    def report(self, *, scaled: bool = False) -> list[Decision]:
+        """Which engine steps which parameters, and why; with ``scaled``, if the loss is scaled."""
+        return self._stepper.report(scaled=scaled)
+
     def engine_report(self) -> str:
         """See :meth:`RuleOptimizer.engine_report`."""
-        return "\n".join(str(decision) for decision in self._stepper.report())
+        return "\n".join(map(str, self.report()))
 
 
 def adopt(optimizer: torch.optim.Optimizer, *, engine: str = "auto", max_grad_norm: float | None = None) -> Adopted:

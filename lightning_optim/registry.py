@@ -55,9 +55,9 @@ class OptimizerInfo:
     def kind(self) -> str:
         """What its step is.
 
-        ``"elementwise"``; ``"reduce"`` if an update depends on a norm of its tensor; ``"matrix"``, on a product;
-        ``"closure"`` if it evaluates the model again; ``"wrapper"`` if it is made around another one, which its option
-        ``base`` builds.
+        ``"elementwise"``; ``"reduce"`` if an update depends on a norm of its tensor, or of all of them; ``"matrix"``,
+        on a product; ``"closure"`` if it evaluates the model again; ``"wrapper"`` if it is made around another one,
+        which its option ``base`` builds.
         """
         if not _steps_by_a_rule(self.cls):
             return "closure" if _evaluates_the_model(self.cls) else "wrapper"
@@ -68,7 +68,7 @@ class OptimizerInfo:
         group = {name: parameter.default for name, parameter in inspect.signature(self.cls).parameters.items()}
         flags = dict.fromkeys(self.cls.rule.every, True) | self.cls.flags(group, weight, True)
         update = Update(self.cls.rule, Policy(), tuple(sorted(flags.items())))
-        return "reduce" if update.program.reduces else "elementwise"
+        return "reduce" if update.program.reduces or update.program.phases else "elementwise"
 
     @property
     def create(self) -> Callable[..., RuleOptimizer]:
@@ -132,8 +132,9 @@ SCHEDULERS: dict[str, SchedulerInfo] = {
 def list_optimizers() -> list[str]:
     """Names of all optimizers.
 
-    >>> list_optimizers()
-    ['adam', 'adamw', 'lamb', 'lbfgs', 'lion', 'muon', 'sam', 'sgd', 'soap']
+    >>> list_optimizers()  # doctest: +NORMALIZE_WHITESPACE
+    ['adafactor', 'adam', 'adamw', 'lamb', 'lbfgs', 'lion', 'muon', 'prodigy', 'radam', 'rmsprop', 'sam',
+     'schedulefreeadamw', 'sgd', 'soap', 'sophia']
     """
     return sorted({**OPTIMIZERS, **CLOSURE_OPTIMIZERS, **WRAPPERS})
 

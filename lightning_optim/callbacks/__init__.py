@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_optim.callbacks.roots import CALLBACKS, callback_class
 
 if TYPE_CHECKING:
+    from lightning_optim.callbacks.evaluation_weights import EvaluationWeights as EvaluationWeights
     from lightning_optim.callbacks.replay_guard import RefuseWithoutReplay as RefuseWithoutReplay
     from lightning_optim.callbacks.schedule_totals import FillTotalSteps as FillTotalSteps
 else:

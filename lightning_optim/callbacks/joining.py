@@ -38,7 +38,8 @@ def wrap_calls(call: ModuleType) -> None:
     if stock is None:
         _log.warning(
             "lightning-optim does not know this version of Lightning: give Trainers whose schedules lack total_steps, "
-            "or with SAM or L-BFGS, callbacks=[FillTotalSteps(), RefuseWithoutReplay()] of lightning_optim.callbacks"
+            "or with SAM, L-BFGS or Schedule-Free, callbacks=[FillTotalSteps(), RefuseWithoutReplay(), "
+            "EvaluationWeights()] of lightning_optim.callbacks"
         )
         return
     if hasattr(stock, "_joins_trainings"):
@@ -78,10 +79,15 @@ def _join(trainer: Any, root: str) -> None:
 def _needs(trainer: Any) -> list[str]:
     """The names of the callbacks without which a training of ours would fail, or go wrong."""
     # Not at the top: importing this package is light.
+    from lightning_optim.control.evaluation_weights import evaluating_elsewhere
     from lightning_optim.control.replay.guard import guarded
     from lightning_optim.control.schedules.totals import configs_to_fill
 
-    needs = {"FillTotalSteps": bool(configs_to_fill(trainer)), "RefuseWithoutReplay": bool(guarded(trainer))}
+    needs = {
+        "FillTotalSteps": bool(configs_to_fill(trainer)),
+        "RefuseWithoutReplay": bool(guarded(trainer)),
+        "EvaluationWeights": bool(evaluating_elsewhere(trainer)),
+    }
     return [name for name, needed in needs.items() if needed]
 
 

@@ -23,7 +23,11 @@ ROOTS = {
 }
 
 #: Each callback -> its file in this folder.
-CALLBACKS = {"FillTotalSteps": "schedule_totals", "RefuseWithoutReplay": "replay_guard"}
+CALLBACKS = {
+    "FillTotalSteps": "schedule_totals",
+    "RefuseWithoutReplay": "replay_guard",
+    "EvaluationWeights": "evaluation_weights",
+}
 
 
 @cache

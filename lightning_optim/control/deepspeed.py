@@ -17,9 +17,9 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.rules.policy import Policy, Update
 from lightning_optim.stepping.evaluations import request_of
 from lightning_optim.stepping.stepper import Stepper
+from lightning_optim.stepping.together import programs, why_together
 
 FORCE, UNTESTED = "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer"
 
@@ -176,6 +176,11 @@ def _refuse_what_needs_whole_tensors(optimizer: Optimizer, name: str, stage: int
         )
     if not isinstance(optimizer, RuleOptimizer):
         return
+    if (reason := why_together(type(optimizer), optimizer.param_groups)) is not None:
+        raise ValueError(
+            f"{name} {zero}: {reason}, and what it would be given there is a part of them; valid: stage 0, or what is "
+            f"element-wise: {', '.join(_elementwise())}"
+        )
     if any(group.get("cautious") for group in optimizer.param_groups):
         raise ValueError(
             f"{name}(cautious=True) {zero}: updates are scaled by the share that is kept of each tensor, and what it "
@@ -204,14 +209,7 @@ def _refuse_what_needs_whole_tensors(optimizer: Optimizer, name: str, stage: int
 
 def _reduces(optimizer: RuleOptimizer) -> bool:
     """Whether the rule itself takes a norm, a sum or a mean of a tensor."""
-    cls = type(optimizer)
-    flags = {
-        tuple(sorted({**dict.fromkeys(cls.rule.every, True), **cls.flags(group, p, fresh)}.items()))
-        for group in optimizer.param_groups
-        for p in group["params"]
-        for fresh in (True, False)
-    }
-    return any(Update(cls.rule, Policy(), choice).program.reduces for choice in flags)
+    return any(program.reduces for program in programs(type(optimizer), optimizer.param_groups))
 
 
 def _elementwise() -> list[str]:

@@ -15,11 +15,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_optim.engines.scaling import Scaling
+from lightning_optim.engines.base import Decision
+from lightning_optim.engines.scaling import LossScale, Scaling
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.stepping.method import Group
+from lightning_optim.stepping.evaluations import request_of
+from lightning_optim.stepping.method import Group, Inputs
 from lightning_optim.stepping.options import check_option
 from lightning_optim.stepping.stepper import Stepper
+from lightning_optim.stepping.together import why_together
 
 Clip = Literal["per_tensor", "previous_norm"]
 CLIPS: tuple[Clip, ...] = get_args(Clip)
@@ -70,7 +73,7 @@ class StepInBackward:
         clip: Which approximation; needed with ``max_norm``.
 
     Raises:
-        TypeError: Not an optimizer of ours that steps parameter by parameter.
+        TypeError: Not an optimizer of ours that steps parameter by parameter, by gradients alone.
         ValueError: ``max_norm`` without ``clip``, an unknown ``clip``, or an optimizer with a ``max_grad_norm``.
 
     >>> weight = torch.nn.Parameter(torch.ones(2))
@@ -88,6 +91,10 @@ class StepInBackward:
         name = "step_in_backward"
         if not isinstance(optimizer, RuleOptimizer) or type(optimizer._stepper) is not Stepper:
             raise TypeError(f"{name}: {type(optimizer).__name__} does not step parameter by parameter")
+        if request_of(optimizer) is not None:
+            raise TypeError(f"{name}: {type(optimizer).__name__}, whose step asks for more than gradients")
+        if (reason := why_together(type(optimizer), optimizer.param_groups)) is not None:
+            raise TypeError(f"{name}: {type(optimizer).__name__} does not step parameter by parameter: {reason}")
         if clip is not None and clip not in CLIPS:
             raise ValueError(f"{name}: clip={clip!r}; valid: None, {', '.join(CLIPS)}")
         if max_norm is not None:
@@ -174,6 +181,33 @@ class StepInBackward:
             self._previous = torch.stack([s.to(first, non_blocking=True) for s in self._squares]).sum().reshape(1)
             self._squares = []
 
+    @property
+    def scaling(self) -> Scaling | None:
+        """How the gradients of a step of all parameters together were clipped, as the first window's are."""
+        return self.optimizer._stepper.scaling
+
+    def step(
+        self,
+        *,
+        inputs: Inputs | None = None,
+        loss: LossScale | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        """End a window: :meth:`finish`.
+
+        Raises:
+            ValueError: Inputs, a loss scale or a limit, for which it is too late: most parameters have been stepped.
+        """
+        if inputs is not None or loss is not None or max_grad_norm is not None:
+            what = "the rule needs inputs" if inputs is not None else f"max_grad_norm={max_grad_norm}"
+            what = "the loss is scaled" if loss is not None else what
+            raise ValueError(f"step_in_backward: {what}, but steps were made in the backward pass; valid: neither")
+        self.finish()
+
+    def report(self, *, scaled: bool = False) -> list[Decision]:
+        """Which engine steps which parameters, and why; with ``scaled``, if the loss is scaled."""
+        return self.optimizer._stepper.report(scaled=scaled)
+
     def remove(self) -> None:
         """Remove the hooks."""
         for handle in self._handles.values():
@@ -207,6 +241,7 @@ class StepInBackward:
             self._squares.append(stepper.scaling.squares.sum())
 
     def _step(self, p: Tensor) -> None:
+        self.optimizer.asked_for(None)  # which refuses steps that would go wrong
         stepper = self._steppers[p]
         try:
             if self.max_norm is None or self.clip == "per_tensor":

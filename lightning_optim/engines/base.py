@@ -175,13 +175,16 @@ class Engine(ABC):
         """
 
     @torch.no_grad()
-    def reduce(self, bucket: Bucket, program: Program, table: Sequence[Scalars]) -> Tensor:
+    def reduce(
+        self, bucket: Bucket, program: Program, table: Sequence[Scalars], scaling: Scaling | None = None
+    ) -> Tensor:
         """The results of a Program of the bucket's tensors, added up over these: 1-dim float64, on their device.
 
         Args:
             bucket: Has the tensors.
             program: One without stores. Counters count the step that is to come, and are not advanced.
             table: As of :meth:`run`.
+            scaling: As of :meth:`run`.
         """
         math = bucket.layout.math
         sums: list[list[Tensor]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class EagerEngine(Engine):
         while (index := progress.parts) <= last:
             stored = {name: tensors[index] for name, tensors in bucket.tensors.items()}
             new = self._computed(bucket, bucket.scalars(index, table), stored)
-            writes = [_write(stored[name], value) for name, value in new.items()]
+            writes = [_write(stored[name], _divided_as(stored[name], value)) for name, value in new.items()]
             progress.write([*writes, *(advance(bucket) if index == last else [])])
 
     @staticmethod
@@ -40,6 +41,17 @@ class EagerEngine(Engine):
         own = set(map(id, loaded.values()))
         # What is stored as it was loaded (slots that swap, say) is read before anything is written.
         return {name: value.clone() if id(value) in own else value for name, value in new.items()}
+
+
+def _divided_as(stored: Any, value: Any) -> Any:
+    """A new value, divided over processes as what it is stored in: before anything is written, as it may fail."""
+    if not hasattr(value, "placements"):
+        return value
+    if not hasattr(stored, "placements"):
+        return value.full_tensor()
+    if value.placements == stored.placements:
+        return value
+    return value.redistribute(stored.device_mesh, stored.placements)
 
 
 def _write(stored: Tensor, value: Tensor | float) -> Write:

@@ -84,7 +84,8 @@ class Execution:
         progress = StepProgress()
         at_once = [host.job(host.step, b, scaling, options, None, progress, place, twice=True) for b in here]
         if self._placement.whole is not None and travelling:
-            whole = host.job(host.step_all, optimizer, travelling, number, options, then, twice=True)
+            step = self._placement.whole
+            whole = host.job(host.step_all, step, optimizer, travelling, number, options, then, twice=True)
             by_bucket = dict.fromkeys(travelling, whole)
         else:
             # The layers that the next forward pass begins with come first; where it has begun already, those whose

@@ -17,7 +17,7 @@ from lightning_optim.offload.norm import FixedScaling, number_of
 from lightning_optim.offload.options import DetachedOptions
 from lightning_optim.offload.trace import Trace
 from lightning_optim.offload.transport import Ticket, Transport
-from lightning_optim.offload.whole import step_whole
+from lightning_optim.offload.whole import Whole
 from lightning_optim.offload.worker import Job, Worker
 from lightning_optim.stepping.shards import is_distributed, local, shards_of
 
@@ -222,15 +222,17 @@ class HostSide:
 
     def step_all(
         self,
+        whole: Whole,
         optimizer: Optimizer,
         buckets: Sequence[OffloadBucket],
         number: float | None,
         options: GroupOptions,
         then: Callable[[OffloadBucket], None] | None,
     ) -> None:
-        """The step of all buckets by the optimizer's own. If it fails it is to be called once more.
+        """The step of all buckets at once. If it fails it is to be called once more.
 
         Args:
+            whole: What does it.
             optimizer: Whose step it is.
             buckets: Those with gradients.
             number: What gradients are multiplied by.
@@ -239,7 +241,7 @@ class HostSide:
         """
         if buckets[0].stepped is not options:
             with self._recorded("update", "all"):
-                step_whole(optimizer, buckets, number)
+                whole.step(optimizer, buckets, number)
             buckets[0].stepped = options
         for bucket in reversed(buckets):
             bucket.unsent |= bucket.present

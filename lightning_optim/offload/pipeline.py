@@ -41,6 +41,7 @@ from lightning_optim.offload.replicas import Replicas
 from lightning_optim.offload.trace import Trace
 from lightning_optim.offload.transport import Transport
 from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.stepping.method import Inputs
 from lightning_optim.stepping.shards import local
 
 
@@ -119,17 +120,29 @@ class Detached:
 
     # -- for users ----------------------------------------------------------------------------------------------
 
-    def step(self, *, loss: LossScale | None = None, max_grad_norm: float | None = None) -> None:
+    def step(
+        self,
+        *,
+        inputs: Inputs | None = None,
+        loss: LossScale | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
         """Update all parameters that have a gradient.
 
         Args:
+            inputs: What a rule may need beside the gradients: not known here.
             loss: How the loss was scaled, and whether the step is to be left out.
             max_grad_norm: Clip the gradients' global norm to this; default: the optimizer's ``max_grad_norm``.
 
         Raises:
             RuntimeError: A gradient that is sparse or of another type than its weight; what failed before the step.
-            ValueError: Clipping or a loss scale with ``clip="none"``.
+            ValueError: Clipping or a loss scale with ``clip="none"``; inputs.
         """
+        if inputs is not None:
+            raise ValueError(
+                f"detached: the rule needs {', '.join(map(repr, inputs))} beside the gradients, which detached steps "
+                "do not have; valid: steps where the weights are, such as strategy='in_graph'"
+            )
         with torch.inference_mode(False), torch.no_grad():
             self._step(loss, max_grad_norm)
 
@@ -278,6 +291,8 @@ class Detached:
         optimizer = self.optimizer
         max_norm = self._placement.max_grad_norm(optimizer) if max_grad_norm is None else max_grad_norm
         self.options.check_step(max_norm, loss)
+        if isinstance(optimizer, RuleOptimizer):
+            optimizer.asked_for(None)  # which refuses steps that would go wrong
         self._host.threads = torch.get_num_threads()
         self.publish()
         self._grow()

@@ -21,10 +21,13 @@ from lightning_optim.offload.replicas import Replicas
 from lightning_optim.offload.shared_memory import check_memory
 from lightning_optim.offload.transport import Transport
 from lightning_optim.offload.transports import transport_for
+from lightning_optim.offload.whole import Whole, has_own_step
 from lightning_optim.optimizers.base import RuleOptimizer
+from lightning_optim.stepping.evaluation import EvaluatesElsewhere
 from lightning_optim.stepping.evaluations import request_of
 from lightning_optim.stepping.shards import local
 from lightning_optim.stepping.stepper import Stepper
+from lightning_optim.stepping.together import why_one_whole
 
 
 class Placement:
@@ -38,7 +41,7 @@ class Placement:
 
     Attributes:
         buckets: In the order in which their gradients are expected: the last layers first.
-        whole: Why the optimizer runs its own step on all masters at once; None: our engines step bucket by bucket.
+        whole: What steps all masters at once, if that must be; None: our engines step bucket by bucket.
 
     Raises:
         ValueError: Options that the optimizer cannot serve.
@@ -52,7 +55,8 @@ class Placement:
         replicas: Replicas | None,
     ) -> None:
         self.buckets: list[OffloadBucket] = []
-        self.whole = _why_whole(optimizer)
+        reason = _why_whole(optimizer)
+        self.whole = None if reason is None else Whole(optimizer, reason, options.engine)
         self._options = options
         self._replicas = replicas
         self._transport = transport
@@ -70,6 +74,8 @@ class Placement:
                 f"detached: {name}, whose step needs second derivatives beside gradients, and none travel to the "
                 "masters in host memory; valid: strategy='in_graph' or 'in_graph_ddp', or another optimizer"
             )
+        if isinstance(optimizer, EvaluatesElsewhere):
+            _check_evaluation(name, options, replicas)
         if self.whole is not None:
             for option, value, valid in (
                 ("clip", options.clip, "exact"),
@@ -79,8 +85,7 @@ class Placement:
             ):
                 if value != valid:
                     raise ValueError(
-                        f"{option}={value!r} with {name}, which runs its own step ({self.whole}); valid: "
-                        f"{option}={valid!r}"
+                        f"{option}={value!r} with {name}, which {self.whole.words}; valid: {option}={valid!r}"
                     )
         elif options.clip == "speculative" and isinstance(optimizer, RuleOptimizer):
             if type(optimizer._stepper) is not Stepper:
@@ -172,10 +177,11 @@ class Placement:
             masters = dict(zip(bucket.params, bucket.masters, strict=False))  # other processes have the others
 
             def dtype_of(p: Tensor, slot: str, bucket: OffloadBucket = bucket, masters: Any = masters) -> torch.dtype:
-                if bucket.stepper is None:
+                stepper = bucket.stepper if self.whole is None else self.whole.stepper
+                if stepper is None:
                     return masters[p].dtype
                 row = next(place.row for place in bucket.places if place.param is p)
-                return bucket.stepper.planner_of(optimizer.param_groups[row], p).slot_dtype(masters[p], slot)
+                return stepper.planner_of(optimizer.param_groups[row], p).slot_dtype(masters[p], slot)
 
             bring_state(optimizer, masters, dtype_of)
 
@@ -192,8 +198,8 @@ class Placement:
         told = "; ".join(notes)
         if self.whole is not None:
             count = sum(len(bucket.places) for bucket in self.buckets)
-            name = type(optimizer).__name__
-            return [Decision(f"{count} tensors in host memory, {told}", f"{name}'s own step", self.whole)]
+            masters = {p: master for b in self.buckets for p, master in zip(b.params, b.masters, strict=True)}
+            return self.whole.report(optimizer, masters, f"{count} tensors in host memory, {told}", scaled=scaled)
         same: dict[tuple[str, str, str], list[tuple[OffloadBucket, Decision]]] = {}
         for bucket in self.buckets:
             for decision in bucket.stepper.report(scaled=scaled) if bucket.stepper is not None else ():
@@ -279,8 +285,24 @@ def _stay(bucket: OffloadBucket, master_dtype: torch.dtype) -> None:
     bucket.outgoing = [local(p).detach() for p in bucket.params]  # see `OffloadBucket.aim`
 
 
+def _check_evaluation(name: str, options: DetachedOptions, replicas: Replicas | None) -> None:
+    """Check that an optimizer can put the weights elsewhere between two steps."""
+    why = "its eval() computes other weights from these and its state"
+    if replicas is not None:
+        raise ValueError(
+            f"detached: {name} with replicated weights: {why}, and each process has but a part of the state; valid: "
+            "strategy='in_graph_ddp', 'detached_fsdp2', or 'detached' with one process"
+        )
+    for option, value, valid in (("delay_one_step", options.delay_one_step, False), ("wait", options.wait, "step")):
+        if value != valid:
+            raise ValueError(
+                f"{option}={value!r} with {name}: {why}, which must not be on their way; valid: {option}={valid!r}"
+            )
+
+
 def _why_whole(optimizer: Optimizer) -> str | None:
     if isinstance(optimizer, RuleOptimizer):
-        overridden = inspect.unwrap(type(optimizer).step) is not inspect.unwrap(RuleOptimizer.step)
-        return "its class has a step of its own" if overridden else None
+        if has_own_step(optimizer):
+            return "its class has a step of its own"
+        return why_one_whole(type(optimizer), optimizer.param_groups)
     return why_not_adopted(optimizer)

@@ -1,43 +1,97 @@
-"""Steps of optimizers that our engines do not know: on the masters, by the optimizer's own ``step``."""
+"""Steps that are of all masters at once: of optimizers that our engines do not know, or whose step sums over them."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.engines.base import Decision
 from lightning_optim.offload.buckets import OffloadBucket
 from lightning_optim.offload.masters import masters_in_place
+from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.stepping.shards import local
+from lightning_optim.stepping.stepper import Stepper
 
 
-def step_whole(optimizer: Optimizer, work: Sequence[OffloadBucket], factor: float | None) -> None:
-    """Have an optimizer step its masters, and make the weights that are to be sent.
+class Whole:
+    """Steps all masters of an optimizer at once.
 
     Args:
-        optimizer: Any.
-        work: The buckets with gradients.
-        factor: What gradients are multiplied by.
+        optimizer: Any; not kept alive.
+        reason: Why it must be so.
+        engine: Of the detached options.
+
+    Attributes:
+        stepper: Steps them, if they are stepped by a rule; None: the optimizer's own ``step``.
     """
-    masters = {p: master for bucket in work for p, master in zip(bucket.params, bucket.masters, strict=True)}
-    stepped: list[Tensor] = []
-    try:
+
+    def __init__(self, optimizer: Optimizer, reason: str, engine: str) -> None:
+        self._reason = reason
+        self.stepper: Stepper | None = None
+        if isinstance(optimizer, RuleOptimizer) and not has_own_step(optimizer):
+            engine = optimizer.options.engine if engine == "auto" else engine
+            options = replace(optimizer.options, engine=engine, max_grad_norm=None, capture=False)
+            self.stepper = optimizer.make_stepper(optimizer, options)
+
+    @property
+    def words(self) -> str:
+        """What is so, for messages."""
+        return f"{'runs its own step' if self.stepper is None else 'is stepped as a whole'} ({self._reason})"
+
+    def step(self, optimizer: Optimizer, work: Sequence[OffloadBucket], factor: float | None) -> None:
+        """Step masters, and make the weights that are to be sent.
+
+        Args:
+            optimizer: Whose masters they are.
+            work: The buckets with gradients.
+            factor: What gradients are multiplied by.
+        """
+        masters = {p: master for bucket in work for p, master in zip(bucket.params, bucket.masters, strict=True)}
+        stepped: list[Tensor] = []
+        try:
+            for bucket in work:
+                bucket.sent.wait()
+                for i in bucket.present:
+                    master = bucket.masters[i]
+                    grad = bucket.gradient(i).to(master.dtype)
+                    master.grad = grad if factor is None else grad * factor
+                    stepped.append(master)
+            with torch.no_grad(), masters_in_place(optimizer, masters):
+                if self.stepper is not None:
+                    self.stepper.step()
+                else:
+                    # Not what hangs on the instance: hooks and schedulers count the step that led here.
+                    inspect.unwrap(type(optimizer).step)(optimizer)
+        finally:
+            for master in stepped:
+                master.grad = None
         for bucket in work:
-            bucket.sent.wait()
-            for i in bucket.present:
-                master = bucket.masters[i]
-                grad = bucket.gradient(i).to(master.dtype)
-                master.grad = grad if factor is None else grad * factor
-                stepped.append(master)
-        with torch.no_grad(), masters_in_place(optimizer, masters):
-            # Not what hangs on the instance: hooks and schedulers count the step that led here.
-            inspect.unwrap(type(optimizer).step)(optimizer)
-    finally:
-        for master in stepped:
-            master.grad = None
-    for bucket in work:
-        for i in bucket.present if bucket.outgoing is not None else ():
-            bucket.ships()[i].copy_(local(bucket.masters[i]))
+            for i in bucket.present if bucket.outgoing is not None else ():
+                bucket.ships()[i].copy_(local(bucket.masters[i]))
+
+    def report(
+        self, optimizer: Optimizer, masters: Mapping[Tensor, Tensor], what: str, *, scaled: bool
+    ) -> list[Decision]:
+        """Which engine steps the masters, and why.
+
+        Args:
+            optimizer: Whose masters they are.
+            masters: By parameter.
+            what: They, in words.
+            scaled: Whether gradients are unscaled or clipped.
+        """
+        if self.stepper is None:
+            return [Decision(what, f"{type(optimizer).__name__}'s own step", self._reason)]
+        with masters_in_place(optimizer, masters):
+            decisions = self.stepper.report(scaled=scaled)
+        return [replace(d, bucket=f"{what} (all at once: {self._reason})") for d in decisions]
+
+
+def has_own_step(optimizer: RuleOptimizer) -> bool:
+    """Whether its class has a step of its own, which may do anything."""
+    return inspect.unwrap(type(optimizer).step) is not inspect.unwrap(RuleOptimizer.step)

@@ -20,7 +20,7 @@ from lightning_optim.rules.matrix import MatrixRule
 from lightning_optim.rules.policy import ROUNDINGS, Decay
 from lightning_optim.rules.rule import Rule
 from lightning_optim.stepping.common import OF_GROUPS, Common, declared_defaults, own_options, resolved, signature
-from lightning_optim.stepping.divided import refuse_a_part
+from lightning_optim.stepping.divided import divided_by, refuse_a_part
 from lightning_optim.stepping.group_keys import check_keys
 from lightning_optim.stepping.links import Rest
 from lightning_optim.stepping.loading import load_groups, load_state, readable
@@ -39,9 +39,10 @@ from lightning_optim.stepping.options import (
 from lightning_optim.stepping.routed import RoutedStepper
 from lightning_optim.stepping.scalars import scalars_of
 from lightning_optim.stepping.stepper import Stepper
+from lightning_optim.stepping.together import why_one_whole
 
 #: Options that every saved state of an optimizer has that knows them.
-_OF_ANY_STATE = ("lr", "betas", "eps", "momentum", "weight_decay")
+_OF_ANY_STATE = ("lr", "betas", "eps", "momentum", "dampening", "nesterov", "weight_decay", UPDATES)
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -86,17 +87,12 @@ class RuleOptimizer(torch.optim.Optimizer):
     #: The constructor's options that hold for all groups, as they were given.
     given: Mapping[str, Any] = MappingProxyType({})
 
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        **common: Unpack[Common],
-    ) -> None:
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], **common: Unpack[Common]) -> None:
         name = type(self).public_name()
         asked = resolved(type(self), name, common)
-        defaults |= {option: asked[option] for option in OF_GROUPS if option in asked and option not in defaults}
-        engine, rounding, state_dtype = asked["engine"], asked["rounding"], asked["state_dtype"]
-        check_choice(name, "rounding", rounding, ROUNDINGS)
+        of_groups = {option: asked.pop(option) for option in OF_GROUPS if option in asked}
+        defaults |= {option: value for option, value in of_groups.items() if option not in defaults}
+        check_choice(name, "rounding", asked["rounding"], ROUNDINGS)
         if (max_grad_norm := primitive(asked["max_grad_norm"])) is not None:
             check_option(name, "max_grad_norm", max_grad_norm, 1.0)
             refuse_a_part(name, f"max_grad_norm={max_grad_norm}")
@@ -104,21 +100,17 @@ class RuleOptimizer(torch.optim.Optimizer):
             defaults = {**defaults, UPDATES: 0}
         primitives(defaults)
         check_options(name, defaults, {**defaults, **declared_defaults(type(self), defaults)}, self.declared)
-        self.given = {
-            **self.given,
-            "engine": engine,
-            "rounding": rounding,
-            "state_dtype": state_dtype,
-            "max_grad_norm": max_grad_norm,
-        }
+        self.given = {**self.given, **asked, "max_grad_norm": max_grad_norm}
         self.options = Options(
-            engine=requested_engine(engine),
-            rounding=rounding,
-            state_dtype=parse_dtype("state_dtype", state_dtype),
+            engine=requested_engine(asked["engine"]),
+            rounding=asked["rounding"],
+            state_dtype=parse_dtype("state_dtype", asked["state_dtype"]),
             max_grad_norm=max_grad_norm,
         )
         self._attach()
         super().__init__(params, defaults)
+        if divided_by() is not None and (reason := why_one_whole(type(self), self.param_groups)) is not None:
+            refuse_a_part(name, f"its step ({reason})")
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -75,6 +75,7 @@ class LAMB(RuleOptimizer):
     References:
         You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, arXiv:1904.00962.
 
+    >>> import torch
     >>> weight = torch.nn.Parameter(torch.tensor([[3.0, -4.0]]))
     >>> optimizer = LAMB([weight], lr=0.1)
     >>> weight.square().sum().backward()

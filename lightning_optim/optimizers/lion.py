@@ -41,6 +41,7 @@ class Lion(RuleOptimizer):
     References:
         Chen et al., Symbolic Discovery of Optimization Algorithms, arXiv:2302.06675.
 
+    >>> import torch
     >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     >>> optimizer = Lion([weight], lr=0.01)
     >>> weight.square().sum().backward()

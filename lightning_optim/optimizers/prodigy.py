@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar, Unpack
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -69,13 +71,17 @@ class Prodigy(RuleOptimizer):
     ``beta3``, ``d0``, ``d_coef`` and ``growth_rate`` are those of the first param group. Groups may have learning rates
     of their own, where the authors' code refuses such: each counts with its own.
 
+    The estimate is worth a line in the logs; in a LightningModule::
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.log("d", self.optimizers().optimizer.d)
+
     Raises:
         ValueError: An option out of its range, or unknown.
 
     References:
         Mishchenko and Defazio, Prodigy: An Expeditiously Adaptive Parameter-Free Learner, arXiv:2306.06101.
 
-    >>> import torch
     >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     >>> optimizer = Prodigy([weight])
     >>> for _ in range(100):
@@ -139,10 +145,9 @@ class Prodigy(RuleOptimizer):
     @property
     def d(self) -> Tensor:
         """The estimate that the next step takes: 0-dim; on a device, it is not waited for."""
-        for state in self.state.values():
-            if "d" in state:
-                return state["d"]  # type: ignore[no-any-return] # a slot
-        return super().scalars(self.param_groups[0])["d0"] + Tensor([0.0])[0]
+        found: Iterator[Tensor] = (state["d"] for state in self.state.values() if "d" in state)
+        first = self.param_groups[0]["d0"]
+        return next(found, torch.as_tensor(first, dtype=torch.float32))
 
     @classmethod
     def scalars(cls, group: Group) -> dict[str, float | Tensor]:

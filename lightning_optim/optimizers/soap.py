@@ -135,7 +135,7 @@ class SOAP(RuleOptimizer):
 
     State: beside ``step``, ``exp_avg`` and ``exp_avg_sq`` (in the eigenbases), the matrices ``gg_0``, ``gg_1``, …
     (the authors' ``GG``) and ``q_0``, ``q_1``, … (their ``Q``) by dimension: for a square weight, four more times its
-    size. Matrices are decomposed, and so never kept in fewer bits than float32 (float64 for float64 weights).
+    size. Matrices are kept and decomposed in float32 (in float64 for float64 weights), whatever ``state_dtype`` is.
     Between renewals nothing in a step waits for a CUDA device; at a parameter's first gradient, ``eigh`` does, which
     looks there whether it has converged.
 

@@ -18,6 +18,7 @@ from lightning_optim.rules.policy import Policy, Update
 from lightning_optim.stepping.plan import Planner
 from lightning_optim.stepping.shards import local
 from lightning_optim.stepping.stepper import Stepper
+from lightning_optim.stepping.together import why_one_whole
 
 
 @runtime_checkable
@@ -74,7 +75,8 @@ class Sizes:
     def in_buckets(self) -> bool:
         """Whether a detached step can be done bucket by bucket, rather than by the optimizer's own step."""
         if isinstance(self.optimizer, RuleOptimizer):
-            return inspect.unwrap(type(self.optimizer).step) is inspect.unwrap(RuleOptimizer.step)
+            own = inspect.unwrap(type(self.optimizer).step) is not inspect.unwrap(RuleOptimizer.step)
+            return not own and why_one_whole(type(self.optimizer), self.optimizer.param_groups) is None
         return self.by_rule
 
     def undoable(self, master_dtype: torch.dtype) -> bool:
@@ -130,8 +132,9 @@ class Sizes:
                 planner = planner_of(group, p)
                 stepped = self._stepped(p, on_masters)
                 for slot in planner.slots(group, stepped):
-                    total += stepped.numel() * planner.slot_dtype(stepped, slot).itemsize
-                    values += numbers_in([stepped])
+                    size = planner.slot(slot).shape_for(stepped.shape).numel()
+                    total += size * planner.slot_dtype(stepped, slot).itemsize
+                    values += size * (2 if stepped.is_complex() else 1)
                 total += 4 * planner.counts_steps()  # one float32 for each parameter
         return State(total, values, "its rule's slots and their storage types")
 

@@ -115,6 +115,11 @@ class Update:
         return tuple(name for name in self.rule.slots_under(dict(self.flags)) if self.rule.slots[name].rate == "shared")
 
     @property
+    def meets(self) -> bool:
+        """Whether the parameters of an optimizer have something in common, so that they must be stepped together."""
+        return bool(self.rule.shares or self.rule.every or self.rule.inputs or self.program.phases)
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the tensors that come from outside, beside the gradient."""
         return self.rule.inputs_under(dict(self.flags))
@@ -161,8 +166,8 @@ class Update:
             rates=rates,
             shared=self.rule.shared,
         )
-        if self.rule.counts_steps and not program.counts_steps:
-            # The state has a counter that the mathematics does not need, as some of torch's classes have it.
+        if "step" not in program.scalars and (self.rule.counts_steps or program.counts_steps):
+            # Only totals need the counter, or nothing does, as in some of torch's classes: it goes on all the same.
             return replace(program, scalars=(*program.scalars, "step"))
         return program
 

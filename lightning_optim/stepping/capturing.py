@@ -28,6 +28,8 @@ def can_capture(plan: Sequence[Planned], groups: Sequence[Group], grads: Mapping
     reason = CapturedSteps.rejects([(planned.engine, planned.bucket) for planned in plan])
     if reason is None and any(planned.shards for planned in plan):
         reason = "the norm of sharded gradients needs other processes"
+    if reason is None and any(planned.bucket.update.meets for planned in plan):
+        reason = "its parameters have something in common, which the host sees to"
     if reason is not None:
         warn_once(f"lightning-optim: the step is not captured as a CUDA graph ({reason})", key=f"capture: {reason}")
         return False

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from lightning_optim.rules.interpret import interpret
 from lightning_optim.rules.program import Program
 from lightning_optim.rules.trace import trace
 from lightning_optim.stepping.method import Group, Inputs
+from lightning_optim.stepping.shards import local
 
 #: The key of a param group that says whether its weights are those of training.
 TRAINS = "train_mode"
@@ -27,41 +29,42 @@ class EvaluatesElsewhere:
 
     param_groups: list[Group]
     state: Any
-    rule: Any
+    rule: ClassVar[Any]
     scalars: Callable[[Group], dict[str, float | Tensor]]
 
-    _aside: Mapping[Tensor, tuple[Tensor, int]] = {}
+    _aside: Mapping[Tensor, tuple[Tensor, int]] = MappingProxyType({})
 
-    @torch.no_grad()
     def eval(self) -> None:
         """Put the weights where the model is to be evaluated, exported or published; again, it does nothing.
 
         The weights of training are kept aside meanwhile, in memory of the same size.
         """
-        kept = dict(self._aside)
-        for group in self.param_groups:
-            if group[TRAINS]:
-                for p, new in self._moved(group, self.rule.evaluate):
-                    old = p.detach().clone()
-                    p.copy_(new)
-                    kept[p] = old, p._version
-                group[TRAINS] = False
-        self._aside = kept
+        self._aside = kept = dict(self._aside)
+        with torch.inference_mode(False), torch.no_grad():  # as validation often is, of which nothing here is a part
+            for group in self.param_groups:
+                if group[TRAINS]:
+                    for p, new in self._moved(group, self.rule.evaluate):
+                        mine = local(p).detach()
+                        old = mine.clone()
+                        mine.copy_(new)
+                        kept[p] = old, mine._version
+                    group[TRAINS] = False
 
-    @torch.no_grad()
     def train(self) -> None:
         """Put the weights back to where they are trained, bit for bit; again, it does nothing.
 
         Weights that somebody has changed meanwhile (of a checkpoint that was saved after :meth:`eval`, say) are moved
         as the algorithm has it, to rounding.
         """
-        kept, self._aside = self._aside, {}
-        for group in self.param_groups:
-            if not group[TRAINS]:
-                for p, new in self._moved(group, self.rule.train):
-                    old, version = kept.get(p, (None, 0))
-                    p.copy_(old if old is not None and p._version == version else new)
-                group[TRAINS] = True
+        with torch.inference_mode(False), torch.no_grad():
+            for group in self.param_groups:
+                if not group[TRAINS]:
+                    for p, new in self._moved(group, self.rule.train):
+                        mine = local(p).detach()
+                        old, version = self._aside.get(p, (None, 0))
+                        mine.copy_(old if old is not None and mine._version == version else new)
+                    group[TRAINS] = True
+        self._aside = MappingProxyType({})
 
     def asked_for(self, evaluate: Callable[[], Tensor] | None) -> Inputs | None:
         """See :meth:`~lightning_optim.optimizers.base.RuleOptimizer.asked_for`; before a step, weights must be back.
@@ -78,10 +81,7 @@ class EvaluatesElsewhere:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See :meth:`~lightning_optim.optimizers.base.RuleOptimizer.load_state_dict`."""
         super().load_state_dict(state_dict)  # type: ignore[misc] # of RuleOptimizer
-        self._aside = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_aside"}  # type: ignore[misc]
+        self._aside = MappingProxyType({})
 
     def _moved(self, group: Group, function: Callable[..., Any]) -> Iterable[tuple[Tensor, Tensor]]:
         """The parameters of a group that have been stepped, with where they go."""
@@ -89,9 +89,11 @@ class EvaluatesElsewhere:
         scalars = self.scalars(group)
         for p in group["params"]:
             if state := self.state.get(p):
+                mine = local(p).detach()
                 math = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
                 math = math.to_complex() if p.is_complex() else math
-                tensors = {name: (p if name == "p" else state[name]).to(math) for name in program.loads}
+                loaded = {name: mine if name == "p" else local(state[name]) for name in program.loads}
+                tensors = {name: value.to(mine.device, math) for name, value in loaded.items()}
                 yield p, interpret(program, tensors, scalars, math)["p"]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_optim.engines.base import Scalars
 from lightning_optim.engines.progress import Progress, Write
+from lightning_optim.engines.scaling import Scaling
 from lightning_optim.rules.interpret import interpret
 from lightning_optim.rules.program import Program
 from lightning_optim.rules.table import widest
@@ -25,6 +26,8 @@ class Meeting:
         planner: Knows the param groups and their state.
         plan: The buckets, with their tensors.
         tables: The scalars of each bucket's param groups, which get the totals.
+        scaling: How gradients are unscaled and clipped by engines that do so on the device, and whether the step is
+            left out there.
 
     Attributes:
         progress: The writes of what all parameters have in common, to be finished when the buckets have run.
@@ -33,7 +36,13 @@ class Meeting:
     Nothing is written yet, and nothing is read back from a device.
     """
 
-    def __init__(self, planner: Planner, plan: Sequence[Planned], tables: Sequence[list[Scalars]]) -> None:
+    def __init__(
+        self,
+        planner: Planner,
+        plan: Sequence[Planned],
+        tables: Sequence[list[Scalars]],
+        scaling: Scaling | None = None,
+    ) -> None:
         self._planner, self._plan, self._tables = planner, plan, tables
         first = plan[0].bucket.update
         slots = self._shared_slots(first.shared_slots)
@@ -42,10 +51,14 @@ class Meeting:
             found: dict[Shards, list[Tensor]] = {}
             for planned, table in zip(plan, tables, strict=True):
                 program = planned.bucket.update.program.phases[level].program
-                found.setdefault(planned.shards, []).append(planned.engine.reduce(planned.bucket, program, table))
+                sums = planned.engine.reduce(planned.bucket, program, table, scaling)
+                found.setdefault(planned.shards, []).append(sums)
             self._tell(dict(zip(phase.names, totals(found).unbind(), strict=True)))
         shared = first.program.shared
         new = {} if shared is None else self._evaluated(shared)
+        if scaling is not None and scaling.loss is not None and all(one.engine.controls_on_device for one in plan):
+            left_out = scaling.loss.found_inf != 0  # which no one waits for
+            new = {name: torch.where(left_out.to(slots[name].device), slots[name], x) for name, x in new.items()}
         writes: list[Write] = [partial(slots[name].copy_, value) for name, value in new.items()]
         self.restores: list[Write] = [partial(slots[name].copy_, slots[name].clone()) for name in new]
         for group in self._counting():

@@ -119,14 +119,14 @@ class Planner:
 
     def slot_dtype(self, p: Tensor, slot: str) -> torch.dtype:
         """The storage type of a new slot of parameter ``p``."""
-        wide = p.dtype in (torch.float64, torch.complex128)
-        if self.slot(slot).is_scalar:
-            return torch.float64 if wide else torch.float32
+        wide = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
+        declared = self.slot(slot)
+        if declared.is_scalar or declared.shape is not None:  # matrices are decomposed
+            return wide
         if slot == KAHAN_SLOT or self.native_state:
             return p.dtype
-        real = self.options.state_dtype or (torch.float64 if wide else torch.float32)
-        if self.slot(slot).shape is not None:
-            real = torch.promote_types(real, torch.float64 if wide else torch.float32)  # matrices are decomposed
+        # What begins as the weight is one: a step that bfloat16 would round away must not be lost in it.
+        real = wide if declared.init == "p" else self.options.state_dtype or wide
         return real.to_complex() if p.is_complex() else real
 
     def slots(self, group: Group, p: Tensor) -> tuple[str, ...]:

@@ -75,7 +75,9 @@ def new_slot(p: Tensor, slot: Slot, dtype: torch.dtype, initial: float | Tensor)
         zeros = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
     else:
         zeros = zeros_for(p, slot, dtype)
-    return zeros if isinstance(initial, float) and initial == 0 else zeros.copy_(torch.as_tensor(initial))
+    if isinstance(initial, Tensor):
+        return zeros.copy_(initial)
+    return zeros if initial == 0 else zeros.fill_(initial)  # not from a tensor, which has float32 in it
 
 
 def zeros_for(p: Tensor, slot: Slot, dtype: torch.dtype) -> Tensor:
@@ -85,7 +87,12 @@ def zeros_for(p: Tensor, slot: Slot, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=p.device)
     from torch.distributed.tensor import Replicate, zeros  # only who has DTensors needs it
 
-    whole = [dimension >= len(shape) or shape[dimension] != size for dimension, size in enumerate(p.shape)]
+    # A side over which a mean is taken is whole, also where it has one element.
+    taken = {"row": p.ndim - 1, "column": p.ndim - 2}.get(slot.rate)
+    whole = [
+        dimension == taken or dimension >= len(shape) or shape[dimension] != size
+        for dimension, size in enumerate(p.shape)
+    ]
     placements = [
         Replicate() if place.is_replicate() or whole[place.dim] else place
         for place in p.placements  # type: ignore[attr-defined] # of a DTensor

@@ -231,7 +231,7 @@ class Stepper:
         ]
         if not self._skip:
             if Meeting.is_due(self.planner, self._plan):
-                self._meeting = Meeting(self.planner, self._plan, self._tables)
+                self._meeting = Meeting(self.planner, self._plan, self._tables, scaling)
             self._count_versions()
 
     def _go_on(self) -> None:
@@ -355,7 +355,9 @@ class Stepper:
                 if self._fill(gradients, copies):
                     self._plans.insert(0, self._plans.pop(index))
                     return True
+                inputs = self._inputs
                 self._let_go()
+                self._inputs = inputs  # the plan that is made now is given them
         return False
 
     def _fill(self, gradients: list[Tensor], copies: Mapping[Tensor, Tensor] | None) -> bool:

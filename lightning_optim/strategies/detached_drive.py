@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.offload import Detached
-from lightning_optim.stepping.stepper import Stepper
+from lightning_optim.stepping.steps import Steps
 from lightning_optim.strategies.drive import AMP, REPLACED, Drive, set_attribute
 
 
@@ -77,10 +77,9 @@ class DetachedDrive(Drive):
                 set_attribute(optimizer, "zero_grad", self._zero_grad_before)
             super().release(optimizer)
 
-    def stepper(self, optimizer: Optimizer) -> Stepper:
+    def stepper(self, optimizer: Optimizer) -> Steps:
         """See :meth:`Drive.stepper`."""
-        # It has what is asked for: `step`, `report` and `scaling`.
-        return super().stepper(optimizer) if self.detached is None else self.detached  # type: ignore[return-value]
+        return super().stepper(optimizer) if self.detached is None else self.detached
 
     def extra_tensors(self) -> list[Tensor]:
         """See :meth:`Drive.extra_tensors`."""
@@ -120,7 +119,7 @@ class DetachedDrive(Drive):
 
     def _update(self, optimizer: Optimizer) -> None:
         if self.detached is not None:
-            self.detached.step(loss=self.loss, max_grad_norm=self._max_norm)
+            self.detached.step(inputs=self._inputs, loss=self.loss, max_grad_norm=self._max_norm)
             return
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         states = dict(optimizer.state)

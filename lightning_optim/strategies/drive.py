@@ -24,6 +24,7 @@ from lightning_optim.engines.scaling import LossScale
 from lightning_optim.optimizers.base import RuleOptimizer
 from lightning_optim.stepping.method import Inputs, Options
 from lightning_optim.stepping.stepper import Stepper
+from lightning_optim.stepping.steps import Steps
 
 AMP = "_step_supports_amp_scaling"
 
@@ -115,9 +116,14 @@ class Drive:
             self.backward.remove()
             self.backward = None
 
-    def stepper(self, optimizer: Optimizer) -> Stepper:
+    def stepper(self, optimizer: Optimizer) -> Steps:
         """What steps the optimizer."""
-        return optimizer._stepper if isinstance(optimizer, RuleOptimizer) else self._adopted  # type: ignore[return-value]
+        if self.backward is not None:
+            return self.backward
+        stepper = optimizer._stepper if isinstance(optimizer, RuleOptimizer) else self._adopted
+        if stepper is None:
+            raise TypeError(f"{type(optimizer).__name__} runs its own step: {self.own_step}")
+        return stepper
 
     def requested(self, optimizer: Optimizer) -> str:
         """The engine that was asked for."""
@@ -200,8 +206,6 @@ class Drive:
         """Have weights and state be those after the step."""
         if self._steps_sparse(optimizer):
             inspect.unwrap(type(optimizer).step)(optimizer)
-        elif self.backward is not None:
-            self.backward.finish()
         else:
             self.stepper(optimizer).step(inputs=self._inputs, loss=self.loss, max_grad_norm=self._max_norm)
 

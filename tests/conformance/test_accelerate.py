@@ -31,7 +31,7 @@ def _fresh_accelerate() -> Iterator[None]:
 @pytest.mark.usefixtures("_fresh_accelerate")
 def test_nobody_answers_there(name: str) -> None:
     """What a step asks for beside gradients is missed at the first one."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator  # type: ignore[import-untyped]
 
     net = Net()
     accelerator = Accelerator(cpu=True)
@@ -45,7 +45,7 @@ def test_nobody_answers_there(name: str) -> None:
 @pytest.mark.usefixtures("_fresh_accelerate")
 def test_accelerate(name: str, tmp_path: Path) -> None:
     """``prepare``, ``accumulate``, clipping, a schedule, ``save_state`` and ``load_state`` into a fresh run."""
-    from accelerate import Accelerator  # type: ignore[import-untyped]
+    from accelerate import Accelerator
 
     def prepared() -> tuple[Any, ...]:
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import references
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
@@ -18,6 +19,7 @@ def loss_of(net: Callable[[Tensor], Tensor]) -> Tensor:
     return net(torch.ones(2, 6)).sum()
 
 
+@references.common_to_all
 @each
 def test_no_recompilation(name: str) -> None:
     """``torch.compile`` of the model beside the optimizer: one graph, whatever the schedule does."""
@@ -38,6 +40,7 @@ def test_no_recompilation(name: str) -> None:
     assert_close(net.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)  # float32
 
 
+@references.common_to_all
 @each
 def test_no_recompilation_of_a_whole_training_step(name: str) -> None:
     """The optimizer's step inside of a compiled function: a break in the graph, no recompilation."""

@@ -14,8 +14,13 @@ from torch.utils.checkpoint import checkpoint
 import lightning_optim
 from lightning_optim.control.step_in_backward import StepInBackward
 from lightning_optim.registry import OPTIMIZERS, create_optimizer
+from lightning_optim.stepping.steps import Steps
 
-NAMES = [name for name, info in OPTIMIZERS.items() if info.kind != "matrix"]
+NAMES = [
+    name
+    for name, info in OPTIMIZERS.items()
+    if info.kind != "matrix" and not hasattr(info.cls, "request") and not info.cls.rule.shares
+]
 
 
 class Net(nn.Module):
@@ -194,3 +199,36 @@ def test_groups_that_change_places_or_go() -> None:
     for p, expected in zip(params, (0.7, 0.4, 0.4), strict=True):
         torch.testing.assert_close(p.detach(), torch.full((2,), expected))
     assert [p.grad is None for p in params] == [True, True, False]
+
+
+def test_it_is_an_entrance_to_steps_as_the_others_are() -> None:
+    optimizer = lightning_optim.SGD([nn.Parameter(torch.ones(2))], lr=0.5)
+    adopted = lightning_optim.adopt(torch.optim.SGD([nn.Parameter(torch.ones(2))]))
+    entrances: list[Steps] = [StepInBackward(optimizer), optimizer._stepper, adopted]
+    assert [(len(one.report()), one.scaling) for one in entrances] == [(1, None)] * 3
+    with pytest.raises(ValueError, match=r"max_grad_norm=1\.0, but steps were made in the backward pass"):
+        entrances[0].step(max_grad_norm=1.0)
+
+
+def test_steps_that_ask_for_more_than_gradients_are_refused() -> None:
+    optimizer = lightning_optim.Sophia([nn.Parameter(torch.ones(2))])
+    with pytest.raises(TypeError, match=r"step_in_backward: Sophia, whose step asks for more than gradients"):
+        StepInBackward(optimizer)
+
+
+def test_steps_of_all_parameters_together_are_refused() -> None:
+    optimizer = lightning_optim.Prodigy([nn.Parameter(torch.ones(2))])
+    with pytest.raises(TypeError, match=r"Prodigy does not step parameter by parameter: .* of their state in common"):
+        StepInBackward(optimizer)
+
+
+def test_steps_with_the_weights_of_evaluation_are_refused() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = lightning_optim.ScheduleFreeAdamW([weight])
+    backward = StepInBackward(optimizer)
+    for _ in range(2):
+        weight.sum().backward()
+        backward.finish()
+    optimizer.eval()
+    with pytest.raises(RuntimeError, match=r"step\(\) with the weights of evaluation; valid: train\(\)"):
+        weight.sum().backward()

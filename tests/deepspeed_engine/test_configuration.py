@@ -116,6 +116,7 @@ EVALUATE_AGAIN: dict[str, Callable[[], torch.optim.Optimizer]] = {
     "torch.optim.lbfgs.LBFGS": lambda: torch.optim.LBFGS(weights()),
     "LBFGS": lambda: lightning_optim.LBFGS(weights()),
     "SAM": lambda: SAM(weights(), lightning_optim.SGD),
+    "Sophia": lambda: lightning_optim.Sophia(weights()),
 }
 
 

@@ -14,6 +14,7 @@ from lightning_optim.optimizers import LAMB, AdamWOptim
 from lightning_optim.registry import OPTIMIZERS
 
 
+@references.common_to_all
 @pytest.mark.parametrize("engine", [name for name, engine in ENGINES.items() if engine.unavailable() is None])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_gradients_are_only_read(name: str, engine: str) -> None:

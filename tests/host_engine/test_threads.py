@@ -83,6 +83,7 @@ def test_chunks_cover_every_element_once(sizes: tuple[int, ...], threads: int) -
     assert max(work, default=0) <= sum(sizes) / chunks.parts + CHUNK, "a thread has more than its share"
 
 
+@references.common_to_all
 @needs_compiler
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])

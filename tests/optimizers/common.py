@@ -36,9 +36,9 @@ def make(name: str, params: Iterable[Any], **options: Any) -> RuleOptimizer:
 
 
 def one_group(name: str, params: Iterable[Any], **options: Any) -> RuleOptimizer:
-    """As :func:`make`, with all parameters in one param group: the matrix kind steps it element by element."""
-    kind: dict[str, Any] = {"muon": {"use_muon": False}, "soap": {"max_precond_dim": 1}}.get(name, {})
-    return make(name, [{"params": list(params), **kind}], **options)
+    """As :func:`make`, with all parameters in one group, which optimizers of matrices step element by element."""
+    kinds: dict[str, dict[str, Any]] = {"muon": {"use_muon": False}, "soap": {"max_precond_dim": 1}}
+    return make(name, [{"params": list(params), **kinds.get(name, {})}], **options)
 
 
 def parameters(seed: int = 0, dtype: torch.dtype = torch.float32, shapes: Any = SHAPES) -> list[nn.Parameter]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import references
 import torch
 
 from lightning_optim.registry import OPTIMIZERS
@@ -64,6 +65,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 }
 
 
+@references.common_to_all
 @each
 @pytest.mark.parametrize("fault", FAULTS)
 def test_damaged_state_is_refused_and_changes_nothing(name: str, fault: str) -> None:
@@ -91,6 +93,9 @@ def _same_kind(a: str, b: str) -> bool:
     return OPTIMIZERS[a].cls.rule is OPTIMIZERS[b].cls.rule
 
 
+@pytest.mark.matrix(
+    unless=lambda source, target: references.representative(source) and references.representative(target)
+)
 @pytest.mark.parametrize(
     ("source", "target"), [pair for pair in itertools.permutations(sorted(OPTIMIZERS), 2) if not _same_kind(*pair)]
 )

@@ -47,7 +47,7 @@ def forms() -> list[nn.Parameter]:
 def step(optimizer: RuleOptimizer, undo: UndoBuffers | None, factor: float | None = None) -> None:
     with torch.no_grad():
         stepper = optimizer._stepper
-        stepper.plan(scaled=factor is not None, undo=undo)
+        stepper.plan(inputs=optimizer.asked_for(None), scaled=factor is not None, undo=undo)
         loss = None if factor is None else LossScale(torch.tensor(1 / factor), torch.zeros(()), check=False)
         stepper.run(None if loss is None else Scaling(None, loss))
 
@@ -167,10 +167,10 @@ def test_a_plan_in_between_changes_nothing() -> None:
     give_gradients(params, 0)
     before = bits(optimizer)
     with torch.no_grad():
-        optimizer._stepper.plan(scaled=True, undo=buffers)
+        optimizer._stepper.plan(inputs=optimizer.asked_for(None), scaled=True, undo=buffers)
         optimizer._stepper.squares()
         step(optimizer, buffers)
-        optimizer._stepper.plan(scaled=True, undo=buffers)
+        optimizer._stepper.plan(inputs=optimizer.asked_for(None), scaled=True, undo=buffers)
         optimizer._stepper.squares()
     undo(optimizer)
     assert_same_bits(bits(optimizer), before)
@@ -186,7 +186,7 @@ def test_a_plan_that_does_not_run_leaves_first_steps_to_come() -> None:
         for number in range(2):
             give_gradients(params, number)
             for _ in range(plans):
-                optimizer._stepper.plan(scaled=True)
+                optimizer._stepper.plan(inputs=optimizer.asked_for(None), scaled=True)
             step(optimizer, None)
         ends.append(contents(optimizer))
         saved = contents(optimizer)
@@ -257,4 +257,4 @@ def test_matrices_cannot_be_taken_back() -> None:
     optimizer = optimizer_info("muon").create(params)
     give_gradients(params, 0)
     with pytest.raises(ValueError, match="the step of Muon cannot be taken back; valid: undo=None"):
-        optimizer._stepper.plan(undo=UndoBuffers())
+        optimizer._stepper.plan(inputs=optimizer.asked_for(None), undo=UndoBuffers())

@@ -14,6 +14,8 @@ And if there is need:
 
 - ``INPUTS``: names of what a step takes beside the gradient; ``update`` has them as keywords;
 - ``EVERYWHERE``: slots that have one value for all parameters;
+- ``WEIGHTS``: slots that begin as the weight, and so are as large as it in the first step;
+- ``TWIN_TAKES_EMPTY``: False if torch's own class fails with tensors that have no elements;
 - ``MIXES``: by how many roundings of its largest number a slot may be off, where it is mixed of all elements;
 - ``spread(o)``: by how many roundings of a weight's largest change a step may be off (matrices mix all elements);
 - ``evaluate(p, s, o)``: the weights for evaluation.
@@ -65,6 +67,8 @@ class Reference:
     updates: Callable[..., Sequence[Update]]
     inputs: tuple[str, ...] = ()
     everywhere: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    twin_takes_empty: bool = True
     mixes: float = 0.0
     spread: Callable[[Options], float] = field(default=lambda o: 0.0)
     evaluate: Callable[[Tensor, State, Options], Tensor] | None = None
@@ -79,6 +83,8 @@ class Reference:
             updates=file.updates if hasattr(file, "updates") else _each(file.update),
             inputs=getattr(file, "INPUTS", ()),
             everywhere=getattr(file, "EVERYWHERE", ()),
+            weights=getattr(file, "WEIGHTS", ()),
+            twin_takes_empty=getattr(file, "TWIN_TAKES_EMPTY", True),
             mixes=getattr(file, "MIXES", 0.0),
             **optional,
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from .shared import Options, State, count
 
 DECAY = "decoupled"
+TWIN_TAKES_EMPTY = False
 BASE: dict[str, Any] = {"lr": 0.05}
 VARIANTS: dict[str, dict[str, Any]] = {
     "beta2_decay": {"beta2_decay": -0.4},

@@ -12,6 +12,7 @@ from torch import Tensor
 from .shared import Options, State, Update, count
 
 DECAY = "decoupled"
+WEIGHTS = ("p0",)
 EVERYWHERE = ("d", "d_max", "d_numerator")
 BASE: dict[str, Any] = {"lr": 1.0, "d0": 1e-2}
 VARIANTS: dict[str, dict[str, Any]] = {

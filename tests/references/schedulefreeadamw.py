@@ -11,6 +11,7 @@ from torch import Tensor
 from .shared import Options, State, average, count
 
 DECAY = "none"  # the rule has it in its direction
+WEIGHTS = ("z",)
 BASE: dict[str, Any] = {"lr": 0.05}
 VARIANTS: dict[str, dict[str, Any]] = {
     "betas_eps": {"betas": (0.3, 0.6), "eps": 0.1},

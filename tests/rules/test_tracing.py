@@ -53,7 +53,8 @@ def updates() -> list[Update]:
     found = {}
     for info in OPTIMIZERS.values():
         rule = info.cls.rule
-        for values in itertools.product((False, True), repeat=len(rule.flags)):
+        choices = list(itertools.product((False, True), repeat=len(rule.flags)))
+        for values in choices if len(rule.flags) < 4 else [c for c in choices if sum(c) in (1, len(rule.flags))]:
             flags = tuple(sorted(zip(rule.flags, values, strict=True)))
             for policy in (
                 Policy(),
@@ -71,13 +72,18 @@ def test_programs_are_well_formed(update: Update) -> None:
     program = update.program
     for index, node in enumerate(program.nodes):
         assert all(arg < index for arg in node.args), "an operand comes after its use"
-        if node.rate == Rate.ELEMENT and node.op in ops.OPS:
+        if node.rate > Rate.SCALAR and node.op in ops.OPS:
             operands = [program.nodes[arg] for arg in node.args]
-            assert any(operand.rate == Rate.ELEMENT for operand in operands), f"%{index} belongs out of the loop"
+            assert any(operand.rate > Rate.SCALAR for operand in operands), f"%{index} belongs out of the loop"
     assert len({(n.op, n.args, n.attrs) for n in program.nodes}) == len(program.nodes), "a subexpression twice"
     used = {arg for node in program.nodes for arg in node.args} | {i for _, i in program.stores} | {*program.results}
     assert used == set(range(len(program.nodes))), "dead code"
-    assert {name for name, _ in program.stores} == set(update.tensors) - {"g"}
+    stored, written = {name for name, _ in program.stores}, set(update.tensors) - {"g", *update.inputs}
+    # What a rule does at every n-th step only leaves a slot alone at the others; one may keep the first weight.
+    kept = {name for name in update.slots if update.slot(name).init == "p"}
+    assert stored >= written - kept if not update.rule.every else stored <= written
+    if program.has_sides:
+        return  # no kernel is printed of it
     done: set[int] = set()
     for sweep in program.passes:
         done |= set(sweep.scalars)
@@ -88,11 +94,17 @@ def test_programs_are_well_formed(update: Update) -> None:
     assert all(sweep.reductions for sweep in program.passes[:-1])
 
 
-@pytest.mark.parametrize("update", updates(), ids=lambda u: f"{u.rule.name}-{len(u.flags)}-{u.policy.decay}")
+@pytest.mark.parametrize(
+    "update",
+    [update for update in updates() if not update.program.phases],  # no total is over one tensor: see tests/language
+    ids=lambda u: f"{u.rule.name}-{len(u.flags)}-{u.policy.decay}",
+)
 def test_a_program_says_what_its_rule_does(update: Update) -> None:
     random = torch.Generator().manual_seed(3)
     values: dict[str, Any] = {
-        name: torch.rand(4, 5, generator=random) + 0.1 for name in update.tensors if name != "copy"
+        name: torch.rand(update.shape_of(name, torch.Size([4, 5])), generator=random) + 0.1
+        for name in update.tensors
+        if name != "copy"
     }
     scalars = {
         **dict.fromkeys(update.rule.scalars, 0.3),
@@ -105,9 +117,12 @@ def test_a_program_says_what_its_rule_does(update: Update) -> None:
     }
     expected = update.run(**values, **scalars)
     result = interpret(update.program, values, scalars)
-    assert set(result) == set(expected)
+    left_alone = {name for name in expected if name not in result}
+    assert set(result) | left_alone == set(expected)
+    assert not left_alone or update.rule.every
     for name, value in expected.items():
-        assert torch.equal(result[name], value), name
+        found = values[name] if name in left_alone else result[name]
+        torch.testing.assert_close(found, value, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 def test_scalars_are_hoisted_and_shared() -> None:

@@ -18,6 +18,7 @@ from lightning_optim.strategies import DetachedStrategy, InGraphStrategy
 
 from .common import ROOTS, dataset, fit, known_warnings, scaled
 from .replayed import noisy_class, noisy_network, seed
+from .undoing import POLICY, poisoned_class
 
 pytestmark = [*known_warnings, pytest.mark.usefixtures("one_thread")]
 
@@ -171,14 +172,16 @@ def test_resuming_in_the_middle_of_an_interval(accumulate: int, tmp_path: Path) 
     assert_same(rest.net, straight.net, rtol=0, atol=0)
 
 
-def test_dropped_gradients() -> None:
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.filterwarnings("ignore:.*gradients were written to between a backward pass and the step")
+def test_dropped_gradients(set_to_none: bool) -> None:
     """Those of a batch that is dropped are not in the products either."""
 
     class Dropping(noisy_class()):  # type: ignore[misc]
         def on_before_backward(self, loss: Tensor) -> None:
             super().on_before_backward(loss)
             if len(self.called) == 4:  # before the second batch: zero_grad, and two hooks of the first
-                self.zero_grad()
+                self.zero_grad(set_to_none)
 
     dropping = Dropping(Curious)
     run, _ = fit(dropping, accumulate_grad_batches=2, max_steps=1)
@@ -194,6 +197,12 @@ def test_dropped_gradients() -> None:
         torch.testing.assert_close(found, second[p], **CLOSE)
         differs |= not torch.allclose(found, both)
     assert differs
+
+
+def test_steps_that_are_undone_do_not_count() -> None:
+    runs = [fit(poisoned_class()(sophia, poisoned), InGraphStrategy(undo=POLICY))[0] for poisoned in ({}, {5: 1e6})]
+    # The step before the spike, and the one that is left out.
+    assert [run.optimizers[0].param_groups[0]["updates"] for run in runs] == [8, 6]
 
 
 @pytest.mark.parametrize("name", ["step_in_backward", "capture"])

@@ -34,6 +34,7 @@ from lightning_optim.engines import ENGINES
 from lightning_optim.optimizers import RuleOptimizer
 from lightning_optim.registry import OPTIMIZERS
 from lightning_optim.rules.policy import KAHAN_SLOT, Decay
+from lightning_optim.stepping.options import REAL
 
 #: What a step takes beside the gradient: by its name, for each parameter.
 Inputs = Mapping[str, Mapping[Tensor, Tensor]]
@@ -61,6 +62,16 @@ def supported(name: str, options: dict[str, Any]) -> dict[str, Any]:
 def group_of(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
     """The param group of a parameter."""
     return next(group for group in optimizer.param_groups if any(p is q for q in group["params"]))
+
+
+def known_of(p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    """What a reference may ask of a parameter beside the options: its type, and whether real numbers are pairs."""
+    return {**group, "weight_dtype": p.dtype, "is_complex": p.is_complex()}
+
+
+def takes_complex(name: str) -> bool:
+    """Whether an optimizer steps complex weights."""
+    return REAL not in OPTIMIZERS[name].cls.needs
 
 
 def running_engines() -> list[str]:
@@ -214,11 +225,10 @@ class Judge:
             for (p, _), g in zip(self.params, self.gradients, strict=True)
         ]
         states = [{k: v for k, v in state.items() if k != KAHAN_SLOT} for state in self.states]
-        # What the reference may ask beside the options: of real numbers, whether they are pairs; what the step made.
+        # What the reference may ask beside: what the step made.
         known = [
             {
-                **group,
-                "is_complex": p.is_complex(),
+                **known_of(p, group),
                 "made": {key: wide(value) for key, value in self.optimizer.state.get(p, {}).items()},
             }
             for (p, _), group in zip(self.params, self.groups, strict=True)
@@ -256,7 +266,8 @@ class Judge:
             for slot, value in new_state.items():
                 if slot == "step":
                     continue
-                bound_of_slot = self.bound(p, state.get(slot, value), value, [other[1][slot] for other in others])
+                begins = old if slot in references.REFERENCES[self.name].weights else value
+                bound_of_slot = self.bound(p, state.get(slot, begins), value, [other[1][slot] for other in others])
                 if value.numel():
                     bound_of_slot = bound_of_slot + slot_spread * math_rounding(p) * value.abs().max()
                 self.compare(stored[slot], value, bound_of_slot, f"{where}, {slot}")

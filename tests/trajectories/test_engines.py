@@ -16,6 +16,7 @@ from .common import ALL_CASES, OPTIMIZER, bits, give_gradients, group_of, runnin
         case == "default" or (references.representative(name) and case in references.REFERENCES[name].variants)
     )
 )
+@pytest.mark.filterwarnings("ignore::lightning_optim.warnings.LightningOptimWarning")  # host passes some on
 @pytest.mark.parametrize(("name", "case"), ALL_CASES)
 def test_engines_differ_by_fused_multiply_adds_only(name: str, case: str) -> None:
     """From one state, in float32, each step.

@@ -23,6 +23,7 @@ from .common import (
     group_of,
     inputs_of,
     judged_run,
+    known_of,
     reloaded,
     supported,
     take_step,
@@ -55,7 +56,7 @@ def test_float64_follows_the_reference_for_all_steps(name: str, case: str, engin
         gradients = [p.grad for p in params]
         coefficient = references.clip_coefficient([g for g in gradients if g is not None], options.get("max_grad_norm"))
         inputs = inputs_of(name, params, step)
-        groups = [dict(group_of(optimizer, p)) for p in params]
+        groups = [known_of(p, group_of(optimizer, p)) for p in params]
         expected = references.step_all(
             name,
             [value for value, _ in expected],

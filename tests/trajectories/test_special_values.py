@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_optim.optimizers import SGDOptim
 from lightning_optim.registry import OPTIMIZERS
 
-from .common import ALL_CASES, ENGINE, group_of, running_engines, wide
+from .common import ALL_CASES, ENGINE, group_of, inputs_of, known_of, running_engines, take_step, wide
 
 
 @pytest.mark.matrix(
@@ -57,10 +57,18 @@ def test_nan_and_infinity_go_where_the_reference_has_them(
             for p, g in zip(params, row, strict=True):
                 p.grad = g.clone()
             coefficient = clip_coefficient_with_nan(row, options.get("max_grad_norm"))
-            groups = [dict(group_of(optimizer, p)) for p in params]
-            optimizer.step()
+            groups = [known_of(p, group_of(optimizer, p)) for p in params]
+            inputs = inputs_of(name, params, 0)
+            take_step(optimizer, inputs)
             old, states = [value for value, _ in exact], [state for _, state in exact]
-            exact = references.step_all(name, old, [coefficient * wide(g) for g in row], states, groups)
+            exact = references.step_all(
+                name,
+                old,
+                [coefficient * wide(g) for g in row],
+                states,
+                groups,
+                inputs={key: [wide(given[p]) for p in params] for key, given in inputs.items()},
+            )
             for p, (value, state) in zip(params, exact, strict=True):
                 assert torch.equal(p.detach().isfinite(), value.isfinite()), engine
                 seen[engine].append(p.detach().clone())

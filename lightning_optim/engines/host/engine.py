@@ -124,7 +124,9 @@ class HostEngine(CompiledEngine[Kernel]):
         calls, _ = self._calls(bucket, bucket.update.program, table)
         progress.write(calls)
 
-    def reduce(self, bucket: Bucket, program: Program, table: Sequence[Scalars]) -> Tensor:
+    def reduce(
+        self, bucket: Bucket, program: Program, table: Sequence[Scalars], scaling: Scaling | None = None
+    ) -> Tensor:
         """See :meth:`Engine.reduce`."""
         calls, results = self._calls(bucket, program, table)
         Progress().write(calls)

@@ -27,6 +27,7 @@ class Kernels:
         table_scalars: The columns of the table.
         width: Scalars that ``work`` keeps of each tensor.
         reductions: Sums that ``partials`` keeps of each chunk.
+        results: The places of the Program's results among the scalars of a tensor.
     """
 
     scalars: tuple[Any, ...]
@@ -34,6 +35,7 @@ class Kernels:
     table_scalars: tuple[str, ...]
     width: int
     reductions: int
+    results: tuple[int, ...] = ()
 
 
 @lru_cache(maxsize=1)
@@ -100,6 +102,7 @@ def build(program: Program, layout: Layout) -> Kernels:
         table_scalars=tuple(printer.table_columns),
         width=printer.width,
         reductions=max(printer.reductions, 1),
+        results=tuple(printer.work_slots[index] for index in program.results),
     )
 
 

@@ -112,7 +112,8 @@ class TritonEngine(CompiledEngine[Kernels]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._tables: weakref.WeakKeyDictionary[Bucket, Tables] = weakref.WeakKeyDictionary()
+        # Of a bucket, those of each Program that it is given.
+        self._tables: weakref.WeakKeyDictionary[Bucket, dict[str, Tables]] = weakref.WeakKeyDictionary()
 
     def unavailable(self) -> str | None:
         """See :meth:`Engine.unavailable`."""
@@ -131,9 +132,8 @@ class TritonEngine(CompiledEngine[Kernels]):
         program = bucket.update.program
         if (reason := flat_memory(bucket, TRITON_TYPES) or TritonPrinter.lacks(program)) is not None:
             return reason
-        if program.phases:
-            return "a rule with totals over all parameters needs torch's own operators"
-        self._built(program, bucket.layout)
+        for part in (*(phase.program for phase in program.phases), program):
+            self._built(part, bucket.layout)
         return None
 
     def build(self, program: Program, layout: Layout) -> Kernels:
@@ -159,8 +159,29 @@ class TritonEngine(CompiledEngine[Kernels]):
                 self.send(bucket, table, scaling.max_norm)
                 progress.write(self._launches(bucket, scaling))
 
-    def send(self, bucket: Bucket, table: Sequence[Scalars], max_norm: float | None) -> None:
+    def reduce(
+        self, bucket: Bucket, program: Program, table: Sequence[Scalars], scaling: Scaling | None = None
+    ) -> Tensor:
+        """See :meth:`Engine.reduce`. Of a step that is left out, the sums are of no meaning."""
+        scaling = scaling or Scaling()
+        with _on(bucket.device):
+            self.send(bucket, table, scaling.max_norm, program)
+            for launch in self._launches(bucket, scaling, program):
+                launch()
+            kernels, tables = self._built(program, bucket.layout), self._prepared(bucket, program)
+            numbers = tables.work.view(len(bucket), kernels.width)
+            return torch.stack([numbers[:, slot].sum() for slot in kernels.results])
+
+    def send(
+        self, bucket: Bucket, table: Sequence[Scalars], max_norm: float | None, program: Program | None = None
+    ) -> None:
         """Bring to the device what this step has of its own: addresses, the table, the norm to clip to.
+
+        Args:
+            bucket: The bucket.
+            table: As of :meth:`run`.
+            max_norm: The norm to clip to.
+            program: What is launched next; default: the bucket's update.
 
         Raises:
             RuntimeError: A CUDA graph is being recorded, which would keep this step's addresses and scalars for ever.
@@ -170,7 +191,8 @@ class TritonEngine(CompiledEngine[Kernels]):
                 "an optimizer's step inside of a CUDA graph would be frozen with its learning rate and addresses; "
                 "valid: leave the step out of the graph, and record it with optimizer.capture_steps()"
             )
-        kernels, tables = self._built(bucket.update.program, bucket.layout), self._prepared(bucket)
+        program = program or bucket.update.program
+        kernels, tables = self._built(program, bucket.layout), self._prepared(bucket, program)
         numbers = [row[name] for row in table for name in kernels.table_scalars]
         on_device = {place: value for place, value in enumerate(numbers) if isinstance(value, Tensor)}
         words = array("d", [0.0 if place in on_device else float(value) for place, value in enumerate(numbers)])
@@ -208,8 +230,9 @@ class TritonEngine(CompiledEngine[Kernels]):
             for launch in self._launches(bucket, scaling):
                 launch()
 
-    def _launches(self, bucket: Bucket, scaling: Scaling) -> list[Write]:
-        kernels, tables = self._built(bucket.update.program, bucket.layout), self._prepared(bucket)
+    def _launches(self, bucket: Bucket, scaling: Scaling, program: Program | None = None) -> list[Write]:
+        program = program or bucket.update.program
+        kernels, tables = self._built(program, bucket.layout), self._prepared(bucket, program)
         addresses, rows = tables.addresses.tensor, tables.numbers.tensor
         loss, device = scaling.loss, bucket.device
         squares = _here(scaling.squares, device)
@@ -237,7 +260,7 @@ class TritonEngine(CompiledEngine[Kernels]):
                         tables.partials, tables.work, tables.skip, tables.stride, LANES=LANES, enable_fp_fusion=True,
                     )
                 )  # fmt: skip
-            if tables.chunks:
+            if tables.chunks and (program.passes[stage].elements or program.element_stores):
                 launches.append(
                     partial(
                         sweep[(tables.chunks,)],
@@ -252,11 +275,13 @@ class TritonEngine(CompiledEngine[Kernels]):
         tables = self._prepared(bucket)
         return id(bucket), tables.addresses.tensor.data_ptr(), tables.numbers.tensor.data_ptr()
 
-    def _prepared(self, bucket: Bucket) -> Tables:
-        """The tables of a bucket, made when it is first seen."""
-        if (tables := self._tables.get(bucket)) is not None:
+    def _prepared(self, bucket: Bucket, program: Program | None = None) -> Tables:
+        """The tables of a bucket and a Program, made when they are first seen."""
+        program = program or bucket.update.program
+        known = self._tables.setdefault(bucket, {})
+        if (tables := known.get(program.fingerprint)) is not None:
             return tables
-        kernels = self._built(bucket.update.program, bucket.layout)
+        kernels = self._built(program, bucket.layout)
         count, device = len(bucket), bucket.device
         chunk_tensor, chunk_begin, first_chunk = array("i"), array("q"), array("i", [0])
         for index, size in enumerate(bucket.sizes):
@@ -280,7 +305,7 @@ class TritonEngine(CompiledEngine[Kernels]):
             addresses=Mirror(torch.int64, device),
             numbers=Mirror(torch.float64, device),
         )
-        self._tables[bucket] = tables
+        known[program.fingerprint] = tables
         return tables
 
 

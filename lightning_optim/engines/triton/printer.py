@@ -205,7 +205,8 @@ class TritonPrinter(Printer):
             body += [
                 *self._counter(mask),
                 "step = next_step(step)",
-                "tl.store(counter, step.to(tl.float32), mask=mask)",
+                # What stores nothing counts the step that is to come, and leaves the counter as it is.
+                *(["tl.store(counter, step.to(tl.float32), mask=mask)"] if self.program.stores else []),
             ]
         body += self._statements(0, sweep, mask)
         return "\n".join(
@@ -244,7 +245,7 @@ class TritonPrinter(Printer):
             *(f"r{k} = tl.sum(sums{k}, axis=0)" for k in range(count)),
         ]
         if "step" in self.program.scalars:
-            body += self._counter("")
+            body += self._counter("") + ([] if self.program.stores else ["step = next_step(step)"])
         body += self._statements(stage, sweep, "")
         return "\n".join(
             [

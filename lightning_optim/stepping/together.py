@@ -1,0 +1,64 @@
+"""Which rules step all parameters of an optimizer together, so that some of them cannot be stepped by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from lightning_optim.rules.matrix import MatrixRule
+from lightning_optim.rules.policy import Policy, Update
+from lightning_optim.rules.program import Program
+from lightning_optim.rules.rule import Rule
+from lightning_optim.stepping.method import Group, Method
+
+
+class Ruled(Method, Protocol):
+    """What an optimizer class says of all its rules."""
+
+    matrix_rule: MatrixRule | None
+
+    def rules(self) -> tuple[Rule, ...]:
+        """All rules by which a parameter may be stepped."""
+
+
+def programs(method: Method, groups: Iterable[Group]) -> list[Program]:
+    """The Programs by which the parameters of these groups are stepped, without a policy."""
+    rule = method.rule
+    flags = {
+        tuple(sorted({**dict.fromkeys(rule.every, True), **method.flags(group, p, fresh)}.items()))
+        for group in groups
+        for p in group["params"]
+        for fresh in (True, False)
+    }
+    return [Update(rule, Policy(), chosen).program for chosen in flags]
+
+
+def why_one_whole(method: Ruled, groups: Sequence[Group]) -> str | None:
+    """Why another result would come of stepping a part of the parameters, however often that is done; or None.
+
+    Args:
+        method: The optimizer's class.
+        groups: Its param groups.
+    """
+    if any(rule.shares for rule in method.rules()):
+        return "all of its parameters have a part of their state in common"
+    if method.matrix_rule is None and any(program.phases for program in programs(method, groups)):
+        return "its step sums over all of its parameters"
+    return None
+
+
+def why_together(method: Ruled, groups: Sequence[Group]) -> str | None:
+    """Why a step must be one of all parameters that have a gradient; None: each can be stepped by itself.
+
+    Args:
+        method: The optimizer's class.
+        groups: Its param groups.
+    """
+    if (reason := why_one_whole(method, groups)) is not None:
+        return reason
+    counted = method.matrix_rule is not None and method.matrix_rule.interval is not None
+    if counted or any(rule.every for rule in method.rules()):
+        return "it does more at every n-th step, which it counts for all parameters of a group"
+    if any(rule.inputs for rule in method.rules()):
+        return "its step needs more than gradients"
+    return None
