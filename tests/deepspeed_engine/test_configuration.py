@@ -33,7 +33,7 @@ def weights() -> list[nn.Parameter]:
 def test_elementwise_optimizers_are_let_through(info: Any) -> None:
     optimizer = info.create(weights(), lr=0.1)
     if hasattr(info.cls, "request"):
-        with pytest.raises(ValueError, match="evaluates the model again for its step, .* valid: Adam, AdamW, Lion"):
+        with pytest.raises(ValueError, match=r"evaluates the model again for its step, .* valid: Adam, AdamW, Lion"):
             deepspeed_config({}, optimizer)
         return
     for stage in (1, 2, 3):
