@@ -317,5 +317,5 @@ def test_plain_lightning_cli_reads_the_literal() -> None:
 
 
 def test_plain_lightning_cli_refuses_a_float_count() -> None:
-    with pytest.raises(ValueError, match=r"warmup_steps=100.0 is neither .* int \(100 for 100 steps\)"):
+    with pytest.raises(ValueError, match=r"warmup_steps=100.0; valid: a whole .* \(100 for 100 steps\)"):
         cli("--lr_scheduler=lightning_optim.schedulers.Cosine", "--lr_scheduler.warmup_steps=1e2")

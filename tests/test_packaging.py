@@ -180,7 +180,7 @@ def test_wheel_works_on_its_own(installed: Path, tmp_path: Path) -> None:
             for _ in range(3):
                 optimizer.zero_grad()
                 model(torch.ones(1, 4)).sum().backward()
-                optimizer.step()
+                optimizer.step(evaluate=lambda: model(torch.ones(1, 4)).sum())
                 schedule.step()
             assert not torch.equal(before, model.weight)
             file = io.BytesIO()

@@ -118,7 +118,7 @@ def test_a_thread_that_has_nothing_of_the_users() -> None:
 
     with pytest.warns(LightningOptimWarning) as caught:
         in_a_thread()
-    assert Path(caught[0].filename).name == "base.py"
+    assert Path(caught[0].filename).name == "schedule.py"
 
 
 def test_filters_by_module_are_those_of_the_users_module() -> None:

@@ -215,4 +215,8 @@ def _reduces(optimizer: RuleOptimizer) -> bool:
 def _elementwise() -> list[str]:
     from lightning_optim.registry import OPTIMIZERS
 
-    return [info.cls.public_name() for info in OPTIMIZERS.values() if info.kind == "elementwise"]
+    return [
+        info.cls.public_name()
+        for info in OPTIMIZERS.values()
+        if info.kind == "elementwise" and not getattr(info.cls, "request", None)
+    ]

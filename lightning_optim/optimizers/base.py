@@ -296,7 +296,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             state_dict = state_dict if result is None else result
         name = type(self).public_name()
         state_dict = readable(name, self.param_groups, state_dict)
-        required = [option for option in self.defaults if option in (*_OF_ANY_STATE, *self.group_options)]
+        interval = None if self.matrix_rule is None else self.matrix_rule.interval
+        required = [option for option in self.defaults if option in (*_OF_ANY_STATE, *self.group_options, interval)]
         groups = load_groups(
             name, self.param_groups, state_dict, self.defaults, required, self.check_saved, self.given, self.declared
         )

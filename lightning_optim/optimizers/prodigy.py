@@ -147,7 +147,7 @@ class Prodigy(RuleOptimizer):
         """The estimate that the next step takes: 0-dim; on a device, it is not waited for."""
         found: Iterator[Tensor] = (state["d"] for state in self.state.values() if "d" in state)
         first = self.param_groups[0]["d0"]
-        return next(found, torch.as_tensor(first, dtype=torch.float32))
+        return next(found, torch.as_tensor(first, dtype=torch.float32, device="cpu"))
 
     @classmethod
     def scalars(cls, group: Group) -> dict[str, float | Tensor]:

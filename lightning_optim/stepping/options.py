@@ -76,7 +76,7 @@ UNDECLARED = Declared()
 _KNOWN: set[str] = {"max_grad_norm"}
 
 #: Options that are also keys of groups which wrappers and trainers in wide use keep there for themselves.
-KNOWN_STRANGERS = frozenset({"beta", "rho", "adaptive", "d", "d0", "r", "weight_lr_power", "train_mode"})
+KNOWN_STRANGERS = frozenset({"beta", "rho", "adaptive", "d", "d0", "k", "r", "weight_lr_power", "train_mode"})
 
 
 #: Options that tell no optimizer from another: torch's AdamW saves its form of decay, which it cannot be given.

@@ -32,11 +32,15 @@ def weights() -> list[nn.Parameter]:
 @pytest.mark.parametrize("info", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_elementwise_optimizers_are_let_through(info: Any) -> None:
     optimizer = info.create(weights(), lr=0.1)
+    if hasattr(info.cls, "request"):
+        with pytest.raises(ValueError, match=r"evaluates the model again for its step, .* valid: Adam, AdamW, Lion"):
+            deepspeed_config({}, optimizer)
+        return
     for stage in (1, 2, 3):
         if info.kind == "elementwise":
             deepspeed_config({"zero_optimization": {"stage": stage}}, optimizer)
             continue
-        with pytest.raises(ValueError, match=rf"under ZeRO stage {stage}: its step .* stage 0, .*: Adam, AdamW, Lion"):
+        with pytest.raises(ValueError, match=rf"under ZeRO stage {stage}: .* stage 0, .*: Adam, AdamW, Lion"):
             deepspeed_config({"zero_optimization": {"stage": stage}}, optimizer)
     deepspeed_config({}, optimizer)  # nothing is divided
 
