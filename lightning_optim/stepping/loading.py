@@ -26,13 +26,11 @@ if TYPE_CHECKING:
     from lightning_optim.stepping.method import Group
     from lightning_optim.stepping.plan import Planner
 
+#: Options that every saved state of an optimizer has that knows them.
+OF_ANY_STATE = ("lr", "betas", "eps", "momentum", "dampening", "nesterov", "weight_decay", UPDATES)
+
 #: Options that optimizers of several kinds have, or all of them.
-_GENERAL = frozenset(
-    (
-        *("lr", "betas", "eps", "momentum", "dampening", "nesterov", "amsgrad", "maximize", "cautious"),
-        *("weight_decay", "decoupled_weight_decay", "train_mode", UPDATES),
-    )
-)
+_GENERAL = {*OF_ANY_STATE, "amsgrad", "maximize", "cautious", "decoupled_weight_decay", "train_mode"}
 
 #: Above it, not every whole number of steps is a floating-point number.
 _MOST_STEPS = 2**53

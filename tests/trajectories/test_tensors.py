@@ -51,7 +51,7 @@ def test_weights_with_gaps_in_memory(name: str, engine: str) -> None:
 
 @references.common_to_all
 @ENGINE
-@pytest.mark.parametrize("name", filter(takes_complex, references.NAMES))
+@pytest.mark.parametrize("name", [name for name in references.NAMES if takes_complex(name)])
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=["c64", "c128"])
 def test_complex_weights_are_pairs_of_real_ones(name: str, dtype: torch.dtype, engine: str) -> None:
     """As in torch.optim: the same as stepping real and imaginary parts side by side in one tensor."""
