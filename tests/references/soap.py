@@ -58,6 +58,13 @@ def product(g: Tensor, d: int) -> Tensor:
     return rows @ rows.T
 
 
+def eigenvectors(matrix: Tensor) -> Tensor:
+    """By falling eigenvalue; of what is no number there are none."""
+    if not bool(matrix.isfinite().all()):
+        return torch.full_like(matrix, math.nan)
+    return torch.linalg.eigh(matrix).eigenvectors.flip(-1)
+
+
 def settled(d: int, own: Tensor, matrix: Tensor, turned: Tensor | None, o: Options) -> Tensor:
     """The basis that the step has made, if it is one: eigenvectors, or what makes a turned basis triangular."""
     if f"q_{d}" not in o.get("made", {}):
@@ -79,7 +86,7 @@ def update(p: Tensor, g: Tensor, s: State, o: Options) -> Tensor | tuple[float, 
         s.update(exp_avg=torch.zeros_like(g), exp_avg_sq=torch.zeros_like(g), step=torch.zeros((), dtype=torch.float64))
         for d in sides:
             s[f"gg_{d}"] = (1 - beta) * product(g, d)
-            s[f"q_{d}"] = settled(d, torch.linalg.eigh(s[f"gg_{d}"]).eigenvectors.flip(-1), s[f"gg_{d}"], None, o)
+            s[f"q_{d}"] = settled(d, eigenvectors(s[f"gg_{d}"]), s[f"gg_{d}"], None, o)
         if p.numel():
             return 0.0, torch.zeros_like(p)
     s["step"] = s["step"] + 1

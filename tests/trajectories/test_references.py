@@ -24,6 +24,7 @@ from .common import (
     inputs_of,
     judged_run,
     known_of,
+    made,
     reloaded,
     supported,
     take_step,
@@ -57,15 +58,15 @@ def test_float64_follows_the_reference_for_all_steps(name: str, case: str, engin
         coefficient = references.clip_coefficient([g for g in gradients if g is not None], options.get("max_grad_norm"))
         inputs = inputs_of(name, params, step)
         groups = [known_of(p, group_of(optimizer, p)) for p in params]
+        take_step(optimizer, inputs)
         expected = references.step_all(
             name,
             [value for value, _ in expected],
             [None if g is None else coefficient * g for g in gradients],
             [state for _, state in expected],
-            groups,
+            [{**group, "made": made(optimizer, p)} for p, group in zip(params, groups, strict=True)],
             inputs={key: [given[p] for p in params] for key, given in inputs.items()},
         )
-        take_step(optimizer, inputs)
         for p, (_, state) in zip(params, expected, strict=True):
             for key, value in state.items():  # as it is stored
                 state[key] = value.to(optimizer.state[p][key].dtype).double()
