@@ -23,7 +23,7 @@ from lightning_optim.stepping.common import OF_GROUPS, Common, declared_defaults
 from lightning_optim.stepping.divided import divided_by, refuse_a_part
 from lightning_optim.stepping.group_keys import check_keys
 from lightning_optim.stepping.links import Rest
-from lightning_optim.stepping.loading import load_groups, load_state, readable
+from lightning_optim.stepping.loading import OF_ANY_STATE, load_groups, load_state, readable
 from lightning_optim.stepping.method import UPDATES, Group, Inputs, Options, Owner
 from lightning_optim.stepping.options import (
     UNDECLARED,
@@ -40,9 +40,6 @@ from lightning_optim.stepping.routed import RoutedStepper
 from lightning_optim.stepping.scalars import scalars_of
 from lightning_optim.stepping.stepper import Stepper
 from lightning_optim.stepping.together import why_one_whole
-
-#: Options that every saved state of an optimizer has that knows them.
-_OF_ANY_STATE = ("lr", "betas", "eps", "momentum", "dampening", "nesterov", "weight_decay", UPDATES)
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -109,8 +106,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         )
         self._attach()
         super().__init__(params, defaults)
-        if divided_by() is not None and (reason := why_one_whole(type(self), self.param_groups)) is not None:
-            refuse_a_part(name, f"its step ({reason})")
+        if divided_by() is not None and why_one_whole(type(self), self.param_groups) is not None:
+            refuse_a_part(name, "its step")
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -297,7 +294,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         name = type(self).public_name()
         state_dict = readable(name, self.param_groups, state_dict)
         interval = None if self.matrix_rule is None else self.matrix_rule.interval
-        required = [option for option in self.defaults if option in (*_OF_ANY_STATE, *self.group_options, interval)]
+        required = [option for option in self.defaults if option in (*OF_ANY_STATE, *self.group_options, interval)]
         groups = load_groups(
             name, self.param_groups, state_dict, self.defaults, required, self.check_saved, self.given, self.declared
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from lightning_optim.rules.policy import KAHAN_SLOT
 from lightning_optim.rules.rule import Rule
 from lightning_optim.rules.slots import Slot
 from lightning_optim.stepping.group_keys import near_miss
+from lightning_optim.stepping.method import UPDATES
 from lightning_optim.stepping.names import by_name
 from lightning_optim.stepping.options import UNDECLARED, Declared, check_option, known_options
 from lightning_optim.stepping.preparing import zeros_for
@@ -24,6 +25,12 @@ from lightning_optim.stepping.preparing import zeros_for
 if TYPE_CHECKING:
     from lightning_optim.stepping.method import Group
     from lightning_optim.stepping.plan import Planner
+
+#: Options that every saved state of an optimizer has that knows them.
+OF_ANY_STATE = ("lr", "betas", "eps", "momentum", "dampening", "nesterov", "weight_decay", UPDATES)
+
+#: Options that optimizers of several kinds have, or all of them.
+_GENERAL = {*OF_ANY_STATE, "amsgrad", "maximize", "cautious", "decoupled_weight_decay", "train_mode"}
 
 #: Above it, not every whole number of steps is a floating-point number.
 _MOST_STEPS = 2**53
@@ -106,6 +113,10 @@ def load_groups(
         if missing:
             raise ValueError(
                 f"{where} has no {', '.join(missing)}: the state of another optimizer? It has {sorted(new)}"
+            )
+        if (telling := defaults.keys() - _GENERAL) and not telling & new.keys():
+            raise ValueError(
+                f"{where} has no {', '.join(sorted(telling))}: the state of another optimizer? It has {sorted(new)}"
             )
         # Only what is known as another optimizer's option: a key of the user's own must not make a run lose its state.
         others = known_options() - {*defaults, *constructor, *group}
@@ -191,9 +202,10 @@ def _load_one(
     known = {"step": None, KAHAN_SLOT: None} | {slot: None for rule in rules for slot in rule.all_slots}
     always = {rule: {name for name, slot in rule.slots.items() if not slot.is_optional} for rule in rules}
     used = [rule for rule in rules if set(rule.all_slots) & set(values)]
-    if not used and always[planner.method.rule]:
+    if not used and (always[planner.method.rule] or _come_together(planner.method.rule, ())):
         used = [planner.method.rule]
-    needed = {slot for rule in used for slot in always[rule] | ({"step"} if rule.counts_steps else set())}
+    needed = {slot for rule in used for slot in always[rule] | _come_together(rule, values)}
+    needed |= {"step"} if any(rule.counts_steps for rule in used) else set()
     if set(values) - set(known) or needed - set(values):
         raise ValueError(
             f"{where}: the state of another optimizer, or damaged: it has {sorted(map(str, values))}, "
@@ -210,14 +222,28 @@ def _load_one(
     return loaded
 
 
+def _come_together(rule: Rule, there: Collection[Any]) -> set[str]:
+    """The optional slots that must be there, as others are: those of one flag, or those that are there in its place."""
+    needed: set[str] = set()
+    for flag in {flag for slot in rule.slots.values() for flag in (slot.when, slot.unless) if flag is not None}:
+        on = {name for name, slot in rule.slots.items() if slot.when == flag}
+        off = {name for name, slot in rule.slots.items() if slot.unless == flag}
+        if on & set(there) or (on and off and not off & set(there)):
+            needed |= on
+        elif off & set(there):
+            needed |= off
+    return needed
+
+
 def _load_slot(where: str, p: Tensor, value: Any, dtype: torch.dtype, slot: Slot) -> Tensor:
     if not isinstance(value, Tensor):
         raise ValueError(f"{where} is a {type(value).__name__}; valid: a tensor")
     if value.is_nested or value.layout != torch.strided or (value.is_meta and not p.is_meta):
         kind = "a nested tensor" if value.is_nested else f"of layout {value.layout} on {value.device}"
         raise ValueError(f"{where} is {kind}; valid: a dense tensor with values")
-    if value.shape != _shape(slot, p):
-        raise ValueError(f"{where} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
+    if value.shape != (shape := _shape(slot, p)):
+        valid = "" if shape == p.shape else f"; valid: {tuple(shape)}"
+        raise ValueError(f"{where} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}{valid}")
     is_complex = p.is_complex() and not slot.is_scalar
     if value.is_complex() != is_complex or not (value.is_complex() or value.is_floating_point()):
         raise ValueError(f"{where} has dtype {value.dtype}; valid: what can be stored as {dtype}")

@@ -41,7 +41,7 @@ def why_one_whole(method: Ruled, groups: Sequence[Group]) -> str | None:
         groups: Its param groups.
     """
     if any(rule.shares for rule in method.rules()):
-        return "all of its parameters have a part of their state in common"
+        return "its step keeps numbers that all of its parameters have in common"
     if method.matrix_rule is None and any(program.phases for program in programs(method, groups)):
         return "its step sums over all of its parameters"
     return None

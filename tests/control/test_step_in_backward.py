@@ -218,7 +218,7 @@ def test_steps_that_ask_for_more_than_gradients_are_refused() -> None:
 
 def test_steps_of_all_parameters_together_are_refused() -> None:
     optimizer = lightning_optim.Prodigy([nn.Parameter(torch.ones(2))])
-    with pytest.raises(TypeError, match=r"Prodigy does not step parameter by parameter: .* of their state in common"):
+    with pytest.raises(TypeError, match=r"Prodigy does not step parameter by parameter: .* have in common"):
         StepInBackward(optimizer)
 
 

@@ -60,6 +60,17 @@ PAIRS: dict[str, tuple[Make, Make]] = {
     "lion": (partial(lightning_optim.Lion, lr=0.02), partial(lightning_optim.Lion, lr=0.02, engine="eager")),
     "lamb": (partial(lightning_optim.LAMB, lr=0.02), partial(lightning_optim.LAMB, lr=0.02, engine="eager")),
     "muon": (partial(lightning_optim.Muon, lr=0.02), partial(lightning_optim.Muon, lr=0.02, engine="eager")),
+    "rmsprop": (partial(lightning_optim.RMSprop, lr=0.02), partial(torch.optim.RMSprop, lr=0.02)),
+    "radam": (partial(lightning_optim.RAdam, lr=0.02), partial(torch.optim.RAdam, lr=0.02)),
+    "adafactor": (
+        partial(lightning_optim.Adafactor, lr=0.02),
+        partial(lightning_optim.Adafactor, lr=0.02, engine="eager"),
+    ),
+    "prodigy": (partial(lightning_optim.Prodigy, d0=1e-2), partial(lightning_optim.Prodigy, d0=1e-2, engine="eager")),
+    "schedule-free": (
+        partial(lightning_optim.ScheduleFreeAdamW, lr=0.02, warmup_steps=2),
+        partial(lightning_optim.ScheduleFreeAdamW, lr=0.02, warmup_steps=2, engine="eager"),
+    ),
     "torch SGD": (partial(torch.optim.SGD, lr=0.02, momentum=0.9, dampening=0.5),) * 2,
     "torch Adam": (partial(torch.optim.Adam, lr=0.02),) * 2,
     "torch AdamW": (partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1),) * 2,
@@ -67,7 +78,8 @@ PAIRS: dict[str, tuple[Make, Make]] = {
     "foreign Adagrad": (partial(ForeignAdagrad, lr=0.02),) * 2,
     "foreign NAdam": (partial(ForeignNAdam, lr=0.02),) * 2,
 }
-OURS = [name for name in PAIRS if not name.startswith("foreign")]
+#: Those that are stepped bucket by bucket.
+OURS = [name for name in PAIRS if not name.startswith("foreign") and name != "prodigy"]
 UNDOABLE = [name for name in OURS if name != "muon"]
 
 

@@ -15,7 +15,7 @@ import lightning_optim
 from lightning_optim.offload import Detached, DetachedOptions
 from lightning_optim.offload.link import SimulatedLink
 
-from .common import PAIRS, detached, known_warnings, loss_of, small, weights
+from .common import PAIRS, back_and_step, detached, known_warnings, loss_of, small, weights
 
 pytestmark = known_warnings
 
@@ -53,6 +53,56 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 def test_what_an_optimizers_own_step_cannot_serve(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         Detached(Foreign(weights()), DetachedOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip": "speculative"}, "clip='speculative' with Prodigy, which is stepped as a whole (its step keeps "),
+        ({"clip": "none"}, "clip='none' with Prodigy"),
+        ({"device_fraction": 0.5}, "device_fraction=0.5 with Prodigy"),
+        ({"delay_one_step": True}, "delay_one_step=True with Prodigy"),
+    ],
+)
+def test_what_a_step_of_all_parameters_cannot_serve(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Detached(lightning_optim.Prodigy(weights()), DetachedOptions(**options))
+
+
+@pytest.mark.parametrize("options", [{"delay_one_step": True}, {"wait": "forward"}], ids=str)
+def test_weights_on_their_way_are_not_to_be_put_elsewhere(options: dict[str, Any]) -> None:
+    params = weights()
+    with pytest.raises(ValueError, match=r"with ScheduleFreeAdamW: its eval.*must not be on their way; valid: "):
+        Detached(lightning_optim.ScheduleFreeAdamW(params), DetachedOptions(**options), module=nn.ParameterList(params))
+
+
+def test_the_weights_of_evaluation_and_back() -> None:
+    """The masters keep their bits, and no step is made meanwhile."""
+    params = weights()
+    optimizer = lightning_optim.ScheduleFreeAdamW(params, lr=0.02)
+    with detached(optimizer) as pipeline:
+        for step in range(3):
+            back_and_step(pipeline, loss_of(params, step))
+            pipeline.zero_grad()
+        before = [p.detach().clone() for p in params]
+        masters = {p: master.detach().clone() for p, master in pipeline.masters().items()}
+        optimizer.eval()
+        assert not torch.equal(params[0], before[0])
+        loss_of(params, 3).backward()
+        with pytest.raises(RuntimeError, match=r"weights of evaluation; valid: train\(\)"):
+            pipeline.step()
+        optimizer.train()
+        assert all(map(torch.equal, params, before))
+        pipeline.step()
+        other = weights()
+        straight = lightning_optim.ScheduleFreeAdamW(other, lr=0.02)
+        with detached(straight) as unbroken:
+            for step in range(4):
+                back_and_step(unbroken, loss_of(other, step))
+                unbroken.zero_grad()
+            assert all(map(torch.equal, params, other))
+            assert all(map(torch.equal, pipeline.masters().values(), unbroken.masters().values()))
+        assert any(not torch.equal(master, pipeline.masters()[p]) for p, master in masters.items())
 
 
 def test_steps_that_cannot_be_taken_back() -> None:
@@ -96,6 +146,14 @@ def test_the_report() -> None:
         pipeline.step()
         (decision,) = pipeline.report()
         assert "copy bfloat16, undo_p float32" in decision.bucket
+    params = weights()
+    with detached(lightning_optim.Prodigy(params)) as pipeline:
+        for _ in range(2):
+            (decision,) = pipeline.report()
+            assert decision.bucket.startswith("6 tensors in host memory")
+            assert "all at once: its step keeps numbers that all of its parameters have in common" in decision.bucket
+            loss_of(params, 0).backward()
+            pipeline.step()
     with detached(Foreign(weights()), overlap=False) as pipeline:
         (decision,) = pipeline.report()
         assert decision.engine == "Foreign's own step"

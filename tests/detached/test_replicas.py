@@ -21,7 +21,8 @@ from .common import PAIRS, bits, known_warnings, loss_of, small, weights
 
 pytestmark = known_warnings
 
-MAKES: dict[str, Any] = {name: PAIRS[name][0] for name in ("torch AdamW", "sgd, dampening", "lamb", "muon", "foreign")}
+NAMES = ("torch AdamW", "sgd, dampening", "lamb", "adafactor", "muon", "prodigy", "foreign")
+MAKES: dict[str, Any] = {name: PAIRS[name][0] for name in NAMES}
 
 
 def strange() -> list[nn.Parameter]:
@@ -128,6 +129,8 @@ def sharded(folder: Path, rank: int) -> None:
     assert pipeline.set_masters({low[0]: with_bits}) == []
     assert torch.equal(gathered_masters(pipeline, {low[0]: "w"})["w"], with_bits)
     pipeline.close()
+    with pytest.raises(ValueError, match=r"ScheduleFreeAdamW with replicated weights: its eval.*'detached_fsdp2'"):
+        Detached(PAIRS["schedule-free"][0](whole), replicas=Replicas())
     (folder / f"sharded {rank}").touch()
 
 

@@ -16,15 +16,17 @@ from lightning_optim.registry import OPTIMIZERS
 
 # Without a C compiler the host engine says so and another one takes its place, "with the same results": that is
 # what these tests then find out.
+# So it is with rules that it does not have.
 known_warnings = pytest.mark.filterwarnings(
-    "ignore:.*the host engine cannot be used .no C compiler:lightning_optim.warnings.LightningOptimWarning"
+    "ignore:.*the host engine cannot be used .(no C compiler|a rule with values of rows and columns)"
+    ":lightning_optim.warnings.LightningOptimWarning"
 )
 
 each = pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 each_engine = pytest.mark.parametrize("engine", ["eager", "foreach", "host"])
 
 #: What is set in most tests, for optimizers that have it: nothing should be at a value that switches it off.
-USUAL: dict[str, Any] = {"lr": 0.05, "adamw_lr": 0.05, "weight_decay": 0.1, "momentum": 0.9}
+USUAL: dict[str, Any] = {"lr": 0.05, "adamw_lr": 0.05, "weight_decay": 0.1, "momentum": 0.9, "d0": 1.0}
 
 SHAPES: list[tuple[int, ...]] = [(7, 5), (3,), (), (0, 4)]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer, _apply_optimizer_in_backward
 
 import lightning_optim
-from lightning_optim import LAMB, LBFGS, SAM, SGD, Adam, AdamW, Lion, Muon, create_optimizer
+from lightning_optim import LAMB, LBFGS, SAM, SGD, Adam, AdamW, Lion, Muon, Prodigy, create_optimizer
 from lightning_optim.optimizers.base import RuleOptimizer
 
 from .common import known_warnings, parameters, train
@@ -166,6 +166,7 @@ def test_zero_redundancy_optimizer_takes_our_options(cls: Any, options: dict[str
         (lambda model: ZeroRedundancyOptimizer(model.parameters(), SAM, base=SGD), "SAM: the length of its"),
         (lambda model: ZeroRedundancyOptimizer(model.parameters(), LBFGS), "LBFGS: its line search is about all"),
         (lambda model: ZeroRedundancyOptimizer(model.parameters(), Muon, lr=0.1), "Muon: a param group without"),
+        (lambda model: ZeroRedundancyOptimizer(model.parameters(), Prodigy), "Prodigy: its step is about all"),
         (lambda model: ZeroRedundancyOptimizer(model.parameters(), AdamW, fused=True), "fused=True"),
         (lambda model: _apply_optimizer_in_backward(AdamW, model.parameters(), {"max_grad_norm": 1.0}),
          "max_grad_norm=1.0 is about all parameters together, but _apply_optimizer_in_backward makes one for each"),

@@ -132,7 +132,7 @@ def test_every_type_and_rounding(name: str, engine: str, dtype: torch.dtype, rou
 @each
 @pytest.mark.filterwarnings("ignore:.*the (host|foreach) engine cannot be used")
 def test_every_form(name: str, engine: str) -> None:
-    params = forms()
+    params = [p for p in forms() if all(need.holds(p) for need in optimizer_info(name).cls.needs)]
     optimizer = optimizer_info(name).create(params, engine=engine, **references.BASE[name])
     buffers = UndoBuffers()
     for number in range(3):
