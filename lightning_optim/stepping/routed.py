@@ -87,6 +87,7 @@ class RoutedStepper(Stepper):
         for stepper in self._links:
             stepper._progress = []
         self._written, self._copies, self._left_out = Progress(), copies, False
+        self.abandon()  # of a plan that was not run: what it has made is no state
         self._beginning = self._beginners(grads)
         self._has_rest = super().plan(grads, copies, inputs=inputs, scaled=scaled)
         given, directions = self._lay_out(grads)

@@ -61,6 +61,11 @@ def maker(name: str, **options: Any) -> Make:
     return partial(info.create, **usual | options)
 
 
+#: Options for runs whose sums are in another order. Gradients of few samples are of low rank: of the eigenvectors that
+#: belong to none of it any will do, and rounding says which.
+UNIQUE: dict[str, dict[str, Any]] = {"soap": {"max_precond_dim": 1}}
+
+
 class Net(nn.Sequential):
     """Weights, biases and a norm, in sizes that do not divide by two."""
 

@@ -11,7 +11,18 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .common import Net, asking, assert_close, assert_same_state, by_gradient, by_hand, dataset, known_warnings, maker
+from .common import (
+    UNIQUE,
+    Net,
+    asking,
+    assert_close,
+    assert_same_state,
+    by_gradient,
+    by_hand,
+    dataset,
+    known_warnings,
+    maker,
+)
 
 pytestmark = known_warnings
 
@@ -50,7 +61,7 @@ def test_accelerate(name: str, tmp_path: Path) -> None:
     def prepared() -> tuple[Any, ...]:
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
         net = Net(torch.float64)
-        optimizer = maker(name)(net.parameters())
+        optimizer = maker(name, **UNIQUE.get(name, {}))(net.parameters())
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         loader = DataLoader(dataset(dtype=torch.float64), batch_size=2)
         return accelerator, *accelerator.prepare(net, optimizer, loader, schedule)
@@ -68,7 +79,7 @@ def test_accelerate(name: str, tmp_path: Path) -> None:
     run = prepared()
     epoch(*run)
     run[0].save_state(str(tmp_path / "state"))
-    expected, _ = by_hand(maker(name), clip=0.3)
+    expected, _ = by_hand(maker(name, **UNIQUE.get(name, {})), clip=0.3)
     assert_close(run[1].state_dict(), expected.state_dict())
     epoch(*run)
     resumed = prepared()

@@ -23,6 +23,7 @@ from lightning_optim import optimizer_info
 from lightning_optim.registry import OPTIMIZERS
 
 from .common import (
+    UNIQUE,
     Model,
     Net,
     asking,
@@ -63,7 +64,7 @@ def ddp_rank(rank: int, folder: Path) -> None:
     enter(rank, folder)
     found = {}
     for name in sorted(OPTIMIZERS):
-        model = Shared(maker(name), torch.float64, batch=2)
+        model = Shared(maker(name, **UNIQUE.get(name, {})), torch.float64, batch=2)
         strategy = "in_graph_ddp" if asks_for_evaluations(optimizer_info(name).cls) else "ddp"
         run = fit(folder, model, strategy=strategy, devices=RANKS, use_distributed_sampler=False)
         assert run.world_size == RANKS
@@ -123,7 +124,7 @@ def test_ddp(name: str, ddp: list[dict[str, Any]]) -> None:
     (weights, state), (other_weights, other_state) = (rank[name] for rank in ddp)
     assert_close(weights, other_weights, rtol=0, atol=0)
     assert_same_state(state, other_state)
-    net, _ = by_hand(maker(name))
+    net, _ = by_hand(maker(name, **UNIQUE.get(name, {})))
     assert_close(weights, net.state_dict())
 
 

@@ -90,6 +90,21 @@ def test_the_first_gradient_only_makes_the_state(engine: str) -> None:
 
 
 @each_engine
+def test_a_plan_that_is_not_run_begins_nothing(engine: str) -> None:
+    """As for a norm, or by whoever plans anew."""
+    params = weights()
+    before = [p.detach().clone() for p in params]
+    optimizer: Any = SOAP(params, engine=engine)
+    give_gradients(params, 0)
+    for _ in range(2):
+        assert optimizer._stepper.plan()
+    with torch.no_grad():
+        optimizer._stepper.run(None)
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert {float(optimizer.state[p]["step"]) for p in params if p.numel()} == {0.0}
+
+
+@each_engine
 @pytest.mark.parametrize("frequency", [2, 10])
 def test_a_resumed_run_is_the_same_to_the_bit(engine: str, frequency: int) -> None:
     straight, resumed = weights(dtype=torch.float32), weights(dtype=torch.float32)
