@@ -52,7 +52,9 @@ class ScheduleFreeAdamW(EvaluatesElsewhere, RuleOptimizer):
 
     Gradients are taken at y, which is what the weights are in training; a model is evaluated and exported with the
     average x. :meth:`eval` puts the weights there, and :meth:`train` back, to the bit; a step in between is an error.
-    Take a larger ``lr`` than AdamW's, with ``warmup_steps``, and no schedule.
+    Lightning's Trainers do both by themselves (:class:`~lightning_optim.callbacks.EvaluationWeights`, which also says
+    how to export a model from a checkpoint); a loop of your own calls them around its evaluations. Take a larger ``lr``
+    than AdamW's, with ``warmup_steps``, and no schedule.
 
     Args:
         params: Parameters, named parameters or param groups.

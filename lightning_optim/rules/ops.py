@@ -84,12 +84,17 @@ def clip(x: Value, low: Value, high: Value) -> Value:
 
 def maximum(a: Value, b: Value) -> Value:
     """The larger of two values; NaN if either is, as ``torch.maximum``."""
-    return apply("maximum", a, b)
+    return apply("maximum", *_constant_last(a, b))
 
 
 def minimum(a: Value, b: Value) -> Value:
     """The smaller of two values; NaN if either is, as ``torch.minimum``."""
-    return apply("minimum", a, b)
+    return apply("minimum", *_constant_last(a, b))
+
+
+def _constant_last(a: Value, b: Value) -> tuple[Value, Value]:
+    """The operands, a constant last: kernels ask whether the first one is NaN, which a constant never is."""
+    return (b, a) if isinstance(a, int | float) else (a, b)
 
 
 def lerp(a: Value, b: Value, weight: Value) -> Value:

@@ -89,9 +89,10 @@ class Meeting:
         """Put scalars into all tables."""
         for planned, table in zip(self._plan, self._tables, strict=True):
             device = planned.bucket.device
-            # On the CPU a number costs nothing; on a device it stays there.
+            # On the CPU a number costs nothing; on a device it stays there, and where an engine decides as on one.
+            reads = device.type == "cpu" and not planned.engine.controls_on_device
             here = {
-                name: value.item() if value.device.type == "cpu" == device.type else value.to(device, non_blocking=True)
+                name: value.item() if reads and value.device.type == "cpu" else value.to(device, non_blocking=True)
                 for name, value in scalars.items()
             }
             for row in table:

@@ -28,8 +28,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 #: To keep its memory busy, an H200 needs about 4.8 TB/s × 600 ns = 2.9 MB in flight, 22 KB on each of 132 SMs. With
 #: 65,536 registers on each, this many leave room for 512 threads, which have 64 bytes in flight each: 32 KB.
 MOST_REGISTERS = 128
-#: What rules in float32 without further policy stay under: room for 1,024 threads.
+#: What rules in float32 without further policy stay under: room for 1,024 threads. Those that read more than
+#: ``FEW_ARRAYS`` may have as many as others: each thread has more bytes in flight.
 MOST_REGISTERS_PLAIN = 64
+FEW_ARRAYS = 4
 
 
 @pytest.mark.matrix(
@@ -50,6 +52,8 @@ def test_every_rule_compiles_to_vector_instructions(name: str, layout: str) -> N
         pytest.skip("does not have the option")
     case = bucket(name, **options)
     program, types = case.update.program, dict(case.layout.dtypes)
+    if program.has_sides:
+        pytest.skip("rows and columns need torch's own operators")
     kernels = build(program, case.layout)
     for stage, kernel in enumerate(kernels.scalars):
         flags = (
@@ -60,7 +64,7 @@ def test_every_rule_compiles_to_vector_instructions(name: str, layout: str) -> N
         result = compiled(kernel, {"CHUNK": engine.CHUNK, "BLOCK": engine.BLOCK}, **engine.OPTIONS)
         sweep = program.passes[stage]
         read = [program.nodes[i].attr("name") for i in sweep.elements if program.nodes[i].op == "load"]
-        written = [tensor for tensor, _ in program.stores] if stage == len(kernels.sweeps) - 1 else []
+        written = [tensor for tensor, _ in program.element_stores] if stage == len(kernels.sweeps) - 1 else []
         # A thread has BLOCK / (32 * warps) neighbouring elements: four, in as few instructions as 16 bytes allow.
         share = engine.BLOCK // (32 * engine.OPTIONS["num_warps"])
         for names, moved in ((read, result.loads), (written, result.stores)):
@@ -73,5 +77,6 @@ def test_every_rule_compiles_to_vector_instructions(name: str, layout: str) -> N
             assert list(moved) == sorted(wanted * times), (kernel.fn.__name__, names)
         assert result.spills == 0
         if result.registers is not None:
-            most = MOST_REGISTERS_PLAIN if layout in ("float32", "bfloat16") else MOST_REGISTERS
+            plain = layout in ("float32", "bfloat16") and len(read) <= FEW_ARRAYS
+            most = MOST_REGISTERS_PLAIN if plain else MOST_REGISTERS
             assert result.registers <= most, kernel.fn.__name__
