@@ -121,6 +121,11 @@ class Planner:
         """The storage type of a new slot of parameter ``p``."""
         wide = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
         declared = self.slot(slot)
+        if declared.rate == "shared":  # one tensor: of the widest that any of them has
+            every = (q.dtype for group in self.owner.param_groups for q in group["params"])
+            return (
+                torch.float64 if any(dtype in (torch.float64, torch.complex128) for dtype in every) else torch.float32
+            )
         if declared.is_scalar or declared.shape is not None:  # matrices are decomposed
             return wide
         if slot == KAHAN_SLOT or self.native_state:

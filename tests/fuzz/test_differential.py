@@ -28,7 +28,12 @@ from .common import seeds
 # Weights with gaps go from an engine that was asked for to another one, and this is said.
 pytestmark = pytest.mark.filterwarnings("ignore:.*engine cannot be used:lightning_optim.warnings.LightningOptimWarning")
 
-NAMES = [name for name, entry in OPTIMIZERS.items() if issubclass(entry.cls, RuleOptimizer)]
+# Sophia's steps ask for evaluations, and SOAP's bases are not unique: their own tests run them.
+NAMES = [
+    name
+    for name, entry in OPTIMIZERS.items()
+    if issubclass(entry.cls, RuleOptimizer) and name not in ("sophia", "soap")
+]
 DTYPES = [torch.float32] * 3 + [torch.bfloat16] * 2 + [torch.float16, torch.float64, torch.complex64]
 SHAPES: list[tuple[int, ...]] = [(), (0,), (1,), (17,), (5, 3), (4, 4), (2, 3, 4), (2, 3, 3, 2), (3, 0, 2), (33, 5)]
 SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-40, 1e-38, -1e-20, 1e-10, 1e10, -1e19, 3e38, -1.0, 1.0]
@@ -62,6 +67,10 @@ def drawn_group(random: Random, name: str) -> dict[str, Any]:
     options = {key: random.choice(values) for key, values in GROUP_OPTIONS.items() if key in signature}
     if options.get("nesterov") and name == "sgd":
         options |= {"momentum": options["momentum"] or 0.5, "dampening": 0.0}
+    if name == "adafactor":
+        options["eps"] = (random.choice([None, 1e-8, 1e-2]), options["eps"])
+    if name == "schedulefreeadamw":
+        options["betas"] = (options["betas"][0] or 0.5, options["betas"][1])
     if random.random() < 0.2:
         options["lr"] = torch.tensor(options["lr"], dtype=random.choice([torch.float32, torch.float64]))
     return options
@@ -104,8 +113,9 @@ class Run:
         self.noise = torch.Generator().manual_seed(seed)
         self.name = self.random.choice(NAMES)
         count = self.random.randint(1, 6)
-        one = self.random.choice(DTYPES)
-        dtypes = [one if self.random.random() < 0.7 else self.random.choice(DTYPES) for _ in range(count)]
+        types = [dtype for dtype in DTYPES if not (dtype.is_complex and OPTIMIZERS[self.name].cls.needs)]
+        one = self.random.choice(types)
+        dtypes = [one if self.random.random() < 0.7 else self.random.choice(types) for _ in range(count)]
         self.params = [nn.Parameter(self.normal(self.random.choice(SHAPES), dtype)) for dtype in dtypes]
         self.options = drawn_options(self.random, self.name, set(dtypes))
         bounds = sorted({0, count, *(self.random.randint(0, count) for _ in range(2))})
@@ -158,7 +168,7 @@ def test_random_runs_follow_the_reference(seed: int, one_thread: None) -> None:
         elif event == 2:
             for group in optimizer.param_groups:
                 key = random.choice([option for option in MOVING if option in group])
-                group[key] = random.choice(GROUP_OPTIONS[key])
+                group[key] = drawn_group(random, run.name)[key]
         for p in run.params:
             give(p, run.gradient(p))
         given = [(p.grad, None if p.grad is None else p.grad.clone()) for p in run.params]

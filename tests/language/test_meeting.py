@@ -79,6 +79,17 @@ def test_a_run_that_is_resumed_goes_on_bit_for_bit(engine: str) -> None:
         assert torch.equal(a, b)
 
 
+def test_what_all_share_has_one_type_whoever_comes_first() -> None:
+    params = [*weights(shapes=((3,),)), *weights(torch.float64, shapes=((2,),))]
+    optimizer = Meeting(params)
+    train(optimizer, params, range(2))
+    again = Meeting(params)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one in (optimizer, again):
+        assert {one.state[p]["scale"].dtype for p in params} == {torch.float64}
+    assert torch.equal(again.state[params[0]]["scale"], optimizer.state[params[1]]["scale"])
+
+
 def test_a_parameter_without_a_gradient_keeps_up_with_what_all_share() -> None:
     params = weights()
     optimizer = Meeting(params)

@@ -53,7 +53,7 @@ def test_replaced_state_is_honoured(name: str, engine: str) -> None:
             # Slots that were made float64 above are not rounded to float32 from there on.
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
     for p in params:
-        assert float(optimizer.state[p].get("step", 8)) == 8
+        assert float(optimizer.state[p].get("step", 8)) == (7 if name == "soap" else 8)  # whose first one makes state
 
 
 @references.common_to_all

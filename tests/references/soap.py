@@ -26,8 +26,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-#: Rotations make each element a sum over its row and column.
-MIXES = 16.0
+#: Rotations make each element a sum over its row and column, and products sum over thousands.
+MIXES = 64.0
 
 
 def spread(o: Options) -> float:
@@ -69,7 +69,7 @@ def settled(d: int, own: Tensor, matrix: Tensor, turned: Tensor | None, o: Optio
     """The basis that the step has made, if it is one: eigenvectors, or what makes a turned basis triangular."""
     if f"q_{d}" not in o.get("made", {}):
         return own
-    basis = o["made"][f"q_{d}"]
+    basis = o["made"][f"q_{d}"].double()
     # As many roundings of float32 as the largest of these tests needs; float64 is held to its own in tests/soap.
     close, size = 1e-5, float(matrix.abs().max())
     assert float((basis.T @ basis - torch.eye(len(basis), dtype=basis.dtype)).abs().max()) < close
@@ -102,7 +102,9 @@ def update(p: Tensor, g: Tensor, s: State, o: Options) -> Tensor | tuple[float, 
 
 
 def renew(s: State, sides: list[int], o: Options) -> None:
-    """Turn the bases, and the averages with them."""
+    """Turn the bases, and the averages with them, which have been stored meanwhile."""
+    for name in ("exp_avg", "exp_avg_sq") if "made" in o else ():
+        s[name] = s[name].to(o["made"][name].dtype).double()
     whole = rotated(s["exp_avg"], s, sides, back=True)
     for d in sides:
         old = s[f"q_{d}"]

@@ -70,8 +70,9 @@ def known_of(p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
 
 
 def made(optimizer: RuleOptimizer, p: Tensor) -> dict[str, Tensor]:
-    """What a step has left of a parameter's state: a reference may go on from what is not unique in it."""
-    return {key: wide(value) for key, value in optimizer.state.get(p, {}).items()}
+    """What a step has left of a parameter's state, as it is stored: a reference may go on from what is not unique."""
+    state = optimizer.state.get(p, {}).items()
+    return {key: torch.view_as_real(value) if value.is_complex() else value.clone() for key, value in state}
 
 
 def takes_complex(name: str) -> bool:
@@ -263,7 +264,9 @@ class Judge:
             stored = self.optimizer.state[p]
             assert set(stored) - {KAHAN_SLOT, "step"} == set(new_state) - {"step"}, where
             if "step" in stored:  # also where only the rounding noise needs it
-                assert float(stored["step"]) == float(new_state.get("step", state.get("step", 0.0) + 1)), where
+                begun = "step" in state or "step" not in new_state  # else the reference says whether it is a step
+                counted = state.get("step", 0.0) + 1 if begun else new_state["step"]
+                assert float(stored["step"]) == float(counted), where
             for slot, value in new_state.items():
                 if slot == "step":
                     continue

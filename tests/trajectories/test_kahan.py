@@ -20,6 +20,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "prodigy": {"lr": 0.1, "d_coef": 1e-3},  # times d, which stays what it was at first
     "radam": {"lr": 3e-3},  # the first ones are smaller
     "schedulefreeadamw": {"lr": 4e-3},  # the weight is nearer to the average of steps than to the last one
+    "soap": {"lr": 8e-3},  # most of the gradient is along one eigenvector, whose elements are 1/8 in the mean
 }
 
 

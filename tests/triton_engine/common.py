@@ -63,6 +63,7 @@ def programs() -> list[str]:
         program
         for name, info in OPTIMIZERS.items()
         for program in ([f"{name} direction", f"{name} move"] if info.kind == "matrix" else [name])
+        if not bucket(program, torch.float32).update.program.has_sides  # which only torch's own operators run
     ]
 
 
