@@ -104,7 +104,8 @@ def sharded(folder: Path, rank: int) -> None:
     for name, make in (MAKES | {"schedule-free": PAIRS["schedule-free"][0]}).items():
         whole = weights(torch.float32, [(5, 4), (3,), (1, 6)])
         params = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in whole]
-        optimizer, stock = make(params), PAIRS[name][1](whole)
+        optimizer: Any = make(params)
+        stock: Any = PAIRS[name][1](whole)
         pipeline = Detached(optimizer, small(bucket_mb=1e-6), overlap=False)
         for step in range(4):
             loss_of(whole, step).backward()
