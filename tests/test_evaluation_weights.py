@@ -203,7 +203,7 @@ class Weights(Callback):
     def __init__(self) -> None:
         self.weights: list[Tensor] = []
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         self.weights.append(pl_module.layer.weight.detach().clone())
 
 
@@ -244,9 +244,14 @@ def test_lightning_evaluates_with_the_averages(strategy: str, tmp_path: Path) ->
     trainer(tmp_path / "rest", strategy=strategy, callbacks=[rest]).fit(Model(), ckpt_path=tmp_path / "epoch=0.ckpt")
     assert all(map(torch.equal, weights.weights[4:], rest.weights))
     expected = model.seen[-1][1]
-    for where, again in (("test", run.test), ("predict", run.predict), ("validate", run.validate)):
+    again: dict[str, Callable[[], Any]] = {
+        "test": lambda: run.test(model, verbose=False),
+        "predict": lambda: run.predict(model),
+        "validate": lambda: run.validate(model, verbose=False),
+    }
+    for where, evaluate in again.items():
         model.seen.clear()
-        again(model, verbose=False) if where != "predict" else again(model)
+        evaluate()
         assert {(name, torch.equal(weight, expected)) for name, weight, _ in model.seen} == {(where, True)}
         assert torch.equal(model.layer.weight, weights.weights[-1])
 
@@ -314,7 +319,9 @@ def test_low_precision_weights(tmp_path: Path) -> None:
 @quiet
 def test_trainings_without_such_an_optimizer_are_left_alone(tmp_path: Path) -> None:
     class Plain(Model):
-        configure_optimizers: Callable[[Any], Any] = lambda self: torch.optim.SGD(self.parameters(), lr=0.1)
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
         validation_step = None  # type: ignore[assignment]
 
     run = trainer(tmp_path)

@@ -18,6 +18,7 @@ from lightning_optim import registry
 from lightning_optim.cli import main as cli_main
 from lightning_optim.cli.main import main
 from lightning_optim.cli.optim_cli import OptimCLI
+from lightning_optim.engines import ENGINES
 
 from .common import MODULE, QUIET, known_warnings
 
@@ -77,7 +78,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["versions"]["torch"] == torch.__version__
-    assert set(facts["engines"]) == set(lightning_optim.engines.ENGINES)
+    assert set(facts["engines"]) == set(ENGINES)
     assert "many" in facts["threads"]["host engine"], "a bad setting is reported, not raised"
     for weights in ("float32 on CPU", "bfloat16 on CPU"):
         assert any(engine in facts["auto"][weights] for engine in facts["engines"])

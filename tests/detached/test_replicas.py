@@ -101,10 +101,11 @@ def sharded(folder: Path, rank: int) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (RANKS,))
-    for name, make in MAKES.items():
+    for name, make in (MAKES | {"schedule-free": PAIRS["schedule-free"][0]}).items():
         whole = weights(torch.float32, [(5, 4), (3,), (1, 6)])
         params = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in whole]
-        optimizer, stock = make(params), PAIRS[name][1](whole)
+        optimizer: Any = make(params)
+        stock: Any = PAIRS[name][1](whole)
         pipeline = Detached(optimizer, small(bucket_mb=1e-6), overlap=False)
         for step in range(4):
             loss_of(whole, step).backward()
@@ -118,6 +119,13 @@ def sharded(folder: Path, rank: int) -> None:
             assert pipeline.scaling is not None
             assert (pipeline.scaling.norm() or torch.zeros(())).item() == pytest.approx(norm.item(), rel=1e-6)
             pipeline.zero_grad()
+        if name == "schedule-free":
+            before = [p.full_tensor().detach().clone() for p in params]  # type: ignore[attr-defined]
+            optimizer.eval()
+            optimizer.train()
+            assert all(torch.equal(p.full_tensor(), b) for p, b in zip(params, before, strict=True))  # type: ignore[attr-defined]
+            optimizer.eval()
+            stock.eval()
         for p, q in zip(params, whole, strict=True):
             full: Tensor = p.full_tensor()  # type: ignore[attr-defined]
             torch.testing.assert_close(full, q, rtol=1e-5, atol=3e-4 if name == "muon" else 1e-6)
