@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import references
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_optim import optimizer_info
@@ -31,6 +32,7 @@ def _public_name(name: str) -> str:
     return optimizer_info(name).cls.public_name()
 
 
+@pytest.mark.matrix(unless=lambda name, how: how == "path" or references.representative(name))
 @each
 @pytest.mark.parametrize("how", ["path", "class name"])
 def test_lightning_cli(name: str, how: str, tmp_path: Path) -> None:
@@ -57,6 +59,7 @@ def test_lightning_cli_leaves_torchs_names_alone(name: str, tmp_path: Path) -> N
     assert type(cli.trainer.optimizers[0]) is twin
 
 
+@references.common_to_all
 @each
 def test_lightning_cli_refuses_misspelled_flags(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--optimizer", f"lightning_optim.{_public_name(name)}", "--optimizer.weight_deacy=0.1")

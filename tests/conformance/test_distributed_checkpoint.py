@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import references
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -30,6 +31,7 @@ def _several_groups(make: Make, net: nn.Module) -> RuleOptimizer:
     return make(param_groups(net, lr=0.05, weight_decay=0.1, layer_decay=0.5))
 
 
+@pytest.mark.matrix(unless=lambda name, flatten: flatten or references.representative(name))
 @each
 @pytest.mark.parametrize("groups", ["one group", "several groups"])
 @pytest.mark.parametrize("flatten", [False, True])

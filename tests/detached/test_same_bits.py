@@ -35,6 +35,7 @@ LONG = Plan(steps=10, clip=20.0)
 FREE = Plan(steps=10, absent=lambda step: () if step != 4 else (1, 2))
 
 
+@pytest.mark.matrix(unless=lambda name: name in ("adamw, amsgrad", "sgd, dampening", "muon", "torch AdamW", "foreign"))
 @pytest.mark.parametrize("name", PAIRS)
 def test_modes(name: str) -> None:
     make, _ = PAIRS[name]

@@ -42,7 +42,10 @@ def twin_weights(name: str) -> list[nn.Parameter]:
 
 
 @pytest.mark.matrix(
-    unless=lambda case, dtype, engine: case == "default" or (engine == references.FASTEST and not dtype.is_complex)
+    unless=lambda name, case, dtype, engine: (
+        engine == references.FASTEST
+        and (case == "default" or (references.representative(name) and not dtype.is_complex))
+    )
 )
 @ENGINE
 @pytest.mark.parametrize(("name", "case"), TORCH_CASES)

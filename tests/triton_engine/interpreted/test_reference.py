@@ -16,7 +16,14 @@ from .common import SHAPES, give_gradients, group_of, make, weights
 STEPS = 20
 #: In the interpreter a step takes as long as there are tensors.
 FEW = ((3, 5), (), (33, 31))
-CASES = [(name, case) for name in references.NAMES for case in references.cases(name) if "bfloat16" not in case]
+CASES = [
+    (name, case)
+    for name in references.NAMES
+    # No kernel has rows and columns; and SOAP's first bases are not unique, so that its runs drift apart (test_matrix).
+    if name not in ("adafactor", "soap")
+    for case in references.cases(name)
+    if "bfloat16" not in case
+]
 
 
 def options_of(name: str, case: str) -> dict[str, Any]:
