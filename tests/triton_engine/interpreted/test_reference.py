@@ -19,8 +19,9 @@ FEW = ((3, 5), (), (33, 31))
 CASES = [
     (name, case)
     for name in references.NAMES
-    # No kernel has rows and columns; and SOAP's first bases are not unique, so that its runs drift apart (test_matrix).
-    if name not in ("adafactor", "soap")
+    # No kernel has rows and columns; SOAP's first bases are not unique, so that its runs drift apart (test_matrix has
+    # it); and what Sophia asks for the trajectories' tests give it, on other engines.
+    if name not in ("adafactor", "soap", "sophia")
     for case in references.cases(name)
     if "bfloat16" not in case
 ]
