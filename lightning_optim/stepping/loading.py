@@ -202,9 +202,10 @@ def _load_one(
     known = {"step": None, KAHAN_SLOT: None} | {slot: None for rule in rules for slot in rule.all_slots}
     always = {rule: {name for name, slot in rule.slots.items() if not slot.is_optional} for rule in rules}
     used = [rule for rule in rules if set(rule.all_slots) & set(values)]
-    if not used and (always[planner.method.rule] or _come_together(planner.method.rule, ())):
+    slots = planner.slots(group, p)
+    if not used and (always[planner.method.rule] or _come_together(planner.method.rule, (), slots)):
         used = [planner.method.rule]
-    needed = {slot for rule in used for slot in always[rule] | _come_together(rule, values)}
+    needed = {slot for rule in used for slot in always[rule] | _come_together(rule, values, slots)}
     needed |= {"step"} if any(rule.counts_steps for rule in used) else set()
     if set(values) - set(known) or needed - set(values):
         raise ValueError(
@@ -212,7 +213,6 @@ def _load_one(
             f"this one needs {sorted(needed or always[planner.method.rule])}"
         )
     loaded: dict[str, Any] = {}
-    slots = planner.slots(group, p)
     for name, value in values.items():
         if name == "step":
             loaded[name] = _load_step(where, value)
@@ -222,16 +222,24 @@ def _load_one(
     return loaded
 
 
-def _come_together(rule: Rule, there: Collection[Any]) -> set[str]:
-    """The optional slots that must be there, as others are: those of one flag, or those that are there in its place."""
+def _come_together(rule: Rule, there: Collection[Any], own: Collection[str]) -> set[str]:
+    """The optional slots that must be there, as others are: those of one flag, or those that are there in its place.
+
+    Args:
+        rule: The rule.
+        there: What is there.
+        own: The slots that the parameter has now.
+    """
     needed: set[str] = set()
     for flag in {flag for slot in rule.slots.values() for flag in (slot.when, slot.unless) if flag is not None}:
         on = {name for name, slot in rule.slots.items() if slot.when == flag}
         off = {name for name, slot in rule.slots.items() if slot.unless == flag}
-        if on & set(there) or (on and off and not off & set(there)):
+        if on & set(there):
             needed |= on
         elif off & set(there):
             needed |= off
+        elif on and off:
+            needed |= (on | off) & set(own)
     return needed
 
 

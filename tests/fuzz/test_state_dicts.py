@@ -46,7 +46,7 @@ class Case:
         pick = self.random.choice
         self.kind = pick([*OPTIMIZERS, "lbfgs", "sam", "sam of torch"])
         self.dtype = pick([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.complex64])
-        if self.dtype.is_complex and self.kind in ("lbfgs", "lamb"):
+        if self.dtype.is_complex and self.kind in ("lbfgs", "lamb", "adafactor"):
             self.dtype = torch.float32
         self.shapes = self.random.sample(SHAPES, pick([1, 2, 4]))
         self.named, self.groups, self.steps = pick([True, False]), pick([1, 1, 2]), pick([0, 1, 2])
