@@ -119,7 +119,7 @@ class Update:
         """Whether the parameters of an optimizer have something in common, so that they must be stepped together."""
         return bool(self.rule.shares or self.rule.every or self.rule.inputs or self.program.phases)
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[str, ...]:
         """Names of the tensors that come from outside, beside the gradient."""
         return self.rule.inputs_under(dict(self.flags))
@@ -135,7 +135,7 @@ class Update:
         undo = tuple(UNDO + name for name in ("p", *self.slots)) if self.policy.undo else ()
         return (("copy",) if self.policy.copy else ()) + undo + self.observations
 
-    @property
+    @cached_property
     def observations(self) -> tuple[str, ...]:
         """Names of the tensors that get what the rule observes."""
         return tuple(OBSERVED + name for name in self.rule.observe) if self.policy.observe else ()

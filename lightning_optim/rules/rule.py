@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from lightning_optim.rules.slots import Slot
@@ -120,7 +121,7 @@ class Rule:
         """Whether the rule reads ``step``, so that the state must keep it."""
         return "step" in self.scalars
 
-    @property
+    @cached_property
     def shares(self) -> bool:
         """Whether all parameters have slots in common."""
         return any(slot.rate == "shared" for slot in self.slots.values())
