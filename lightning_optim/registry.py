@@ -19,9 +19,9 @@ from lightning_optim.hints import did_you_mean
 from lightning_optim.optimizers import EXPORTED, RuleOptimizer
 from lightning_optim.optimizers.sam import built_by
 from lightning_optim.param_groups import param_groups
-from lightning_optim.rules.policy import Policy, Update
 from lightning_optim.schedulers import WSD, Cosine, Linear, Schedule
 from lightning_optim.stepping.options import TORCH_SWITCHES
+from lightning_optim.stepping.together import plain_update
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class OptimizerInfo:
         weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.float32, device="cpu"))
         # What a group would hold: making an optimizer would import torch's compiler, which takes seconds.
         group = {name: parameter.default for name, parameter in inspect.signature(self.cls).parameters.items()}
-        flags = dict.fromkeys(self.cls.rule.every, True) | self.cls.flags(group, weight, True)
-        update = Update(self.cls.rule, Policy(), tuple(sorted(flags.items())))
+        method: Any = self.cls  # it is one
+        update = plain_update(method, group, weight, fresh=True, due=True)
         return "reduce" if update.program.reduces or update.program.phases else "elementwise"
 
     @property

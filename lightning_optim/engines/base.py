@@ -27,6 +27,11 @@ TENSOR_SCALARS = ("step", "tensor_id")
 Scalars = Mapping[str, "float | Tensor"]
 
 
+def math_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which weights of a storage type are computed: float64 for float64's own, float32 for all others."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float32`` -> ``"float32"``."""
     return str(dtype).removeprefix("torch.")

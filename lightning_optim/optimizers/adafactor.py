@@ -18,6 +18,9 @@ from lightning_optim.stepping.common import Common
 from lightning_optim.stepping.method import Group
 from lightning_optim.stepping.options import REAL
 
+#: Types of weights, each with a distance from 1 to its next number.
+_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 def adafactor(
     p: Any, g: Any, row_var: Any, col_var: Any, variance: Any,
@@ -25,12 +28,7 @@ def adafactor(
     factored: bool, of_bfloat16: bool, of_float16: bool, of_float32: bool, of_float64: bool,
 ) -> Any:  # fmt: skip
     """The rule of Adafactor, as torch.optim has it."""
-    for chosen, dtype in (
-        (of_bfloat16, torch.bfloat16),
-        (of_float16, torch.float16),
-        (of_float32, torch.float32),
-        (of_float64, torch.float64),
-    ):
+    for chosen, dtype in zip((of_bfloat16, of_float16, of_float32, of_float64), _TYPES, strict=True):
         if chosen:
             eps1 = torch.finfo(dtype).eps
     weight = step**beta2_decay
@@ -132,8 +130,7 @@ class AdafactorOptim(RuleOptimizer):
     @classmethod
     def flags(cls, group: Group, p: Tensor, fresh: bool) -> dict[str, bool]:
         """See :meth:`RuleOptimizer.flags`."""
-        types = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-        chosen = {f"of_{str(dtype).removeprefix('torch.')}": p.dtype == dtype for dtype in types}
+        chosen = {f"of_{str(dtype).removeprefix('torch.')}": p.dtype == dtype for dtype in _TYPES}
         return {"factored": p.ndim > 1} | {flag: is_it and group["eps"][0] is None for flag, is_it in chosen.items()}
 
     @classmethod

@@ -14,11 +14,10 @@ from torch.optim import Optimizer
 
 from lightning_optim.adopt import stepper_for, why_not_adopted
 from lightning_optim.optimizers.base import RuleOptimizer
-from lightning_optim.rules.policy import Policy, Update
 from lightning_optim.stepping.plan import Planner
 from lightning_optim.stepping.shards import local
 from lightning_optim.stepping.stepper import Stepper
-from lightning_optim.stepping.together import why_one_whole
+from lightning_optim.stepping.together import plain_update, why_one_whole
 
 
 @runtime_checkable
@@ -168,9 +167,8 @@ def _planners(optimizer: Optimizer) -> Callable[[dict[str, Any], Tensor], Planne
 
 def _moved(planner: Planner, group: dict[str, Any], p: Tensor, stepped: Tensor) -> int:
     """Bytes that a Program moves for one parameter."""
-    flags = dict.fromkeys(planner.method.rule.every, False) | planner.method.flags(group, stepped, False)
     slots = planner.slots(group, stepped)
-    program = Update(planner.method.rule, Policy(), tuple(sorted(flags.items()))).program
+    program = plain_update(planner.method, group, stepped, fresh=False, due=False).program
     size = {"p": stepped.dtype.itemsize * stepped.numel(), "g": p.dtype.itemsize * stepped.numel()}
     for slot in slots:
         numbers = planner.slot(slot).shape_for(stepped.shape).numel()

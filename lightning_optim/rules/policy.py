@@ -114,7 +114,7 @@ class Update:
         """The slots that all parameters of an optimizer have in common: engines do not see them."""
         return tuple(name for name in self.rule.slots_under(dict(self.flags)) if self.rule.slots[name].rate == "shared")
 
-    @property
+    @cached_property
     def meets(self) -> bool:
         """Whether the parameters of an optimizer have something in common, so that they must be stepped together."""
         return bool(self.rule.shares or self.rule.every or self.rule.inputs or self.program.phases)

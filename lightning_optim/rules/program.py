@@ -152,7 +152,7 @@ class Program:
         result = OPS[node.op].result if node.op in OPS else "number"
         return result if result == "bool" or result == "key" else "number"
 
-    @property
+    @cached_property
     def counts_steps(self) -> bool:
         """Whether it, or what comes before it, reads the counter of steps."""
         return any("step" in program.scalars for program in (self, *(phase.program for phase in self.phases)))

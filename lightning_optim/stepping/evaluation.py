@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_optim.engines.base import math_dtype
 from lightning_optim.rules.interpret import interpret
 from lightning_optim.rules.program import Program
 from lightning_optim.rules.trace import trace
@@ -90,7 +91,7 @@ class EvaluatesElsewhere:
         for p in group["params"]:
             if state := self.state.get(p):
                 mine = local(p).detach()
-                math = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
+                math = math_dtype(p.dtype)
                 math = math.to_complex() if p.is_complex() else math
                 loaded = {name: mine if name == "p" else local(state[name]) for name in program.loads}
                 tensors = {name: value.to(mine.device, math) for name, value in loaded.items()}

@@ -67,12 +67,6 @@ class Meeting:
         self.progress = Progress()
         self.progress.prepare(writes)
 
-    @staticmethod
-    def is_due(planner: Planner, plan: Sequence[Planned]) -> bool:
-        """Whether the parameters of a step have anything in common."""
-        rule = planner.method.rule
-        return bool(plan and (rule.shares or rule.every or plan[0].bucket.update.program.phases))
-
     def _counting(self) -> list[Group]:
         """The param groups that are stepped, if their steps are counted."""
         if not self._planner.method.rule.every:

@@ -22,6 +22,7 @@ from lightning_optim.checks import (
     check_switch,
     whole,
 )
+from lightning_optim.engines.base import math_dtype
 from lightning_optim.stepping.method import UPDATES
 from lightning_optim.stepping.tensors import problem_of_weight
 from lightning_optim.warnings import warn_user
@@ -199,7 +200,7 @@ def check_parameters(
             type do not go with, or without what the optimizer needs.
     """
     for index, p in enumerate(group["params"]):
-        wide = p.dtype in (torch.float64, torch.complex128)
+        wide = math_dtype(p.dtype) == torch.float64
         if rounding == "stochastic" and (p.dtype == torch.float16 or (wide and state_dtype == torch.bfloat16)):
             raise ValueError(
                 f"{optimizer}: rounding='stochastic' with parameter {index} of the group in {p.dtype}; it rounds "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.engines.base import Bucket, Decision, Engine, Layout, dtype_name
+from lightning_optim.engines.base import Bucket, Decision, Engine, Layout, dtype_name, math_dtype
 from lightning_optim.engines.choice import choose
 from lightning_optim.engines.memory import (
     Ranges,
@@ -119,13 +119,11 @@ class Planner:
 
     def slot_dtype(self, p: Tensor, slot: str) -> torch.dtype:
         """The storage type of a new slot of parameter ``p``."""
-        wide = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
+        wide = math_dtype(p.dtype)
         declared = self.slot(slot)
         if declared.rate == "shared":  # one tensor: of the widest that any of them has
-            every = (q.dtype for group in self.owner.param_groups for q in group["params"])
-            return (
-                torch.float64 if any(dtype in (torch.float64, torch.complex128) for dtype in every) else torch.float32
-            )
+            every = {math_dtype(q.dtype) for group in self.owner.param_groups for q in group["params"]}
+            return torch.float64 if torch.float64 in every else torch.float32
         if declared.is_scalar or declared.shape is not None:  # matrices are decomposed
             return wide
         if slot == KAHAN_SLOT or self.native_state:
@@ -268,7 +266,7 @@ class Planner:
             view = view_of(p, g, update)
             shards = shards_of(p) if view is local else ()
             layout = Layout(
-                math=torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32,
+                math=math_dtype(p.dtype),
                 dtypes=tuple((name, dtype.to_real()) for name, dtype in dtypes.items()),
             )
             seen = p if view is not local else view(p)

@@ -230,7 +230,7 @@ class Stepper:
             self._table(planned.bucket, None if planned.engine.controls_on_device else factor) for planned in self._plan
         ]
         if not self._skip:
-            if Meeting.is_due(self.planner, self._plan):
+            if self._plan and self._plan[0].bucket.update.meets:
                 self._meeting = Meeting(self.planner, self._plan, self._tables, scaling)
             self._count_versions()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from torch import Tensor
+
 from lightning_optim.rules.matrix import MatrixRule
 from lightning_optim.rules.policy import Policy, Update
 from lightning_optim.rules.program import Program
@@ -21,16 +23,29 @@ class Ruled(Method, Protocol):
         """All rules by which a parameter may be stepped."""
 
 
+def plain_update(method: Method, group: Group, p: Tensor, *, fresh: bool, due: bool) -> Update:
+    """The update of a parameter without a policy.
+
+    Args:
+        method: The optimizer's class.
+        group: The param group.
+        p: The parameter.
+        fresh: Whether it has had no step yet.
+        due: Whether the step does what is done at every n-th one.
+    """
+    flags = dict.fromkeys(method.rule.every, due) | method.flags(group, p, fresh)
+    return Update(method.rule, Policy(), tuple(sorted(flags.items())))
+
+
 def programs(method: Method, groups: Iterable[Group]) -> list[Program]:
     """The Programs by which the parameters of these groups are stepped, without a policy."""
-    rule = method.rule
-    flags = {
-        tuple(sorted({**dict.fromkeys(rule.every, True), **method.flags(group, p, fresh)}.items()))
+    updates = {
+        plain_update(method, group, p, fresh=fresh, due=True)
         for group in groups
         for p in group["params"]
         for fresh in (True, False)
     }
-    return [Update(rule, Policy(), chosen).program for chosen in flags]
+    return [update.program for update in updates]
 
 
 def why_one_whole(method: Ruled, groups: Sequence[Group]) -> str | None:

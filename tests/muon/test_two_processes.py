@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from ranks import RANKS, launch, leave
+from ranks import RANKS, enter, launch, leave
 from torch import nn
 
 from .common import muon, normal, train, weights
@@ -19,10 +17,7 @@ SHAPES = ((5, 7), (7, 5), (3, 4, 5), (4, 3, 3, 3), (3, 4), (1, 4))
 def rank_main(rank: int, folder: Path) -> None:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    os.environ.update(GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="")
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    enter(rank, folder)
     mesh = dist.init_device_mesh("cpu", (RANKS,))
     places = [Shard(1), Shard(0), Shard(0), Shard(1), Replicate(), Shard(0)]
     whole = weights(SHAPES)
