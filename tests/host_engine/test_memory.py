@@ -17,7 +17,6 @@ from lightning_optim.registry import OPTIMIZERS
 @references.common_to_all
 @pytest.mark.parametrize("engine", [name for name, engine in ENGINES.items() if engine.unavailable() is None])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.filterwarnings("ignore:.*the host engine cannot be used .a rule with values of rows and columns")
 def test_gradients_are_only_read(name: str, engine: str) -> None:
     options = {"max_grad_norm": 0.1, "maximize": True, "cautious": True, "weight_decay": 0.1, "engine": engine}
     options = {option: value for option, value in options.items() if option in OPTIMIZERS[name].options}

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+import lightning_optim.warnings
 from lightning_optim.engines import ENGINES
 from lightning_optim.rules import Policy, Rule, Slot, Update
 from lightning_optim.rules.ops import mean, norm
+from lightning_optim.warnings import LightningOptimWarning
 
 from .common import Sided, give_gradients, train, values, weights
 
@@ -76,6 +78,14 @@ def test_a_slot_of_another_shape_is_refused() -> None:
 def test_the_report_says_why_no_kernel_runs_them() -> None:
     report = Sided(weights()).engine_report()
     assert "not host: a rule with values of rows and columns needs torch's own operators" in report
+
+
+@pytest.mark.skipif(ENGINES["host"].unavailable() is not None, reason="no compiler")
+def test_who_asks_for_a_kernel_is_told_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lightning_optim.warnings, "_seen", set())
+    params = weights()
+    with pytest.warns(LightningOptimWarning, match="values of rows and columns .* stepping with foreach instead"):
+        train(Sided(params, engine="host"), params, range(1))
 
 
 @pytest.mark.parametrize(

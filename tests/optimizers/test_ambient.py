@@ -109,7 +109,6 @@ def stepped(name: str, engine: str, world: AbstractContextManager[Any], dtype: t
 @WORLD
 @pytest.mark.parametrize("engine", ENGINE_NAMES)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.filterwarnings("ignore:.*the host engine cannot be used .a rule with values of rows and columns")
 def test_steps_are_the_same_in_every_world(name: str, engine: str, world: str) -> None:
     for dtype, options in KINDS:
         expected = stepped(name, engine, contextlib.nullcontext(), dtype, options)
