@@ -18,9 +18,15 @@ TIMEOUT = 150  # seconds: importing torch and lightning twice on a busy machine 
 
 
 def launch(target: Callable[[int, Path], None], folder: Path, ranks: int = RANKS) -> Path:
-    """Run ``target(rank, folder)`` in two fresh processes, or in so many; all must end well."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=target, args=(rank, folder), daemon=True) for rank in range(ranks)]
+    """Run ``target(rank, folder)`` in two processes, or in so many; all must end well.
+
+    The processes are fresh, but for the frameworks, which they find imported: forked from one that has done nothing
+    else, they start in a tenth of the time.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning.pytorch", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+    arguments = [(target, dict(os.environ), rank, folder) for rank in range(ranks)]
+    processes = [context.Process(target=_run, args=these, daemon=True) for these in arguments]
     for process in processes:
         process.start()
     deadline = time.monotonic() + TIMEOUT
@@ -32,6 +38,12 @@ def launch(target: Callable[[int, Path], None], folder: Path, ranks: int = RANKS
         for process in processes:
             process.kill()
     return folder
+
+
+def _run(target: Callable[[int, Path], None], environment: dict[str, str], rank: int, folder: Path) -> None:
+    os.environ.clear()  # it is that of the first test that launched anything
+    os.environ.update(environment)
+    target(rank, folder)
 
 
 def enter(rank: int, folder: Path) -> None:

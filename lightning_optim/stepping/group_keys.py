@@ -62,19 +62,21 @@ def check_keys(
             raise TypeError(f"{optimizer}: a param group has the key {key!r}, a {type(key).__name__}; valid: strings")
         if key in defaults:
             continue
-        shown = f"{optimizer}: {key}={value!r} in a param group"
         if key in TORCH_SWITCHES:
             check_switches(optimizer, {key: value})
-        elif key in constructor:
-            if not _equal(value, constructor[key]):
-                raise ValueError(
-                    f"{shown} is not an option; {valid}. The constructor has one for all groups: "
-                    f"{key}={constructor[key]!r}"
-                )
+            continue
+        if key in constructor:
+            if _equal(value, constructor[key]):
+                continue
+            wrong = "not an option"
+            more = f". The constructor has one for all groups: {key}={constructor[key]!r}"
         elif key in others:
-            raise ValueError(f"{shown} is not an option of {optimizer}; {valid}")
+            wrong, more = f"not an option of {optimizer}", ""
         elif meant := near_miss(key, [*defaults, RHO, ADAPTIVE]):
-            raise ValueError(f"{shown} is not an option (did you mean {meant!r}?); {valid}")
+            wrong, more = f"not an option (did you mean {meant!r}?)", ""
+        else:
+            continue
+        raise ValueError(f"{optimizer}: {key}={value!r} in a param group is {wrong}; {valid}{more}")
 
 
 def near_miss(key: str, options: Iterable[str]) -> str | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import references
 import torch
 from torch import Tensor, nn
@@ -19,12 +21,14 @@ from lightning_optim.rules import Program, ops, trace
 from .common import needs_compiler
 
 ALL_CASES = [(name, case) for name in references.NAMES for case in references.cases(name)]
+#: Every optimizer, and of their representatives every case.
+SOME_CASES = [(name, case) for name, case in ALL_CASES if case == "default" or references.representative(name)]
 
 
-def sources() -> dict[str, str]:
-    """The C of every optimizer in every case, on many mixtures of types."""
+def sources(cases: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The C of optimizers in these cases, on many mixtures of types."""
     found: dict[str, str] = {}
-    for name, case in ALL_CASES:
+    for name, case in cases:
         for rounding, dtype in (
             ("nearest", torch.float64),
             ("nearest", torch.float32),
@@ -46,11 +50,12 @@ def sources() -> dict[str, str]:
 
 
 @needs_compiler
-def test_generated_code_has_no_warnings(tmp_path: Path) -> None:
+def test_generated_code_has_no_warnings(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Many kernels in one file each, as the compiler's start is most of its time for one."""
     compiler = toolchains.find_toolchain().compiler
+    cases = ALL_CASES if request.config.getoption("--matrix") else SOME_CASES
     paths = []
-    for number, (label, source) in enumerate(sources().items()):
+    for number, (label, source) in enumerate(sources(cases).items()):
         paths.append(tmp_path / f"{number}.c")
         paths[-1].write_text(f"/* {label} */\n{source}")
     assert len(paths) > 50
@@ -60,7 +65,7 @@ def test_generated_code_has_no_warnings(tmp_path: Path) -> None:
 
 
 def test_generated_code_is_the_same_in_every_run() -> None:
-    assert sources() == sources()
+    assert sources(SOME_CASES) == sources(SOME_CASES)
 
 
 def printer(program: Program, dtype: torch.dtype = torch.float32) -> CPrinter:

@@ -26,8 +26,8 @@ def _kills(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_two_killed_runs() -> None:
-    _kills("--kills", "2", "--only", "detached, stochastic", "optim_auto, accumulation")
+def test_three_killed_runs() -> None:
+    _kills("--kills", "3", "--only", "detached, speculative", "detached, stochastic", "optim_auto, accumulation")
 
 
 @pytest.mark.slow

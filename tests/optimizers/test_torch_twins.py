@@ -69,6 +69,10 @@ variants = pytest.mark.parametrize(
 )
 
 
+#: What moves is the same whichever engine has made it: one is enough by default.
+engines_alike = pytest.mark.matrix(unless=lambda engine: engine == references.FASTEST)
+
+
 def test_every_twin_has_variants() -> None:
     assert {name for name, info in OPTIMIZERS.items() if info.torch_equivalent} == set(VARIANTS)
 
@@ -105,6 +109,7 @@ def default_dtype(request: pytest.FixtureRequest) -> Iterable[torch.dtype]:
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 
 
+@engines_alike
 @variants
 @each_engine
 @pytest.mark.usefixtures("default_dtype")
@@ -136,6 +141,7 @@ def test_checkpoints_move_between_torch_and_us(name: str, options: dict[str, Any
                 torch.testing.assert_close(found.double(), torch.as_tensor(value).double(), **EXACT)  # type: ignore[arg-type]
 
 
+@engines_alike
 @variants
 @each_engine
 @pytest.mark.usefixtures("default_dtype")

@@ -216,6 +216,7 @@ def test_a_gradient_that_is_no_number_is_not_hidden(engine: str, bad: int) -> No
     assert bool(params[1].isfinite().all())
 
 
+@pytest.mark.matrix(unless=lambda engine: engine == "foreach")
 @each_engine
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # raised where a generator is freed
 def test_an_interrupted_step_is_taken_or_is_not(engine: str) -> None:

@@ -75,12 +75,13 @@ def test_steps_by_hand() -> None:
 def test_estimates_have_the_diagonal_for_their_expectation() -> None:
     matrix = torch.tensor([[2.0, 0.5, -1.0], [0.5, 1.0, 0.3], [-1.0, 0.3, 3.0]], dtype=torch.float64)
     weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
-    optimizer = Sophia([weight], lr=0.0, betas=(0.0, 0.999), update_interval=1)
-    for _ in range(5000):
+    optimizer = Sophia([weight], lr=0.0, betas=(0.0, 0.998), update_interval=1)
+    for _ in range(2000):
         optimizer.zero_grad()
         (weight @ matrix @ weight / 2).backward()
         optimizer.step(evaluate=lambda: weight @ matrix @ weight / 2)
-    # The deviation of one is (2 h² + the squares beside it)^½, 4.7 at most; of this average, 0.022 times that.
+    # The deviation of one is (2 h² + the squares beside it)^½, 4.7 at most; of this average, 0.032 times that, and 2 %
+    # of it are the zeros that it began with.
     torch.testing.assert_close(optimizer.state[weight]["hessian"], matrix.diagonal(), rtol=0, atol=0.35)
 
 

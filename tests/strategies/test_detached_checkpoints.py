@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,76 +93,3 @@ def test_float32_weights_need_no_masters_in_checkpoints(tmp_path: Path) -> None:
     run, _ = fit(Model(OPTIMIZERS["ours"]), "detached")
     run.save_checkpoint(tmp_path / "one.ckpt")
     assert torch.load(tmp_path / "one.ckpt", weights_only=True)["detached_masters"] == [{}]
-
-
-_TRAINING = """
-import sys, warnings
-from functools import partial
-warnings.simplefilter("ignore")
-import torch
-torch.set_num_threads(1)
-import lightning_optim, lightning_optim.strategies
-from lightning.pytorch.callbacks import ModelCheckpoint
-from strategies.common import make_trainer
-from strategies.masters import Straight
-
-folder, resume, slow = sys.argv[1], sys.argv[2], float(sys.argv[3])
-
-
-class Slow(Straight):
-    def training_step(self, batch, batch_idx):
-        # Lightning resumes an epoch without its place in a plain DataLoader: the batch is made from the step.
-        return super().training_step([torch.full_like(batch[0], self.global_step), batch[1]], batch_idx)
-
-    def on_train_batch_end(self, *args):
-        import time
-
-        print(self.global_step, flush=True)
-        time.sleep(slow)
-
-
-saver = ModelCheckpoint(dirpath=folder, every_n_train_steps=1, save_last=True, save_top_k=1, monitor=None)
-strategy = lightning_optim.strategies.DetachedStrategy(clip="speculative", bucket_mb=1e-5)
-trainer = make_trainer(
-    strategy=strategy, precision="bf16-true", gradient_clip_val=0.5, max_epochs=3, callbacks=[saver],
-    enable_checkpointing=True,
-)
-model = Slow(partial(lightning_optim.AdamW, lr=0.05))
-trainer.fit(model, ckpt_path=resume or None, weights_only=True if resume else None)
-torch.save([p.detach() for p in model.parameters()], folder + "/end.pt")
-"""
-
-
-def _start(folder: Path, resume: str, slow: float) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        [sys.executable, "-c", _TRAINING, str(folder), resume, str(slow)],
-        env=environment,
-        cwd=Path(__file__).parents[1],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_killed_at_a_random_moment_and_resumed(tmp_path: Path) -> None:
-    """The end is bit by bit that of a training that nothing disturbed."""
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    whole = _start(straight, "", 0.0)
-    process = _start(killed, "", 0.02)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.strip().isdecimal() and int(line) >= 3:
-            break
-    time.sleep(random.uniform(0, 0.25))  # noqa: S311 # not for secrets
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    last = killed / "last.ckpt"
-    assert 3 <= torch.load(last, weights_only=True)["global_step"] < 24
-    resumed = _start(killed, str(last), 0.0)
-    for one in (whole, resumed):
-        _, errors = one.communicate(timeout=120)
-        assert one.returncode == 0, errors
-    ends = [torch.load(folder / "end.pt", weights_only=True) for folder in (straight, killed)]
-    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
