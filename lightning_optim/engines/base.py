@@ -21,7 +21,7 @@ from lightning_optim.rules.policy import Update
 from lightning_optim.rules.program import Program
 from lightning_optim.rules.table import wide, widest
 
-#: Per-tensor scalars, which the bucket itself provides; all others come from a row of the table.
+#: Per-tensor scalars, which the bucket itself provides; all others come from the table, a line for each param group.
 TENSOR_SCALARS = ("step", "tensor_id")
 
 Scalars = Mapping[str, "float | Tensor"]
@@ -62,7 +62,7 @@ class Bucket:
         steps: One 0-dim float32 counter per parameter, where the engine wants it (see
             :attr:`Engine.controls_on_device`), or None if the update does not read it. The engine advances them
             when it has updated all of the bucket.
-        rows: For each parameter, the number of its row in the table of scalars (its param group).
+        groups: For each parameter, the number of its param group, which is that of its line in the table of scalars.
         ids: For each parameter, its stable number in the optimizer: the seed of its rounding noise.
         sizes: For each parameter, its number of elements.
         plain: Whether all tensors but the weights are torch's own (engines look at the weights themselves).
@@ -83,7 +83,7 @@ class Bucket:
     device: torch.device
     tensors: dict[str, list[Tensor]]
     steps: list[Tensor] | None
-    rows: array[int]
+    groups: array[int]
     ids: array[int]
     sizes: tuple[int, ...]
     plain: bool = True
@@ -95,7 +95,7 @@ class Bucket:
     progress: Progress | None = None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.groups)
 
     def locate(self) -> None:
         """Read the addresses of the tensors and counters."""
@@ -106,7 +106,7 @@ class Bucket:
 
     def scalars(self, index: int, table: Sequence[Scalars]) -> dict[str, float | Tensor]:
         """All scalars of parameter ``index``, its step counted but not yet advanced."""
-        values = dict(table[self.rows[index]])
+        values = dict(table[self.groups[index]])
         values["tensor_id"] = float(self.ids[index])
         if self.steps is not None:
             values["step"] = counting.next_step(self.steps[index].item())
@@ -174,7 +174,7 @@ class Engine(ABC):
 
         Args:
             bucket: What to update. Gradients are only read.
-            table: The scalars of each param group; ``bucket.rows`` points into it.
+            table: The scalars of each param group; ``bucket.groups`` points into it.
             scaling: For engines whose ``controls_on_device`` is set: what becomes the scalar ``grad_scale``, and
                 when nothing is to be done. For all others the table has ``grad_scale`` already.
         """

@@ -167,9 +167,9 @@ def _parts(bucket: Bucket) -> list[list[int]]:
     """Parameters that share all scalars, in parts of bounded size."""
     same: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     noisy = bucket.update.policy.rounding == "stochastic"
-    for index, row in enumerate(bucket.rows):
+    for index, group in enumerate(bucket.groups):
         step = bucket.steps[index].item() if bucket.steps is not None else 0
-        same[(row, step, bucket.ids[index] if noisy else 0)].append(index)
+        same[(group, step, bucket.ids[index] if noisy else 0)].append(index)
     parts = []
     for indices in same.values():
         part: list[int] = []

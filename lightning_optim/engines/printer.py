@@ -179,7 +179,7 @@ class Printer(ABC):
 
     @property
     def table_scalars(self) -> list[str]:
-        """The scalar inputs that come from a row of the table (one per param group), in its order."""
+        """The scalar inputs that come from a param group's line in the table, in its order."""
         return [name for name in self.program.scalars if name not in TENSOR_SCALARS]
 
     @property

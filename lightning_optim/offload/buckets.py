@@ -27,13 +27,13 @@ class Place:
 
     Attributes:
         param: The parameter.
-        row: Its param group.
+        group_number: The number of its param group.
         index: Its place in the group.
         number: Its place among all parameters.
     """
 
     param: Tensor
-    row: int
+    group_number: int
     index: int
     number: int
 

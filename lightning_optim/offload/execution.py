@@ -182,7 +182,7 @@ class Execution:
 
 def _count(optimizer: Optimizer, work: Sequence[OffloadBucket]) -> None:
     """Count one more step of the param groups whose steps are counted: buckets have but copies of these."""
-    for row in {place.row for bucket in work for place in bucket.places}:
-        group = optimizer.param_groups[row]
+    for number in {place.group_number for bucket in work for place in bucket.places}:
+        group = optimizer.param_groups[number]
         if UPDATES in group:
             group[UPDATES] += 1

@@ -69,7 +69,7 @@ class GroupOptions:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.rows: list[Group] = [
+        self.groups: list[Group] = [
             {
                 key: value.detach().clone() if isinstance(value, Tensor) else value
                 for key, value in group.items()
@@ -81,7 +81,7 @@ class GroupOptions:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, GroupOptions):
             return NotImplemented
-        return len(self.rows) == len(other.rows) and all(map(_same, self.rows, other.rows))
+        return len(self.groups) == len(other.groups) and all(map(_same, self.groups, other.groups))
 
     __hash__ = None  # type: ignore[assignment] # mutable
 
@@ -131,7 +131,7 @@ class View:
 
     Args:
         optimizer: The optimizer; not kept alive.
-        places: ``(row, index)`` of each parameter: its param group, and its place there.
+        places: ``(group_number, index)`` of each parameter: the number of its param group, and its place there.
         masters: The master of each.
         weights: The parameter of each.
 
@@ -147,10 +147,11 @@ class View:
         weights: Sequence[Tensor],
     ) -> None:
         self.options = GroupOptions(optimizer)
-        self._rows: dict[int, Group] = {}
-        for (row, index), master in zip(places, masters, strict=True):
-            group = optimizer.param_groups[row]
-            own = self._rows.setdefault(row, {"params": [], **({"param_names": []} if "param_names" in group else {})})
+        self._groups: dict[int, Group] = {}
+        for (group_number, index), master in zip(places, masters, strict=True):
+            group = optimizer.param_groups[group_number]
+            fresh: Group = {"params": [], **({"param_names": []} if "param_names" in group else {})}
+            own = self._groups.setdefault(group_number, fresh)
             own["params"].append(master)
             if "param_names" in group:
                 own["param_names"].append(group["param_names"][index])
@@ -159,7 +160,7 @@ class View:
     @property
     def param_groups(self) -> list[Group]:
         """The param groups that have some of these parameters, with the options that hold."""
-        return [{**self.options.rows[row], **own} for row, own in self._rows.items()]
+        return [{**self.options.groups[number], **own} for number, own in self._groups.items()]
 
 
 def bring_state(

@@ -180,8 +180,8 @@ class Placement:
                 stepper = bucket.stepper if self.whole is None else self.whole.stepper
                 if stepper is None:
                     return masters[p].dtype
-                row = next(place.row for place in bucket.places if place.param is p)
-                return stepper.planner_of(optimizer.param_groups[row], p).slot_dtype(masters[p], slot)
+                number = next(place.group_number for place in bucket.places if place.param is p)
+                return stepper.planner_of(optimizer.param_groups[number], p).slot_dtype(masters[p], slot)
 
             bring_state(optimizer, masters, dtype_of)
 
@@ -242,7 +242,7 @@ class Placement:
 
     def _equipment(self, optimizer: Optimizer, places: Sequence[Place], masters: Sequence[Tensor]) -> dict[str, Any]:
         """What steps the parameters of a bucket, as the optimizer would step its masters."""
-        where = [(place.row, place.index) for place in places]
+        where = [(place.group_number, place.index) for place in places]
         view = View(optimizer, where, masters, [place.param for place in places])
         if isinstance(optimizer, RuleOptimizer):
             engine = optimizer.options.engine if self._options.engine == "auto" else self._options.engine
@@ -251,16 +251,17 @@ class Placement:
         else:
             stepper = stepper_for(optimizer, engine=self._options.engine, owner=view)
         # Rounding noise is a parameter's own, whatever bucket it is in.
-        rows = list(dict.fromkeys(row for row, _ in where))
-        order = sorted(range(len(places)), key=lambda i: (rows.index(where[i][0]), i))
+        groups = list(dict.fromkeys(group_number for group_number, _ in where))
+        order = sorted(range(len(places)), key=lambda i: (groups.index(where[i][0]), i))
         stepper.number_parameters([places[i].number for i in order])
         return {"view": view, "stepper": stepper}
 
 
 def _places(optimizer: Optimizer) -> list[Place]:
     """Where all parameters are in the param groups."""
-    where = [(p, row, i) for row, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])]
-    return [Place(p, row, index, number) for number, (p, row, index) in enumerate(where)]
+    groups = enumerate(optimizer.param_groups)
+    where = [(p, group_number, index) for group_number, group in groups for index, p in enumerate(group["params"])]
+    return [Place(*place, number) for number, place in enumerate(where)]
 
 
 def _arrangement(optimizer: Optimizer) -> tuple[Any, ...]:

@@ -71,8 +71,8 @@ class Meeting:
         """The param groups that are stepped, if their steps are counted."""
         if not self._planner.method.rule.every:
             return []
-        rows = sorted({row for planned in self._plan for row in planned.bucket.rows})
-        return [self._planner.owner.param_groups[row] for row in rows]
+        numbers = sorted({number for planned in self._plan for number in planned.bucket.groups})
+        return [self._planner.owner.param_groups[number] for number in numbers]
 
     def _shared_slots(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The slots that all parameters have in common: each is one tensor."""
@@ -89,8 +89,8 @@ class Meeting:
                 name: value.item() if reads and value.device.type == "cpu" else value.to(device, non_blocking=True)
                 for name, value in scalars.items()
             }
-            for row in table:
-                row.update(here)  # type: ignore[attr-defined] # a dict, made for this step
+            for group in table:
+                group.update(here)  # type: ignore[attr-defined] # a dict, made for this step
 
     def _evaluated(self, shared: Program) -> dict[str, Tensor]:
         """The new values of shared slots: 0-dim, as wide as scalars are."""

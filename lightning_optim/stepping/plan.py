@@ -44,7 +44,7 @@ class Member:
     Attributes:
         index: Its place among the gradients of this step.
         param: The parameter.
-        row: The number of its param group.
+        group_number: The number of its param group.
         id: Its number among all parameters of the optimizer.
         fresh: Whether it has no slots yet, and its first update differs from the later ones.
         label: The parameter in words, for messages.
@@ -52,7 +52,7 @@ class Member:
 
     index: int
     param: Tensor
-    row: int
+    group_number: int
     id: int
     fresh: bool
     label: str
@@ -150,18 +150,18 @@ class Planner:
         """
         members: list[Member] = []
         places = [
-            (row, group, index)
-            for row, group in enumerate(self.owner.param_groups)
+            (group_number, group, index)
+            for group_number, group in enumerate(self.owner.param_groups)
             for index in range(len(group["params"]))
         ]
-        for number, ((row, group, index), g) in enumerate(zip(places, found, strict=True)):
+        for number, ((group_number, group, index), g) in enumerate(zip(places, found, strict=True)):
             if g is not None:
                 p = group["params"][index]
                 label = f"parameter {number} ({_named(group, index)}shape {tuple(p.shape)}, {p.device})"
                 check_weight(label, p)
                 check_gradient(label, p, g)
                 id = number if self.numbers is None else self.numbers[number]
-                members.append(Member(len(members), p, row, id, self._fresh(group, p), label))
+                members.append(Member(len(members), p, group_number, id, self._fresh(group, p), label))
         return members
 
     def _fresh(self, group: Group, p: Tensor) -> bool:
@@ -253,7 +253,7 @@ class Planner:
         """
         same: dict[tuple[Any, ...], list[Member]] = {}
         for member, g in zip(members, gradients, strict=True):
-            p, group = member.param, self.owner.param_groups[member.row]
+            p, group = member.param, self.owner.param_groups[member.group_number]
             update = self._update(group, p, fresh=member.fresh, copy=copies is not None, scaled=scaled, undo=undo)
             dtypes = {"p": p.dtype, "g": g.dtype}
             dtypes.update({slot: self._stored_dtype(p, slot) for slot in update.slots})
@@ -286,7 +286,7 @@ class Planner:
                 device=device,
                 tensors={"p": weights},
                 steps=None,
-                rows=array("i", [m.row for m in bucket_members]),
+                groups=array("i", [m.group_number for m in bucket_members]),
                 ids=array("i", [m.id for m in bucket_members]),
                 sizes=tuple(p.numel() for p in weights),
                 plain=plain,

@@ -33,7 +33,7 @@ def prepare(planner: Planner, members: list[Member], new: NewState) -> None:
     state = planner.owner.state
     for member in members:
         p, label = member.param, member.label
-        group = planner.owner.param_groups[member.row]
+        group = planner.owner.param_groups[member.group_number]
         slots = planner.slots(group, p)
         if not slots and not planner.counts_steps():
             continue  # no state, also no empty one: as torch has it

@@ -136,11 +136,11 @@ class HostEngine(CompiledEngine[Kernel]):
         """The call of a Program's kernel on a bucket, and its results to come."""
         kernel = self._built(program, bucket.layout)
         columns = kernel.table_scalars
-        rows = array("d", [float(row[name]) for row in table for name in columns])
+        numbers = array("d", [float(group[name]) for group in table for name in columns])
         if bucket.addresses is None or (bucket.step_addresses is None) != (bucket.steps is None):
             raise ValueError("the host engine needs the addresses of the bucket's tensors: see Bucket.locate()")
         return self._prepared(
-            kernel, bucket.addresses, bucket.sizes, bucket.step_addresses, bucket.rows, bucket.ids, rows
+            kernel, bucket.addresses, bucket.sizes, bucket.step_addresses, bucket.groups, bucket.ids, numbers
         )
 
     def sum_of_squares(self, bucket: Bucket) -> Tensor:
@@ -165,12 +165,12 @@ class HostEngine(CompiledEngine[Kernel]):
         data: array[int],
         sizes: tuple[int, ...],
         steps: array[int] | None,
-        rows: array[int],
+        groups: array[int],
         ids: array[int],
         table: array[float],
     ) -> tuple[list[Write], array[float]]:
         """The call of the kernel on the tensors and counters at these addresses, and its results to come."""
-        count = len(rows)
+        count = len(groups)
         chunks = _divide(sizes, thread_count())
         work = array("d", bytes(8 * (kernel.work * count + PART_WORDS * chunks.parts)))
         partials = array("d", bytes(8 * kernel.reductions * len(chunks.tensor)))
@@ -181,7 +181,7 @@ class HostEngine(CompiledEngine[Kernel]):
             data.buffer_info()[0],
             chunks.numel.buffer_info()[0],
             None if steps is None else steps.buffer_info()[0],
-            rows.buffer_info()[0],
+            groups.buffer_info()[0],
             ids.buffer_info()[0],
             table.buffer_info()[0],
             len(chunks.tensor),
@@ -195,7 +195,7 @@ class HostEngine(CompiledEngine[Kernel]):
             results.buffer_info()[0],
         )
         # The second call does nothing, but keep what the first one has the addresses of until both are done.
-        return [call, partial(len, (data, chunks, steps, rows, ids, table, work, partials))], results
+        return [call, partial(len, (data, chunks, steps, groups, ids, table, work, partials))], results
 
 
 def _build(program: Program, layout: Layout) -> Kernel:

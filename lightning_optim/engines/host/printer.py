@@ -112,7 +112,7 @@ class CPrinter(Printer):
 
     - ``data[field * n + t]``: addresses, fields in the order of the Program's tensors; ``numel[t]``;
       ``steps[t]``: address of the float32 counter, or ``steps`` NULL;
-    - ``rows[t]``, ``ids[t]``, and ``table``: one row of :attr:`table_scalars` per param group;
+    - ``groups[t]``, ``ids[t]``, and ``table``: a line of :attr:`table_scalars` for each param group;
     - ``chunk_tensor[c]``, ``chunk_begin[c]``, ``chunk`` (elements of a full one), ``bounds[parts + 1]``: each of
       ``parts`` threads does its own run of chunks, so that memory stays with the thread that touched it, and then
       helps the others; what a chunk yields does not depend on who did it, nor when;
@@ -217,7 +217,7 @@ class CPrinter(Printer):
         """The function that evaluates, for one tensor, the scalars needed before a pass."""
         slots, previous = self.work_slots, self.reduced_before(stage)
         lines = [f"  const double {self.name(i)} = w[{slots[i]}];" for i in self.earlier_scalars(sweep)]
-        table = {name: f"row[{column}]" for column, name in enumerate(self.table_scalars)}
+        table = {name: f"group[{column}]" for column, name in enumerate(self.table_scalars)}
         statements = self.scalar_statements(
             sweep,
             read=lambda name: table.get(name, name),
@@ -227,9 +227,9 @@ class CPrinter(Printer):
             lines += [f"  {statement}", f"  w[{slots[index]}] = {self.name(index)};"]
         lines += [f"  {statement}" for statement in self.scalar_stores(sweep)]
         return (
-            f"static void scalars_{stage}(void *const *data, int64_t n, int64_t t, const double *row, double step,\n"
+            f"static void scalars_{stage}(void *const *data, int64_t n, int64_t t, const double *group, double step,\n"
             "                      double tensor_id, int64_t numel, const double *r, double *w) {\n"
-            "  (void)data; (void)n; (void)t; (void)row; (void)step; (void)tensor_id; (void)numel; (void)r; (void)w;\n"
+            "  (void)data; (void)n; (void)t; (void)group; (void)step; (void)tensor_id; (void)numel; (void)r; (void)w;\n"
             + "\n".join(lines)
             + "\n}\n"
         )
@@ -290,7 +290,7 @@ class CPrinter(Printer):
             lines += [
                 f"    const double step = steps ? {counted} : 0;",
                 *(["    if (steps) *steps[t] = (float)step;"] if stage == 0 and stores else []),
-                f"    scalars_{stage}(data, n, t, table + {columns} * rows[t], step, (double)ids[t], numel[t], r,",
+                f"    scalars_{stage}(data, n, t, table + {columns} * groups[t], step, (double)ids[t], numel[t], r,",
                 f"              work + {width} * t);",
                 "    (void)c;",
                 "  }",
@@ -322,7 +322,7 @@ class CPrinter(Printer):
             )
         return (
             "void lo_run(int64_t n, void *const *data, const int64_t *numel, float *const *steps,\n"
-            "            const int32_t *rows, const int32_t *ids, const double *table, int64_t chunks,\n"
+            "            const int32_t *groups, const int32_t *ids, const double *table, int64_t chunks,\n"
             "            const int64_t *chunk_tensor, const int64_t *chunk_begin, int64_t chunk,\n"
             "            const int64_t *bounds, int parts, double *work, double *partials, double *results) {\n"
             "  (void)chunks; (void)partials; (void)results; (void)bounds; (void)parts;\n" + "\n".join(lines) + "\n}\n"

@@ -73,20 +73,20 @@ class Tables:
     """What the device knows of a bucket.
 
     Attributes:
-        stride: Length of a row of addresses: even, so that every row is aligned to 16 bytes.
+        stride: Length of a line of addresses: even, so that every line is aligned to 16 bytes.
         chunks: Number of chunks.
-        numel, rows, ids, first_chunk: Of each tensor.
+        numel, groups, ids, first_chunk: Of each tensor.
         chunk_tensor, chunk_begin: Of each chunk.
         work, partials, skip: Scratch: see :class:`~lightning_optim.engines.triton.printer.TritonPrinter`.
         never: What stands for ``skip`` where nothing is left out.
-        addresses: Of all tensors and counters: a row for each name.
+        addresses: Of all tensors and counters: a line for each name.
         numbers: The table, and after it the norm to clip to.
     """
 
     stride: int
     chunks: int
     numel: Tensor
-    rows: Tensor
+    groups: Tensor
     ids: Tensor
     first_chunk: Tensor
     chunk_tensor: Tensor
@@ -193,14 +193,14 @@ class TritonEngine(CompiledEngine[Kernels]):
             )
         program = program or bucket.update.program
         kernels, tables = self._built(program, bucket.layout), self._prepared(bucket, program)
-        numbers = [row[name] for row in table for name in kernels.table_scalars]
+        numbers = [group[name] for group in table for name in kernels.table_scalars]
         on_device = {place: value for place, value in enumerate(numbers) if isinstance(value, Tensor)}
         words = array("d", [0.0 if place in on_device else float(value) for place, value in enumerate(numbers)])
         words.append(max_norm if max_norm is not None else 0.0)
         tables.addresses.send(_addresses(bucket, tables.stride))
-        rows = tables.numbers.send(words)
+        sent = tables.numbers.send(words)
         for place, value in on_device.items():
-            rows[place].copy_(value)
+            sent[place].copy_(value)
 
     def parts(self, bucket: Bucket) -> int:
         """Length of the sum of squares of a bucket."""
@@ -233,15 +233,15 @@ class TritonEngine(CompiledEngine[Kernels]):
     def _launches(self, bucket: Bucket, scaling: Scaling, program: Program | None = None) -> list[Write]:
         program = program or bucket.update.program
         kernels, tables = self._built(program, bucket.layout), self._prepared(bucket, program)
-        addresses, rows = tables.addresses.tensor, tables.numbers.tensor
+        addresses, sent = tables.addresses.tensor, tables.numbers.tensor
         loss, device = scaling.loss, bucket.device
         squares = _here(scaling.squares, device)
         scale, found = (_here(loss.scale, device), _here(loss.found_inf, device)) if loss else (None, None)
         launches: list[Write] = [
             partial(
                 kernels.scalars[0][(1,)],
-                addresses, tables.numel, tables.rows, tables.ids, rows,
-                *(rows if it is None else it for it in (squares, scale, found)), rows[-1:], tables.work, tables.skip,
+                addresses, tables.numel, tables.groups, tables.ids, sent,
+                *(sent if it is None else it for it in (squares, scale, found)), sent[-1:], tables.work, tables.skip,
                 len(bucket), tables.stride, 0 if squares is None else squares.numel(),
                 CLIP=scaling.max_norm is not None, UNSCALE=scale is not None,
                 CHECK=loss is not None and loss.check and squares is not None, SKIP=loss is not None,
@@ -256,7 +256,7 @@ class TritonEngine(CompiledEngine[Kernels]):
                 launches.append(
                     partial(
                         kernels.scalars[stage][(len(bucket),)],
-                        addresses, tables.numel, tables.rows, tables.ids, rows, tables.first_chunk,
+                        addresses, tables.numel, tables.groups, tables.ids, sent, tables.first_chunk,
                         tables.partials, tables.work, tables.skip, tables.stride, LANES=LANES, enable_fp_fusion=True,
                     )
                 )  # fmt: skip
@@ -293,7 +293,7 @@ class TritonEngine(CompiledEngine[Kernels]):
             stride=count + count % 2,
             chunks=len(chunk_tensor),
             numel=_sent(array("q", bucket.sizes), torch.int64, device),
-            rows=_sent(bucket.rows, torch.int32, device),
+            groups=_sent(bucket.groups, torch.int32, device),
             ids=_sent(bucket.ids, torch.int32, device),
             first_chunk=_sent(first_chunk, torch.int32, device),
             chunk_tensor=_sent(chunk_tensor, torch.int32, device),
@@ -310,7 +310,7 @@ class TritonEngine(CompiledEngine[Kernels]):
 
 
 def _addresses(bucket: Bucket, stride: int) -> array[int]:
-    """The addresses of a bucket's tensors and counters, in rows of ``stride``."""
+    """The addresses of a bucket's tensors and counters, in lines of ``stride``."""
     if bucket.addresses is None or (bucket.step_addresses is None) != (bucket.steps is None):
         raise ValueError("the triton engine needs the addresses of the bucket's tensors: see Bucket.locate()")
     words = bucket.addresses + (bucket.step_addresses or array("q"))

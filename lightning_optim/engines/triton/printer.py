@@ -52,8 +52,8 @@ class TritonPrinter(Printer):
     - ``sweep_k`` is one program for each chunk of each tensor. A full chunk of aligned tensors takes a branch
       without masks, in which memory is read and written 16 bytes at a time.
 
-    What they share is in memory: ``pointers`` (a row of ``stride`` addresses for each tensor name, and one for the
-    counters), ``numel``, ``rows`` and ``ids`` of each tensor, ``table`` (a row of :attr:`table_columns` for
+    What they share is in memory: ``pointers`` (a line of ``stride`` addresses for each tensor name, and one for the
+    counters), ``numel``, ``groups`` and ``ids`` of each tensor, ``table`` (a line of :attr:`table_columns` for
     each param group), ``chunk_tensor`` and ``chunk_begin`` of each chunk, ``first_chunk`` of each tensor, ``work`` (the
     scalars of each tensor), ``partials`` (the sums of each chunk) and ``skip`` (whether the step is left out).
 
@@ -170,7 +170,7 @@ class TritonPrinter(Printer):
             if name == "grad_scale":
                 return "factor"
             if name in columns:
-                return f"tl.load(table + row * {max(len(columns), 1)} + {columns[name]}{mask})"
+                return f"tl.load(table + group * {max(len(columns), 1)} + {columns[name]}{mask})"
             return {"step": "step", "tensor_id": "tensor_id"}[name]
 
         def place(index: int) -> str:
@@ -184,9 +184,9 @@ class TritonPrinter(Printer):
 
     def _counter(self, mask: str) -> list[str]:
         """Find a tensor's counter, and read it."""
-        row = len(self.program.tensors)
+        counters = len(self.program.tensors)
         return [
-            f"counter = tl.load(pointers + {row} * stride + t{mask}).to(tl.pointer_type(tl.float32))",
+            f"counter = tl.load(pointers + {counters} * stride + t{mask}).to(tl.pointer_type(tl.float32))",
             f"step = tl.load(counter{mask}).to(tl.float64)",
         ]
 
@@ -197,7 +197,7 @@ class TritonPrinter(Printer):
         body = [
             "t = first + tl.arange(0, LANES)",
             "mask = t < n",
-            f"row = tl.load(rows + t{mask})",
+            f"group = tl.load(groups + t{mask})",
             f"size = tl.load(numel + t{mask})",
             f"tensor_id = tl.load(ids + t{mask}).to(tl.float64)",
         ]
@@ -212,7 +212,7 @@ class TritonPrinter(Printer):
         return "\n".join(
             [
                 "@triton.jit(do_not_specialize=['n', 'stride', 'parts'])",
-                "def scalars_0(pointers, numel, rows, ids, table, squares, loss_scale, found_inf, max_norm, work,",
+                "def scalars_0(pointers, numel, groups, ids, table, squares, loss_scale, found_inf, max_norm, work,",
                 "              skip, n, stride, parts, CLIP: tl.constexpr, UNSCALE: tl.constexpr, CHECK: tl.constexpr,",
                 "              SKIP: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr):",
                 "    factor, leave = control(squares, parts, loss_scale, found_inf, max_norm, CLIP, UNSCALE, CHECK,",
@@ -230,7 +230,7 @@ class TritonPrinter(Printer):
         count = len(self.reduced_before(stage))
         body = [
             "t = tl.program_id(0).to(tl.int64)",
-            "row = tl.load(rows + t)",
+            "group = tl.load(groups + t)",
             "size = tl.load(numel + t)",
             "tensor_id = tl.load(ids + t).to(tl.float64)",
             "begin = tl.load(first_chunk + t)",
@@ -250,7 +250,7 @@ class TritonPrinter(Printer):
         return "\n".join(
             [
                 "@triton.jit(do_not_specialize=['stride'])",
-                f"def scalars_{stage}(pointers, numel, rows, ids, table, first_chunk, partials, work, skip, stride,",
+                f"def scalars_{stage}(pointers, numel, groups, ids, table, first_chunk, partials, work, skip, stride,",
                 "              LANES: tl.constexpr):",
                 "    if tl.load(skip) == 0:",
                 *(f"        {line}" for line in body),
