@@ -20,7 +20,7 @@ from lightning_optim.offload.placing import Placement
 from lightning_optim.offload.replicas import Replicas
 from lightning_optim.offload.transport import Ticket
 from lightning_optim.offload.worker import Job
-from lightning_optim.stepping.method import UPDATES
+from lightning_optim.rules.rule import UPDATES
 from lightning_optim.stepping.shards import local
 
 

@@ -18,13 +18,13 @@ from lightning_optim.param_groups import Kinds
 from lightning_optim.primitives import primitive, primitives
 from lightning_optim.rules.matrix import MatrixRule
 from lightning_optim.rules.policy import ROUNDINGS, Decay
-from lightning_optim.rules.rule import Rule
+from lightning_optim.rules.rule import UPDATES, Rule
 from lightning_optim.stepping.common import OF_GROUPS, Common, declared_defaults, own_options, resolved, signature
 from lightning_optim.stepping.divided import divided_by, refuse_a_part
 from lightning_optim.stepping.group_keys import check_keys
 from lightning_optim.stepping.links import Rest
 from lightning_optim.stepping.loading import OF_ANY_STATE, load_groups, load_state, readable
-from lightning_optim.stepping.method import UPDATES, Group, Inputs, Options, Owner
+from lightning_optim.stepping.method import Group, Inputs, Options, Owner
 from lightning_optim.stepping.options import (
     UNDECLARED,
     Declared,

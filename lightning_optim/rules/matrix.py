@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.rules.rule import Rule
+from lightning_optim.rules.rule import UPDATES, Rule
 from lightning_optim.rules.slots import Slot
 
 Group = dict[str, Any]
@@ -169,5 +169,5 @@ class MatrixRule:
 
     def due(self, group: Mapping[str, Any]) -> bool:
         """Whether the next step of a group renews the state: the first step of all never does."""
-        done = int(group.get("updates", 0))
+        done = int(group.get(UPDATES, 0))
         return self.interval is not None and done > 0 and done % int(group[self.interval]) == 0

@@ -10,6 +10,9 @@ from typing import Any
 
 from lightning_optim.rules.slots import Slot
 
+#: The key of a param group under which the steps are counted of a rule that does something at every n-th one.
+UPDATES = "updates"
+
 
 @dataclass(frozen=True)
 class Step:
@@ -125,6 +128,10 @@ class Rule:
     def shares(self) -> bool:
         """Whether all parameters have slots in common."""
         return any(slot.rate == "shared" for slot in self.slots.values())
+
+    def due(self, group: Mapping[str, Any], flag: str) -> bool:
+        """Whether a flag that is set at every n-th step is so at a param group's next one."""
+        return bool(group.get(UPDATES, 0) % max(int(group[self.every[flag]]), 1) == 0)
 
     def slots_under(self, flags: Mapping[str, bool]) -> tuple[str, ...]:
         """The slots that exist under ``flags``."""

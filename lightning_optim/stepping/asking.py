@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.rules.rule import Rule
+from lightning_optim.rules.rule import UPDATES, Rule
 from lightning_optim.stepping.evaluations import Evaluator, LossEvaluator, Request
-from lightning_optim.stepping.method import UPDATES, Group, Inputs, is_due
+from lightning_optim.stepping.method import Group, Inputs
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class AsksForInputs:
         )
 
     def _is_due(self, group: Group) -> bool:
-        return any(is_due(self.rule, group, flag) for flag in self.rule.inputs.values())
+        return any(self.rule.due(group, flag) for flag in self.rule.inputs.values())
 
     def _due(self) -> Iterator[Due]:
         numbers = count()

@@ -14,10 +14,9 @@ from torch import Tensor
 from lightning_optim.engines.memory import is_dense
 from lightning_optim.primitives import primitive
 from lightning_optim.rules.policy import KAHAN_SLOT
-from lightning_optim.rules.rule import Rule
+from lightning_optim.rules.rule import UPDATES, Rule
 from lightning_optim.rules.slots import Slot
 from lightning_optim.stepping.group_keys import near_miss
-from lightning_optim.stepping.method import UPDATES
 from lightning_optim.stepping.names import by_name
 from lightning_optim.stepping.options import UNDECLARED, Declared, check_option, known_options
 from lightning_optim.stepping.preparing import zeros_for

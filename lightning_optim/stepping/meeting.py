@@ -13,8 +13,9 @@ from lightning_optim.engines.progress import Progress, Write
 from lightning_optim.engines.scaling import Scaling
 from lightning_optim.rules.interpret import interpret
 from lightning_optim.rules.program import Program
+from lightning_optim.rules.rule import UPDATES
 from lightning_optim.rules.table import widest
-from lightning_optim.stepping.method import UPDATES, Group
+from lightning_optim.stepping.method import Group
 from lightning_optim.stepping.plan import Planned, Planner
 from lightning_optim.stepping.shards import Shards, totals
 

@@ -14,9 +14,6 @@ from lightning_optim.rules.rule import Rule
 
 Group = dict[str, Any]
 
-#: The key of a param group under which the steps are counted of a rule that does something at every n-th one.
-UPDATES = "updates"
-
 #: What of an update a Program does: all of it; its direction alone; a second direction, from what has been made of the
 #: first; or the move along a direction that is given in place of the gradient.
 Part = Literal["all", "direction", "within", "move"]
@@ -53,11 +50,6 @@ class Owner(Protocol):
     @property
     def state(self) -> Any:
         """By parameter, a dict of slots."""
-
-
-def is_due(rule: Rule, group: Group, flag: str) -> bool:
-    """Whether a flag that is set at every n-th step is so at a param group's next one."""
-    return bool(group.get(UPDATES, 0) % max(int(group[rule.every[flag]]), 1) == 0)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lightning_optim.checks import (
     whole,
 )
 from lightning_optim.engines.base import math_dtype
-from lightning_optim.stepping.method import UPDATES
+from lightning_optim.rules.rule import UPDATES
 from lightning_optim.stepping.tensors import problem_of_weight
 from lightning_optim.warnings import warn_user
 

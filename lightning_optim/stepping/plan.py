@@ -25,7 +25,7 @@ from lightning_optim.engines.memory import (
 )
 from lightning_optim.rules.policy import KAHAN_SLOT, Policy, Update
 from lightning_optim.rules.slots import Slot
-from lightning_optim.stepping.method import Group, Inputs, Method, Options, Owner, Part, is_due
+from lightning_optim.stepping.method import Group, Inputs, Method, Options, Owner, Part
 from lightning_optim.stepping.new_state import NewState
 from lightning_optim.stepping.shards import Shards, local, shards_of
 from lightning_optim.stepping.sight import as_seen, share_memory, view_of
@@ -173,7 +173,7 @@ class Planner:
     def flags(self, group: Group, p: Tensor, fresh: bool) -> dict[str, bool]:
         """Values of the rule's flags, those included that the number of the step decides."""
         flags = {name: bool(value) for name, value in self.method.flags(group, p, fresh).items()}
-        return flags | {flag: is_due(self.method.rule, group, flag) for flag in self.method.rule.every}
+        return flags | {flag: self.method.rule.due(group, flag) for flag in self.method.rule.every}
 
     def scalars(self, group: Group) -> dict[str, float | Tensor]:
         """The numbers of a param group by the rule's names; those that all parameters share are the first group's."""

@@ -19,10 +19,10 @@ from lightning_optim.engines.base import Decision
 from lightning_optim.engines.progress import Progress, Write
 from lightning_optim.engines.scaling import LossScale, Scaling
 from lightning_optim.rules.matrix import Stack
-from lightning_optim.rules.rule import Rule
+from lightning_optim.rules.rule import UPDATES, Rule
 from lightning_optim.stepping.links import Link, RoutedMethod
 from lightning_optim.stepping.matrices import Batch, Kind, as_slot, as_weight, lies_transposed
-from lightning_optim.stepping.method import UPDATES, Group, Inputs, Options, Owner, Part
+from lightning_optim.stepping.method import Group, Inputs, Options, Owner, Part
 from lightning_optim.stepping.plan import Planner
 from lightning_optim.stepping.preparing import prepare
 from lightning_optim.stepping.shards import LocalSquares, is_distributed, local, shards_of
