@@ -1,4 +1,4 @@
-"""From a Program to C: one shared library with one function, ``lo_run``, for all tensors of a bucket."""
+"""Printing a Program as C: one shared library with one function, ``lo_run``, for all tensors of a bucket."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ C_TYPES = {
     torch.bfloat16: "uint16_t",
 }
 
-#: C types of the values in the loop over elements. A bool is a `real`, 0 or 1: vectors of one width throughout.
+#: C types of the values in the loop over elements. A bool is a `real`, 0 or 1, so that all vectors have one width.
 _ELEMENT_TYPES: dict[Kind, str] = {"number": "real", "bool": "real", "key": "uint32_t"}
 
 _HEADER = """\
@@ -197,7 +197,7 @@ class CPrinter(Printer):
 
     @property
     def width(self) -> int:
-        """Scalars that ``work`` keeps of each tensor."""
+        """How many scalars ``work`` keeps for each tensor."""
         return max(len(self.work_slots), 1)
 
     def source(self) -> str:
@@ -267,9 +267,9 @@ class CPrinter(Printer):
         """The exported function."""
         width = self.width
         columns = max(len(self.table_scalars), 1)
-        # The places of the parts are not on the stack, which a number of threads must not size. Whether denormal
-        # numbers are flushed is for the calling thread to say, as torch sets it there alone: what a chunk yields must
-        # not depend on who did it.
+        # The threads' places are not on the stack, whose size must not depend on the number of threads. All threads
+        # flush denormal numbers if the calling thread does, where alone torch sets this: a chunk's result must not
+        # depend on which thread computed it.
         lines = [f"  int64_t *const next = (int64_t *)(work + {width} * n);  /* of each part; a cache line apart */"]
         lines += ["  fenv_t callers;", "  if (parts > 1) fegetenv(&callers);"]
         for stage, sweep in enumerate(self.program.passes):
@@ -284,7 +284,7 @@ class CPrinter(Printer):
                     "    for (; c < chunks && chunk_tensor[c] == t; ++c)",
                     f"      for (int k = 0; k < {len(previous)}; ++k) r[k] += partials[c * {self.reductions} + k];",
                 ]
-            # What stores nothing counts the step that is to come, and leaves the counter as it is.
+            # A Program without stores uses the coming step, and leaves the counter as it is.
             stores = bool(self.program.stores)
             counted = "next_step(*steps[t])" if stage == 0 or not stores else "(*steps[t])"
             lines += [

@@ -58,7 +58,7 @@ class Mirror:
 
 
 def _pinned(words: array[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What an array holds, in memory from which a device reads without making the host wait."""
+    """The contents of an array, in memory from which a device reads without making the host wait."""
     source = torch.frombuffer(words, dtype=dtype) if words else torch.zeros(0, dtype=dtype, device="cpu")
     return source.clone() if device.type == "cpu" else source.pin_memory()
 
@@ -70,16 +70,16 @@ def _sent(words: array[Any], dtype: torch.dtype, device: torch.device) -> Tensor
 
 @dataclass
 class Tables:
-    """What the device knows of a bucket.
+    """The data of a bucket on the device.
 
     Attributes:
         stride: Length of a line of addresses: even, so that every line is aligned to 16 bytes.
         chunks: Number of chunks.
-        numel, groups, ids, first_chunk: Of each tensor.
-        chunk_tensor, chunk_begin: Of each chunk.
+        numel, groups, ids, first_chunk: One entry for each tensor.
+        chunk_tensor, chunk_begin: One entry for each chunk.
         work, partials, skip: Scratch: see :class:`~lightning_optim.engines.triton.printer.TritonPrinter`.
-        never: What stands for ``skip`` where nothing is left out.
-        addresses: Of all tensors and counters: a line for each name.
+        never: Stands in for ``skip`` in kernels that always run.
+        addresses: The addresses of all tensors and counters, in one line for each name.
         numbers: The table, and after it the norm to clip to.
     """
 
@@ -112,7 +112,7 @@ class TritonEngine(CompiledEngine[Kernels]):
 
     def __init__(self) -> None:
         super().__init__()
-        # Of a bucket, those of each Program that it is given.
+        # For each bucket, the tables of each Program that runs on it, by fingerprint.
         self._tables: weakref.WeakKeyDictionary[Bucket, dict[str, Tables]] = weakref.WeakKeyDictionary()
 
     def unavailable(self) -> str | None:
@@ -162,7 +162,7 @@ class TritonEngine(CompiledEngine[Kernels]):
     def reduce(
         self, bucket: Bucket, program: Program, table: Sequence[Scalars], scaling: Scaling | None = None
     ) -> Tensor:
-        """See :meth:`Engine.reduce`. Of a step that is left out, the sums are of no meaning."""
+        """See :meth:`Engine.reduce`. If the step is left out, the sums have no meaning."""
         scaling = scaling or Scaling()
         with _on(bucket.device):
             self.send(bucket, table, scaling.max_norm, program)
@@ -175,13 +175,13 @@ class TritonEngine(CompiledEngine[Kernels]):
     def send(
         self, bucket: Bucket, table: Sequence[Scalars], max_norm: float | None, program: Program | None = None
     ) -> None:
-        """Bring to the device what this step has of its own: addresses, the table, the norm to clip to.
+        """Send this step's own data to the device: addresses, the table, the norm to clip to.
 
         Args:
             bucket: The bucket.
-            table: As of :meth:`run`.
+            table: As in :meth:`run`.
             max_norm: The norm to clip to.
-            program: What is launched next; default: the bucket's update.
+            program: The Program that is launched next; default: the bucket's update.
 
         Raises:
             RuntimeError: A CUDA graph is being recorded, which would keep this step's addresses and scalars for ever.
@@ -203,15 +203,15 @@ class TritonEngine(CompiledEngine[Kernels]):
             sent[place].copy_(value)
 
     def parts(self, bucket: Bucket) -> int:
-        """Length of the sum of squares of a bucket."""
+        """The number of parts of a bucket's sum of squares."""
         return max(self._prepared(bucket).chunks, 1)
 
     def launch_squares(self, bucket: Bucket, squares: Tensor) -> None:
-        """The launch of :meth:`sum_of_squares`, when the addresses are on the device.
+        """Make the launch of :meth:`sum_of_squares`, after the addresses have been sent to the device.
 
         Args:
             bucket: The bucket.
-            squares: Where the parts go; zeros, or what was here before.
+            squares: The tensor that gets the parts; it is left as it is if there are no chunks.
         """
         kernels, tables = self._built_norm(bucket), self._prepared(bucket)
         if not tables.chunks:
@@ -225,7 +225,7 @@ class TritonEngine(CompiledEngine[Kernels]):
             )  # fmt: skip
 
     def launch(self, bucket: Bucket, scaling: Scaling) -> None:
-        """The launches of :meth:`run`, when all that it needs is on the device."""
+        """Make the launches of :meth:`run`, after its data have been sent to the device."""
         with _on(bucket.device):
             for launch in self._launches(bucket, scaling):
                 launch()
@@ -249,7 +249,7 @@ class TritonEngine(CompiledEngine[Kernels]):
             )
         ]  # fmt: skip
         if loss is not None and found is not None and found is not loss.found_inf:
-            # Its owner looks for it on another device.
+            # The owner of `found_inf` reads it on another device.
             launches.append(partial(loss.found_inf.copy_, found, non_blocking=True))
         for stage, sweep in enumerate(kernels.sweeps):
             if stage:
@@ -271,7 +271,7 @@ class TritonEngine(CompiledEngine[Kernels]):
         return launches
 
     def places(self, bucket: Bucket) -> tuple[int, ...]:
-        """What a recorded launch of this bucket depends on: it may be replayed as long as this is the same."""
+        """The identity and addresses that a recorded launch depends on: it may be replayed while these are the same."""
         tables = self._prepared(bucket)
         return id(bucket), tables.addresses.tensor.data_ptr(), tables.numbers.tensor.data_ptr()
 
@@ -325,10 +325,10 @@ def _addresses(bucket: Bucket, stride: int) -> array[int]:
 
 
 def _here(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    """A tensor on the kernels' own device: a GPU need not see another's memory."""
+    """A tensor on the kernels' own device, since a GPU may be unable to read another's memory."""
     return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """A context in which ``device`` is the current one, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
