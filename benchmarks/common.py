@@ -101,20 +101,22 @@ def stream(shapes: list[tuple[int, ...]]) -> Callable[[], None]:
     params = parameters(shapes)
     update = Update(Rule(add), Policy())
     names = ("p", "g", "exp_avg", "exp_avg_sq")
+    tensors = {
+        "p": [p.detach() for p in params],
+        "g": [p.grad for p in params if p.grad is not None],
+        "exp_avg": [torch.zeros_like(p) for p in params],
+        "exp_avg_sq": [torch.zeros_like(p) for p in params],
+    }
+    # By place, not by name: a checkout to compare with may have other names for the numbers of the param groups.
     bucket = Bucket(
-        update=update,
-        layout=Layout(torch.float32, tuple((name, torch.float32) for name in names)),
-        device=torch.device("cpu"),
-        tensors={
-            "p": [p.detach() for p in params],
-            "g": [p.grad for p in params if p.grad is not None],
-            "exp_avg": [torch.zeros_like(p) for p in params],
-            "exp_avg_sq": [torch.zeros_like(p) for p in params],
-        },
-        steps=None,
-        rows=array("i", [0] * len(params)),
-        ids=array("i", range(len(params))),
-        sizes=tuple(p.numel() for p in params),
+        update,
+        Layout(torch.float32, tuple((name, torch.float32) for name in names)),
+        torch.device("cpu"),
+        tensors,
+        None,
+        array("i", [0] * len(params)),
+        array("i", range(len(params))),
+        tuple(p.numel() for p in params),
     )
     engine = HostEngine()
     if (reason := engine.rejects(bucket)) is not None:

@@ -27,9 +27,9 @@ if not _only_usage_is_wanted(_sys.argv, _sys.orig_argv):
     from lightning_optim.schedulers import *  # noqa: F403 # likewise
     from lightning_optim.warnings import LightningOptimWarning as LightningOptimWarning
 
-    if not TYPE_CHECKING:  # who checks types reads the imports
+    if not TYPE_CHECKING:  # type checkers read the imports
         __all__ = ["__version__", *(name for name, value in globals().items() if callable(value) and name[0] != "_")]
 
-# With the Lightning that is imported already, or will be, if any; neither imports anything itself.
+# Both act on Lightning if it is imported, now or later; neither imports anything itself.
 _register_strategies()
 _join_trainings()

@@ -16,7 +16,7 @@ from lightning_optim.stepping.options import check_option
 from lightning_optim.stepping.stepper import Stepper
 from lightning_optim.stepping.tensors import problem_of_weight
 
-#: Which of our classes has the rule of which of torch's.
+#: For each class of torch's that can be adopted, our class with the same rule.
 ADOPTABLE: dict[type[torch.optim.Optimizer], type[RuleOptimizer]] = {
     info.torch_equivalent: info.cls for info in OPTIMIZERS.values() if info.torch_equivalent is not None
 }
@@ -42,10 +42,10 @@ class Adopted:
         loss: LossScale | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
-        """What ``optimizer.step()`` does, the instance's step hooks and its schedulers' bookkeeping included.
+        """Step as ``optimizer.step()`` does, with the instance's step hooks and its schedulers' bookkeeping.
 
         Args:
-            inputs: What a rule may need beside the gradients; those of torch's optimizers need nothing.
+            inputs: What a rule may need besides gradients; the rules of torch's optimizers need nothing.
             loss: How the loss was scaled, if it was.
             max_grad_norm: Clip the global gradient norm to this; default: as :func:`adopt` was told.
         """
@@ -55,7 +55,7 @@ class Adopted:
         self._stepper.step(inputs=inputs, loss=loss, max_grad_norm=max_grad_norm)
         for after in list(optimizer._optimizer_step_post_hooks.values()):
             after(optimizer, (), {})
-        # By this schedulers see that a step came before theirs.
+        # Schedulers read this to see that the optimizer's step came before theirs.
         optimizer._opt_called = True  # type: ignore[attr-defined] # torch sets it the same way, from outside
 
     def report(self, *, scaled: bool = False) -> list[Decision]:
@@ -68,7 +68,7 @@ class Adopted:
 
 
 def adopt(optimizer: torch.optim.Optimizer, *, engine: str = "auto", max_grad_norm: float | None = None) -> Adopted:
-    """Step an instance of ``torch.optim.SGD``, ``Adam`` or ``AdamW`` with our engines.
+    """Step an instance of ``torch.optim.AdamW``, or of another class in :data:`ADOPTABLE`, with our engines.
 
     The instance stays what it is: its param groups, its state (the same keys and types), its schedulers and its
     checkpoints; only the arithmetic is done elsewhere. Either may step at any time. (On CUDA our engine keeps the step
@@ -77,11 +77,11 @@ def adopt(optimizer: torch.optim.Optimizer, *, engine: str = "auto", max_grad_no
     Args:
         optimizer: The instance.
         engine: As for our own optimizers.
-        max_grad_norm: Clip the global gradient norm inside the step.
+        max_grad_norm: Clip the global gradient norm to this inside the step.
 
     Raises:
         TypeError: Another optimizer, or a subclass, whose ``step`` may differ.
-        ValueError: ``differentiable=True``, an unknown engine, or a weight that cannot be written by element.
+        ValueError: ``differentiable=True``, an unknown engine, or a weight that cannot be written element by element.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     >>> optimizer = torch.optim.SGD([weight], lr=0.1)
@@ -108,7 +108,7 @@ def why_not_adopted(optimizer: torch.optim.Optimizer) -> str | None:
 def stepper_for(
     optimizer: torch.optim.Optimizer, *, engine: str = "auto", capture: bool = False, owner: Owner | None = None
 ) -> Stepper:
-    """What steps an instance that is adopted; it does not keep the instance alive.
+    """A stepper for an instance to adopt; it does not keep the instance alive.
 
     Args:
         optimizer: The instance.
@@ -123,9 +123,9 @@ def stepper_for(
 
 
 def give_counters_back(optimizer: torch.optim.Optimizer) -> None:
-    """Put step counters where torch's own step wants them, after steps of an engine that keeps them on a device.
+    """Move step counters to the CPU for torch's own step, after steps of an engine that keeps them on a device.
 
-    torch reads them at every step, and would wait for the device each time, but with ``capturable`` or ``fused``.
+    torch reads them at every step, unless it is ``capturable`` or ``fused``, and would wait for the device each time.
     """
     for group in optimizer.param_groups:
         if not (group.get("capturable") or group.get("fused")):

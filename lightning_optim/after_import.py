@@ -1,6 +1,6 @@
-"""Doing something to a module as soon as somebody imports it, without importing it.
+"""Calling a function with a module as soon as somebody imports it, without importing it.
 
-What is done must not fail the import: an error is logged. It is done again where the module is reloaded.
+An error of the function is logged, and does not fail the import. A reload of the module calls the function again.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _log = logging.getLogger(__name__)
 
 
 def after_import(name: str, action: Action) -> None:
-    """Call ``action`` with the module ``name``: now if it is imported, and whenever it will be.
+    """Call ``action`` with the module ``name``: now if it is imported already, and whenever it is imported later.
 
     Args:
         name: The module's full name.
-        action: What to do; once for each time that the module is executed, however often it is asked for.
+        action: The function; it is called once each time the module is executed, however often it was registered.
 
     Example:
         >>> import colorsys
@@ -67,7 +67,7 @@ class _Finder:
         return spec
 
     def catch_up(self) -> None:
-        """Act on modules that came past this finder: imported before it, or by a finder that stands before it."""
+        """Act on modules that bypassed this finder: imported before it was there, or by a finder in front of it."""
         for name in list(self.actions):
             module = sys.modules.get(name)
             if module is None or self.done.get(name) is module:
@@ -80,12 +80,12 @@ class _Finder:
         for action in list(self.actions[name]):
             try:
                 action(module)
-            except Exception:  # whatever it is, the import is somebody else's
+            except Exception:  # no error of ours may fail somebody else's import
                 _log.warning("lightning-optim could not prepare %s", name, exc_info=True)
 
 
 class _Loader:
-    """A loader with something to do afterwards. It is gone when the module is executed: nobody finds it there."""
+    """A loader that calls the actions after loading. The module itself only ever sees the original loader."""
 
     def __init__(self, loader: Any, finder: _Finder) -> None:
         self._loader, self._finder = loader, finder
@@ -102,7 +102,7 @@ class _Loader:
         self._finder.act(spec.name, module)
 
     def __getattr__(self, name: str) -> Any:
-        """What else the loader can do, for those who look at a spec and import nothing."""
+        """Other attributes of the original loader, for callers that inspect a spec and import nothing."""
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._loader, name)

@@ -1,4 +1,4 @@
-"""What an option may be: every number, switch and word that users give is checked here, in one dialect of errors.
+"""Checks of options: every number, switch and word that users give is checked here, with errors of one form.
 
 An error says who was given what, and what would be valid: ``AdamW: lr=-1.0; valid: a finite number >= 0``.
 """
@@ -21,7 +21,7 @@ _MOST_LETTERS = 200
 
 
 class WrongTypeError(TypeError, ValueError):
-    """A value of another type than the valid ones: a TypeError, and a ValueError for whoever asks for no more."""
+    """A value of another type than the valid ones: both a TypeError and a ValueError, so callers may catch either."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Range:
     Attributes:
         holds: Whether a number, as a float, is valid. No NaN is valid.
         words: The same for people: what follows ``valid:`` in an error.
-        whole: Whether only integers are valid, which a float of the same value is not.
+        whole: Whether only integers are valid, and not a float such as 2.0.
         none: Whether None is valid as well.
     """
 
@@ -51,7 +51,7 @@ class Range:
 
 FINITE = Range(math.isfinite, "a finite number")
 NONNEGATIVE = Range(lambda x: 0 <= x < math.inf, "a finite number >= 0")
-#: Infinity is a bound that bounds nothing.
+#: Infinity is valid too: as a bound, it bounds nothing.
 POSITIVE = Range(lambda x: x > 0, "a number > 0")
 POSITIVE_FINITE = Range(lambda x: 0 < x < math.inf, "a finite number > 0")
 POSITIVE_OR_NONE = POSITIVE.or_none()
@@ -97,8 +97,8 @@ def check_number(who: str, name: str, value: Any, valid: Range, *, tensors: bool
         The number as Python's own ``int`` or ``float``; None or a tensor as it is.
 
     Raises:
-        ValueError: A number out of the range, also an integer that no floating-point number comes near to.
-        WrongTypeError: No number.
+        ValueError: A number out of the range, or an integer that is too large for a float.
+        WrongTypeError: The value is not a number.
 
     >>> check_number("Lion", "lr", 1e-4, NONNEGATIVE)
     0.0001
@@ -120,7 +120,7 @@ def check_number(who: str, name: str, value: Any, valid: Range, *, tensors: bool
         raise WrongTypeError(f"{_named(who, name, number)} is a {type(number).__name__}; valid: {valid.words}")
     try:
         fits = valid.holds(float(number))
-    except OverflowError:  # which no engine could compute with, also where any bound is valid
+    except OverflowError:  # no engine could compute with such an integer, even if any bound is valid
         fits = False
     if not fits:
         raise ValueError(f"{_named(who, name, number)}; valid: {valid.words}")
@@ -128,11 +128,11 @@ def check_number(who: str, name: str, value: Any, valid: Range, *, tensors: bool
 
 
 def check_numbers(who: str, name: str, values: Any, valid: Range, count: int, *, tensors: bool = False) -> None:
-    """Check a tuple or list of so many numbers, as ``betas`` is.
+    """Check a tuple or list of ``count`` numbers, such as ``betas``.
 
     Raises:
-        ValueError: Another number of them, or one that is out of the range.
-        WrongTypeError: One is no number.
+        ValueError: It has another length, or a number is out of the range.
+        WrongTypeError: One of its values is not a number.
     """
     if not isinstance(values, tuple | list) or len(values) != count:
         plural = valid.words.removeprefix("a ").replace("number", "numbers", 1)
@@ -145,7 +145,7 @@ def check_switch(who: str, name: str, value: Any) -> bool:
     """Check a switch: True or False, and neither 1 nor "yes".
 
     Raises:
-        WrongTypeError: Something else.
+        WrongTypeError: The value is not a bool.
     """
     value = primitive(value)
     if not isinstance(value, bool):
@@ -154,14 +154,14 @@ def check_switch(who: str, name: str, value: Any) -> bool:
 
 
 def check_choice(who: str, name: str, value: Any, choices: Iterable[Any], *, hint: str = "") -> Any:
-    """Check that a value is one of a few, words for the most part.
+    """Check that a value is one of a few, usually words.
 
     Args:
         who: Whose option it is.
         name: Its name.
         value: What was given.
         choices: What is valid.
-        hint: What else to say of the value, such as :func:`~lightning_optim.hints.did_you_mean`.
+        hint: More text for the error, such as that of :func:`~lightning_optim.hints.did_you_mean`.
 
     Raises:
         ValueError: Another value.
@@ -183,13 +183,13 @@ def check_ranges(who: str, options: Any, ranges: Mapping[str, Range]) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: no longer than a reader would read.
+    """A value as an error shows it: abridged, if it is long.
 
     >>> shown(0.1), shown(10**400)
     ('0.1', 'an integer of 401 digits')
     """
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_MOST_LETTERS:
-        # Python itself refuses to print one of some thousand digits.
+        # Python itself refuses to print an integer of some thousand digits.
         return f"an integer of {_digits(value)} digits"
     try:
         text = repr(value)

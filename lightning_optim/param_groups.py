@@ -13,13 +13,13 @@ from torch import nn
 
 from lightning_optim.checks import NONNEGATIVE, Range, check_number
 
-#: Tells parameters apart that an optimizer steps differently: from a parameter, its names and the modules that own it,
-#: to the kind's name and its options.
+#: A function that sorts parameters into kinds which an optimizer steps differently: it takes a parameter, its names and
+#: the modules that own it, and returns the kind's name and its options.
 Kinds = Callable[[nn.Parameter, Sequence[str], Sequence[nn.Module]], tuple[str, Mapping[str, Any]]]
 
 # Names that wrappers (compile, FSDP, activation checkpointing) put between a user's own.
 _WRAPPER_PARTS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# "module" is a likely name of a user's own, so only in front, where DDP and DataParallel put it.
+# "module" may be a user's own name, so it is removed only in front, where DDP and DataParallel put it.
 _WRAPPER_FRONT = re.compile(r"^(module\.)+")
 # Class names of norms: all of torch's, and others such as LlamaRMSNorm, LayerNorm2d, BatchNormAct2d.
 _NORM_NAME = re.compile(r"Norm(Act)?(\d+d)?$")
@@ -67,7 +67,7 @@ class _Parameter:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    # With the bases, so that a subclass of nn.LayerNorm counts whatever it is called.
+    # The names of base classes count too, so that a subclass of nn.LayerNorm is a norm whatever it is called.
     return any(_NORM_NAME.search(base.__name__) for base in type(module).__mro__)
 
 
@@ -113,8 +113,9 @@ def param_groups(
         include_frozen: Whether parameters with ``requires_grad=False`` are included, for those who will
             unfreeze them; otherwise they are left out, and can be added later with
             ``optimizer.add_param_group``.
-        kinds: For optimizers that step parameters of several kinds: names a parameter's kind, and its options, which
-            ``overrides`` may replace. An ``lr`` among them takes the place of ``lr``. ``Muon.kinds({})``, say.
+        kinds: For optimizers that step several kinds of parameters differently, such as ``Muon.kinds({})``: returns a
+            parameter's kind and the options of the kind, which ``overrides`` may replace. An ``lr`` among these takes
+            the place of ``lr``.
 
     Returns:
         Groups as torch optimizers take them, in a fixed order: by layer, decayed before not decayed,
@@ -224,7 +225,7 @@ def own_name(name: str) -> str:
 
 
 def _undecayed_by_the_model(model: nn.Module) -> list[str]:
-    """Patterns of what modules exempt by ``no_weight_decay()``; it may name parameters they do not have."""
+    """Patterns of the parameters that modules exempt by ``no_weight_decay()``, which may also name missing ones."""
     return [
         own_name(f"{prefix}." if prefix else "") + name
         for prefix, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""Every optimizer and schedule by name: what the CLI lists and the tests run through.
+"""All optimizers and schedules by name, which the CLI lists and the tests run through.
 
 A new optimizer is one file in ``optimizers/`` and one line in its ``__init__.py``; its key here is its name in lower
 case.
@@ -31,7 +31,7 @@ class OptimizerInfo:
     Attributes:
         name: Key for :func:`create_optimizer` and the CLI.
         cls: The class.
-        paper: Where it is defined.
+        paper: The paper (or page) that defines it.
         torch_equivalent: The class of ``torch.optim`` with which state and results are interchangeable, if any.
     """
 
@@ -42,29 +42,29 @@ class OptimizerInfo:
 
     @classmethod
     def of(cls, optimizer: type[Any]) -> OptimizerInfo:
-        """What an optimizer's class says of itself; its name is the class's in lower case, without ``Optim``."""
+        """The entry of an optimizer's class; its name is the class's in lower case, without ``Optim``."""
         name = optimizer.__name__.removesuffix("Optim").lower()
         return cls(name, optimizer, optimizer.paper, getattr(optimizer, "torch_equivalent", None))
 
     @property
     def summary(self) -> str:
-        """One line on what it is."""
+        """A description in one line."""
         return _first_line(self.cls)
 
     @cached_property
     def kind(self) -> str:
-        """What its step is.
+        """The kind of its step.
 
-        ``"elementwise"``; ``"reduce"`` if an update depends on a norm of its tensor, or of all of them; ``"matrix"``,
-        on a product; ``"closure"`` if it evaluates the model again; ``"wrapper"`` if it is made around another one,
-        which its option ``base`` builds.
+        ``"elementwise"``; ``"reduce"`` if an update depends on a norm or sum over its tensor, or over all tensors;
+        ``"matrix"`` if it depends on products of matrices; ``"closure"`` if the step evaluates the model again;
+        ``"wrapper"`` if the optimizer is made around another one, which its option ``base`` builds.
         """
         if not _steps_by_a_rule(self.cls):
             return "closure" if _evaluates_the_model(self.cls) else "wrapper"
         if self.cls.matrix_rule is not None:
             return "matrix"
         weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.float32, device="cpu"))
-        # What a group would hold: making an optimizer would import torch's compiler, which takes seconds.
+        # The options of a group, without making an optimizer, which would import torch's compiler for seconds.
         group = {name: parameter.default for name, parameter in inspect.signature(self.cls).parameters.items()}
         method: Any = self.cls  # it is one
         update = plain_update(method, group, weight, fresh=True, due=True)
@@ -77,7 +77,7 @@ class OptimizerInfo:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Names of the constructor's arguments after ``params``, but for torch's switches, which choose nothing."""
+        """Names of the constructor's arguments after ``params``, without torch's switches, which choose nothing."""
         return tuple(name for name in _arguments(self.cls) if name not in TORCH_SWITCHES)
 
 
@@ -95,7 +95,7 @@ class SchedulerInfo:
 
     @property
     def summary(self) -> str:
-        """One line on what it is."""
+        """A description in one line."""
         return _first_line(self.cls)
 
 
@@ -113,14 +113,14 @@ def _evaluates_the_model(cls: type) -> bool:
     return not _steps_by_a_rule(cls) and getattr(cls, "needs_closure", False) is True
 
 
-#: Those that step by a rule, in one engine or another.
+#: Optimizers that step by a rule, on one engine or another.
 OPTIMIZERS: dict[str, OptimizerInfo] = _listed(_steps_by_a_rule)
 
-#: Those whose step calls its closure several times. Listed and made by name like the others; apart, because what holds
-#: for rules (engines, rounding, state per parameter) does not hold for them.
+#: Optimizers whose step calls its closure several times. They are listed and made by name like the others, but kept
+#: apart, because what holds for rules (engines, rounding, state per parameter) does not hold for them.
 CLOSURE_OPTIMIZERS: dict[str, OptimizerInfo] = _listed(_evaluates_the_model)
 
-#: Those around another optimizer. Apart for the same reason.
+#: Optimizers that are made around another one, kept apart for the same reason.
 WRAPPERS: dict[str, OptimizerInfo] = _listed(lambda cls: not (_steps_by_a_rule(cls) or _evaluates_the_model(cls)))
 
 SCHEDULERS: dict[str, SchedulerInfo] = {
@@ -149,7 +149,7 @@ def list_schedulers() -> list[str]:
 
 
 def optimizer_info(name: str) -> OptimizerInfo:
-    """The registry's entry of an optimizer; upper and lower case are the same.
+    """The registry's entry of an optimizer; upper and lower case make no difference.
 
     Raises:
         ValueError: No such optimizer.
@@ -158,7 +158,7 @@ def optimizer_info(name: str) -> OptimizerInfo:
 
 
 def scheduler_info(name: str) -> SchedulerInfo:
-    """The registry's entry of a schedule; upper and lower case are the same.
+    """The registry's entry of a schedule; upper and lower case make no difference.
 
     Raises:
         ValueError: No such schedule.
@@ -184,14 +184,15 @@ def create_optimizer(
         layer_decay: For a module: the factor of the learning rate from each layer to the one below it.
         no_decay: For a module: further parameters without weight decay, as name patterns.
         overrides: For a module: options by name pattern.
-        options: The optimizer's own, by name.
+        options: The optimizer's own options, by name.
 
     Returns:
-        A :class:`~lightning_optim.optimizers.base.RuleOptimizer`; of kind ``"closure"``, another torch optimizer.
+        A :class:`~lightning_optim.optimizers.base.RuleOptimizer`; if its kind is ``"closure"`` or ``"wrapper"``,
+        another torch optimizer.
 
     Raises:
         ValueError: No such optimizer, or options for a module without one.
-        TypeError: An option that the optimizer does not have.
+        TypeError: An option that the optimizer does not have, or for a module, a ``base`` whose class is unknown.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     >>> optimizer = create_optimizer("lion", model, lr=1e-4, weight_decay=0.1)

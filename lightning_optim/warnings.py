@@ -6,8 +6,8 @@ import sys
 import warnings
 from types import FrameType
 
-#: Packages between a user's line and ours: their frames are not the user's doing. So are those of the standard library
-#: that call what they are given.
+#: Packages that may stand between a user's code and ours, whose frames are not the user's. Among them are modules of
+#: the standard library that call functions they are given.
 _BETWEEN = frozenset(
     {
         "lightning_optim",
@@ -61,7 +61,7 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
         category: The warning's class.
     """
     frame = _users_frame(sys._getframe(1))
-    # Explicitly, rather than by a stack level, of which Python leaves frames of the import system out.
+    # The line is given explicitly, since a stack level would not count frames of the import system.
     warnings.warn_explicit(
         message,
         category,
@@ -73,7 +73,7 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 def _users_frame(frame: FrameType) -> FrameType:
-    """The innermost frame of a user's code; in a thread of ours, which has none, that which warns."""
+    """The innermost frame of a user's code; if there is none, as in a thread of ours, the frame that warns."""
     while frame.f_globals is globals() and frame.f_back is not None:
         frame = frame.f_back
     found: FrameType | None = frame
@@ -83,7 +83,7 @@ def _users_frame(frame: FrameType) -> FrameType:
 
 
 def _package(frame: FrameType) -> str:
-    """The package of a frame's code, also of a module of it that is run as a program (``python -m``)."""
+    """The package of a frame's code, also if its module is run as a program (``python -m``)."""
     names = frame.f_globals
     name = names.get("__name__") or ""
     if name == "__main__":

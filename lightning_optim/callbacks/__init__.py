@@ -1,6 +1,6 @@
 """Lightning callbacks: thin adapters over :mod:`lightning_optim.control`, imported on first use.
 
-Lightning takes seconds to import, so that a name is looked up when it is asked for.
+Lightning takes seconds to import, so a callback is imported only when its name is used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Evaluates with the weights that an optimizer has for that; a fit with such an optimizer gets it by itself."""
+"""Evaluates with an optimizer's evaluation weights; a fit with such an optimizer gets this callback automatically."""
 
 from lightning_optim.callbacks.roots import Callback
 from lightning_optim.control.evaluation_weights import WeightsInTheirPlaces
@@ -7,10 +7,11 @@ from lightning_optim.control.evaluation_weights import WeightsInTheirPlaces
 class EvaluationWeights(WeightsInTheirPlaces, Callback):
     """Validate, test and predict with the averages of Schedule-Free optimizers, and train with their own weights.
 
-    A Trainer gets this callback when a fit with one starts (see :mod:`lightning_optim.callbacks.joining`), before its
-    others, so that what these save after a validation has the weights of training: resumed runs go on bit for bit.
-    A test of a checkpoint in the Trainer that trained it finds the averages by the state that is saved beside. To
-    export them, or to test in a process that has not trained, put them into the model first::
+    A Trainer gets this callback when a fit with such an optimizer starts (see
+    :mod:`lightning_optim.callbacks.joining`). It runs before the other callbacks, so that checkpoints saved after a
+    validation have the training weights, and resumed runs go on bit for bit. Testing a checkpoint in the Trainer that
+    trained it computes the averages from the state in the checkpoint. To export them, or to test in a process that has
+    not trained, put them into the model first::
 
         checkpoint = torch.load("last.ckpt", weights_only=True)
         model.load_state_dict(checkpoint["state_dict"])

@@ -1,9 +1,9 @@
-"""Puts the callbacks that work without being asked for into those trainings that have something of ours.
+"""Adds callbacks automatically to those trainings that use something of ours.
 
-Lightning has no way for an optimizer or a schedule to say that its training needs a callback; what it has, entry
-points, is for every Trainer in the environment, also of people who never heard of this package. So with the import of
-``lightning_optim``, Lightning's function that calls the callbacks is wrapped: when a fit starts and its optimizers are
-there, or where others take their place later, the Trainer gets what these need. Any other Trainer is left as it is.
+Lightning has no way for an optimizer or a schedule to say that its training needs a callback. Its entry points apply to
+every Trainer in the environment, even if it does not use this package. So importing ``lightning_optim`` wraps the
+function with which Lightning calls callbacks: when a fit starts and its optimizers exist, or when others replace them
+later, the Trainer gets the callbacks that these need. Any other Trainer is left as it is.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _log = logging.getLogger(__name__)
 
 
 def join_trainings() -> None:
-    """Have each fit get the callbacks that it needs, under each Lightning that is imported or will be."""
+    """Make each fit get the callbacks that it needs, under each root of Lightning that is imported, now or later."""
     for name in CALLS:
         after_import(name, wrap_calls)
 
 
 def wrap_calls(call: ModuleType) -> None:
-    """Have each fit of one root of Lightning get the callbacks that it needs.
+    """Make each fit of one root of Lightning get the callbacks that it needs.
 
     Args:
         call: The module ``trainer.call`` of that root.
@@ -60,16 +60,16 @@ def wrap_calls(call: ModuleType) -> None:
 
 
 def _lacks_a_total(trainer: Any) -> bool:
-    """Whether a schedule of ours has come into a training under way, with which a callback has replaced another."""
+    """Whether a callback has replaced a schedule, during training, by one of ours that has no total."""
     for config in trainer.lr_scheduler_configs:
-        for one in (config.scheduler, *getattr(config.scheduler, "_schedulers", ())):  # of torch's wrappers
+        for one in (config.scheduler, *getattr(config.scheduler, "_schedulers", ())):  # torch's wrappers have these
             if getattr(one, "total_steps", 0) is None and not getattr(one, "awaits_total", True):
                 return True
     return False
 
 
 def _join(trainer: Any, root: str) -> None:
-    """Put the callbacks that a training needs before all others, which then see schedules that are ready."""
+    """Put the callbacks that a training needs before all others, so that these see schedules that are ready."""
     needed = [_of_trainer(trainer, name) or callback_class(name, root)() for name in _needs(trainer)]
     if needed:
         others = [callback for callback in trainer.callbacks if not any(callback is one for one in needed)]
@@ -78,7 +78,7 @@ def _join(trainer: Any, root: str) -> None:
 
 def _needs(trainer: Any) -> list[str]:
     """The names of the callbacks without which a training of ours would fail, or go wrong."""
-    # Not at the top: importing this package is light.
+    # Imported here, so that importing this package stays light.
     from lightning_optim.control.evaluation_weights import evaluating_elsewhere
     from lightning_optim.control.replay.guard import guarded
     from lightning_optim.control.schedules.totals import configs_to_fill
@@ -92,6 +92,6 @@ def _needs(trainer: Any) -> list[str]:
 
 
 def _of_trainer(trainer: Any, name: str) -> Any:
-    """The callback that a Trainer has already, by its user or from an earlier fit."""
+    """The callback of a name that a Trainer has already, from its user or from an earlier fit."""
     ours = (callback for callback in trainer.callbacks if type(callback).__module__.startswith("lightning_optim."))
     return next((callback for callback in ours if type(callback).__name__ == name), None)

@@ -1,11 +1,11 @@
-"""Stops trainings in which SAM or L-BFGS would silently be something else; a fit that has them gets it by itself."""
+"""Stops trainings in which SAM or L-BFGS would silently go wrong; a fit with these gets this callback automatically."""
 
 from lightning_optim.callbacks.roots import Callback
 from lightning_optim.control.replay.guard import ReplayGuard
 
 
 class RefuseWithoutReplay(ReplayGuard, Callback):
-    """Refuse SAM and L-BFGS of ours where only a strategy of ours does them right.
+    """Refuse our SAM and L-BFGS in trainings in which only our strategies do them right.
 
     A Trainer gets this callback when a fit with one of them starts under another strategy (see
     :mod:`lightning_optim.callbacks.joining`).

@@ -1,7 +1,7 @@
 """Our callbacks for both roots of Lightning, ``lightning.pytorch`` and ``pytorch_lightning``, made in one place.
 
-The two packages have the same code, and yet two classes ``Callback``: each Trainer calls its own alone, and either
-package may be missing. So a file of this folder says what a callback is, once, and here it becomes one of a root.
+The two packages have the same code, but two classes ``Callback``: each Trainer calls only its own, and either package
+may be missing. So a file of this folder defines a callback once, and this module makes its class for each root.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
 else:
-    #: What a callback's file derives from: for editors and type checkers it is a Callback at once.
+    #: The base class in a callback's file; for editors and type checkers it is Lightning's ``Callback``.
     Callback = object
 
-#: Each root of Lightning -> the module in which its classes of ours are found, by pickle for one.
+#: Each root of Lightning -> the module in which our classes for it are found, by pickle for one.
 ROOTS = {
     "lightning.pytorch": "lightning_optim.callbacks",
     "pytorch_lightning": "lightning_optim.callbacks._pytorch_lightning",

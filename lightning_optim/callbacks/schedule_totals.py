@@ -1,4 +1,4 @@
-"""Fills ``total_steps`` of our schedules under Lightning; a fit with one that lacks it gets this by itself."""
+"""Fills ``total_steps`` of our schedules under Lightning; a fit with one that lacks it gets this automatically."""
 
 from lightning_optim.callbacks.roots import Callback
 from lightning_optim.control.schedules.totals import TotalsFiller

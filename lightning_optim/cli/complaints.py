@@ -1,7 +1,7 @@
-"""What is wrong with the arguments, in one line that names the bad value and the valid ones.
+"""Error messages about arguments, in one line that names the bad value and the valid ones.
 
-jsonargparse tells of every type that it has tried, over many lines. What it says is understood here as far as it is of
-a known form; anything else is left as it is.
+jsonargparse reports every type that it has tried, over many lines. Its messages are rewritten here if their form is
+known, and left as they are if not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lightning_optim._commands import COMMANDS
 from lightning_optim.cli.configure import ParamGroupOptions
 from lightning_optim.hints import closest, did_you_mean
 
-#: Tells what to write instead of a name that nobody has: of an option, and the name.
+#: ``hint(option, name)`` says what to write instead of an unknown name.
 Hint = Callable[[str, str], str]
 
 _PARSER_KEY = re.compile(r'Parser key "([^"]+)"')
@@ -35,20 +35,20 @@ _GIVEN = re.compile(r"^\s*Given value: (.*?)(?:\. Got value: .*)?$", re.MULTILIN
 _EXPECTED = re.compile(r"^\s*(Expected .*?)\. Got value: (.*)$", re.MULTILINE)
 _OWN_WORDS = re.compile(r"^\s*- (.* has no option .*; valid: .*)$", re.MULTILINE)
 
-#: Where no class was named, jsonargparse takes the abstract one.
+#: If no class was named, jsonargparse takes the abstract one.
 _NAMELESS = ("torch.optim.Optimizer", "torch.optim.lr_scheduler.LRScheduler")
 
 
 def in_one_line(message: str, keys: Iterable[str], hint: Hint) -> str:
-    """The complaint that a message of jsonargparse's is about.
+    """Rewrite an error message of jsonargparse in one line.
 
     Args:
-        message: What jsonargparse says.
+        message: The message.
         keys: All keys of the parser: ``"optimizer"``, ``"trainer.max_steps"``, ...
-        hint: What may be meant by a bare name.
+        hint: Says what may be meant by a bare name.
 
     Returns:
-        One line; or the message itself, where it is none of those that are known.
+        One line; or the message itself, if its form is not known.
 
     >>> in_one_line("unrecognized arguments: --trainer.max_step 3", ["trainer.max_steps"], lambda option, name: "")
     "unknown option --trainer.max_step (did you mean '--trainer.max_steps'?)"
@@ -72,14 +72,14 @@ def _of_required(message: str, keys: list[str], hint: Hint) -> str | None:
 
 
 def _of_unrecognized(message: str, keys: list[str], hint: Hint) -> str | None:
-    """Flags that belong to nothing."""
+    """The message for unknown flags."""
     found = _UNRECOGNIZED.match(message)
     flags = [word.partition("=")[0] for word in found[1].split() if word.startswith("--")] if found else []
     return f"unknown option {flags[0]}{_meant(flags[0].removeprefix('--'), keys, '--')}" if flags else None
 
 
 def _of_unknown_key(message: str, keys: list[str], hint: Hint) -> str | None:
-    """Keys of a file that belong to nothing."""
+    """The message for unknown keys in a file."""
     found = _NO_KEY.search(message)
     if found is None:
         return None
@@ -88,7 +88,7 @@ def _of_unknown_key(message: str, keys: list[str], hint: Hint) -> str | None:
 
 
 def _of_unknown_option(message: str, keys: list[str], hint: Hint) -> str | None:
-    """An option that a class does not have."""
+    """The message for an option that a class does not have."""
     found = _NO_OPTION.search(message)
     if found is None:
         return None
@@ -107,7 +107,7 @@ def _of_unknown_option(message: str, keys: list[str], hint: Hint) -> str | None:
 
 
 def _of_import(message: str, keys: list[str], hint: Hint) -> str | None:
-    """A full path at which there is nothing."""
+    """The message for a full path at which there is nothing."""
     found = _NO_IMPORT.search(message)
     if found is None:
         return None
@@ -120,7 +120,7 @@ def _of_import(message: str, keys: list[str], hint: Hint) -> str | None:
 
 
 def _of_name(message: str, keys: list[str], hint: Hint) -> str | None:
-    """A bare name that nobody has, where a class is wanted."""
+    """The message for an unknown bare name where a class is wanted."""
     found, at = _NO_NAME.search(message), _keys(message)
     if found is None or _SUBTYPES.findall(message)[1:]:  # within a value that may be of other types
         return None
@@ -128,7 +128,7 @@ def _of_name(message: str, keys: list[str], hint: Hint) -> str | None:
 
 
 def _of_value(message: str, keys: list[str], hint: Hint) -> str | None:
-    """A value of another type."""
+    """The message for a value of a wrong type."""
     own = _OWN_WORDS.search(message)
     if own is not None:
         return own[1]
@@ -146,7 +146,7 @@ def _of_value(message: str, keys: list[str], hint: Hint) -> str | None:
 
 
 def _keys(message: str) -> list[str]:
-    """The keys that lead to what a message is about, without the command."""
+    """The keys that lead to the subject of a message, without the command."""
     keys = [_without_command(key) for key in _PARSER_KEY.findall(message)]
     return [key for key in keys if key]
 
@@ -157,7 +157,7 @@ def _without_command(key: str) -> str:
 
 
 def _meant(name: str, keys: list[str], dashes: str) -> str:
-    """A hint by what stands before the first dot, if that is wrong, or else by the whole key."""
+    """A hint for an unknown key: by the part before its first dot if that is unknown, else by the whole key."""
     known = {_without_command(key) for key in keys}
     heads = {key.partition(".")[0] for key in known}
     head, dot, rest = name.partition(".")
@@ -168,7 +168,7 @@ def _meant(name: str, keys: list[str], dashes: str) -> str:
 
 
 def _options(cls: Any) -> list[str]:
-    """Names of a class's options; of those of an optimizer or a schedule, all but what it is made for."""
+    """The names of a class's options, without the parameters or the optimizer that it is made for."""
     named = (p for p in inspect.signature(cls).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
     return [parameter.name for parameter in named if parameter.name not in ("params", "optimizer")]
 
@@ -186,12 +186,12 @@ def _import(path: str) -> Any:
 
 
 def _readable(types: str) -> str:
-    """Types as jsonargparse lists them, in the words of who writes them down."""
+    """The types that jsonargparse lists, in the words of a configuration file."""
     words = re.sub(r"<class '([^']+)'>", r"\1", types).replace("NoneType", "null")
     return re.sub(r"typing\.Literal\[([^\]]*)\]", r"\1", words)
 
 
-#: In the order in which they are asked: the text of one form may be a part of another's.
+#: The order matters: the text of one form may be a part of another's.
 _READERS = (
     _of_help,
     _of_required,

@@ -30,7 +30,7 @@ class ParamGroupOptions:
     ``--param_groups {}`` does it with the defaults.
 
     Args:
-        weight_decay: Of the parameters that are decayed; by default the optimizer's own.
+        weight_decay: Weight decay of the parameters that are decayed; by default the optimizer's own.
         layer_decay: Factor in (0, 1] on the learning rate, once per layer of distance from the top.
         no_decay: Glob patterns of further parameters without weight decay.
         decay_embeddings: Whether the weights of embeddings are decayed.
@@ -63,13 +63,13 @@ class OptimizerOptions:
     interval: Interval | None = None
 
     def check(self) -> None:
-        """Try the values on a weight of no account, before anything is loaded, or written into a folder.
+        """Try the values on a dummy weight, before anything is loaded, or written into a folder.
 
-        Classes of others are not tried: they may expect the groups that they will get.
+        Classes that are not ours or torch's are not tried: they may need the param groups that they will get.
 
         Raises:
-            ValueError: A value that the optimizer or the schedule does not take.
-            TypeError: One of another type.
+            ValueError: The optimizer or the schedule does not take a value.
+            TypeError: A value has the wrong type.
         """
         if not all(_is_in(cls, "lightning_optim", "torch.optim") for cls in _classes(self.optimizer)):
             return
@@ -88,7 +88,7 @@ def configure_optimizers(model: LightningModule, options: OptimizerOptions) -> d
     """Build the optimizer and the schedule over the parameters that the model has now.
 
     Args:
-        model: Its layers are built.
+        model: The model, whose layers are built.
         options: What to build.
 
     Returns:
@@ -115,7 +115,7 @@ def schedule_config(scheduler: Any, interval: Interval | None = None) -> dict[st
 def _parameters(model: LightningModule, options: OptimizerOptions) -> Any:
     kinds = _kinds(options.optimizer)
     if options.groups is None:
-        # Ours that step parameters of several kinds tell these apart by name.
+        # Our optimizers that step several kinds of parameters tell these apart by name.
         return model.parameters() if kinds is None else model.named_parameters()
     known = _arguments(options.optimizer)
     chosen = asdict(options.groups)
@@ -137,7 +137,7 @@ def _is_in(cls: Any, *packages: str) -> bool:
 
 
 def _classes(spec: dict[str, Any]) -> tuple[Any, Any]:
-    """The class of an optimizer, and that of the one within it, or once more its own."""
+    """The class of an optimizer, and the class of the optimizer in it; if there is none, its own class twice."""
     return _class(spec), _stepped(spec)[0]
 
 
@@ -147,7 +147,7 @@ def _class(spec: dict[str, Any]) -> Any:
 
 
 def _kinds(spec: dict[str, Any]) -> Kinds | None:
-    """How an optimizer of ours wants the parameters told apart."""
+    """The kinds of parameters that an optimizer of ours tells apart; None for others."""
     cls, _ = _stepped(spec)
     ours = isinstance(cls, type) and issubclass(cls, RuleOptimizer)
     return cls.kinds(_arguments(spec)) if ours else None
@@ -168,6 +168,6 @@ def _arguments(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stepped(spec: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The class that has options for param groups, None if that is not known, and the arguments that are given."""
+    """The class whose options param groups have (None if it is not known), and the arguments given for it."""
     cls, given = _class(spec), spec.get("init_args", {})
     return built_by(given["base"]) if cls is SAM else (cls, given)

@@ -153,7 +153,7 @@ def automatic_choices() -> dict[str, Any]:
 
 def _engine_report(device: str, dtype: torch.dtype) -> str:
     weight = torch.nn.Parameter(torch.zeros(64, device=device, dtype=dtype))
-    threads = os.environ.pop(THREADS_VARIABLE, None)  # a bad value, told elsewhere, has no part in the choice
+    threads = os.environ.pop(THREADS_VARIABLE, None)  # a bad value is reported elsewhere and must not matter here
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the report says what the warning would
@@ -189,7 +189,7 @@ def _folder_state(folder: Path) -> str:
 
 
 def _or_error(read: Callable[[], Any]) -> Any:
-    """A fact, or what is wrong with the setting that it depends on: the doctor must not fall ill itself."""
+    """A fact, or what is wrong with the setting that it depends on: the doctor itself must not fail."""
     try:
         return read()
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""What a class that takes the place of a file's keeps of that one's options.
+"""Reports which options a class keeps when it replaces the class of a configuration file.
 
-``--config file.yaml --optimizer Lion`` keeps those options of the file's AdamW that Lion has, too: so it is in every
-LightningCLI, and so it is convenient for a weight decay, and rarely for a learning rate. What is not said is not seen.
+``--config file.yaml --optimizer Lion`` keeps those options of the file's AdamW that Lion has, too, as in every
+LightningCLI. This is convenient for a weight decay, but rarely for a learning rate, so users are told of it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 
 def exchanges(files: Iterable[Any], chosen: Mapping[str, Any]) -> list[str]:
-    """A line for each class that has taken the place of a file's.
+    """A line for each class that has replaced the class of a file.
 
     Args:
         files: The configurations that were read, in their order.
-        chosen: By option (``"optimizer"``), class path and arguments as they were parsed in the end, or None.
+        chosen: For each option (``"optimizer"``), the class path and arguments after parsing, or None.
 
     >>> file = {"optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.003, "eps": 1e-8}}}
     >>> print(*exchanges([file], {"optimizer": {"class_path": "Lion", "init_args": {"lr": 0.003}}}))
@@ -37,7 +37,7 @@ def exchanges(files: Iterable[Any], chosen: Mapping[str, Any]) -> list[str]:
 
 
 def _specs(file: Any, option: str) -> list[Any]:
-    """An option of a file, at its top and within the sections of commands."""
+    """The values of an option in a file, at its top and within the sections of commands."""
     if not isinstance(file, Mapping):
         return []
     sections = [file, *(section for section in file.values() if isinstance(section, Mapping))]

@@ -1,4 +1,4 @@
-"""Which exceptions are about what the user wrote, so that their message says more than a page of traceback above it."""
+"""Which exceptions are about what the user wrote, so that their message is enough, without a traceback."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_optim.cli.complaints import in_one_line
 from lightning_optim.hints import closest
 from lightning_optim.strategy_names import STRATEGIES
 
-#: Whose checks of their arguments speak for themselves, and by which exceptions.
+#: The packages whose checks of arguments raise clear messages, and the exceptions that they raise.
 _CHECKING: dict[str, tuple[type[Exception], ...]] = {
     "lightning_optim": (ValueError, TypeError),
     "torch.optim": (ValueError, TypeError),
@@ -21,8 +21,8 @@ _CHECKING: dict[str, tuple[type[Exception], ...]] = {
     "lightning": (ValueError, FileNotFoundError),
 }
 
-#: What else an exception may pass through on its way. If code of anybody else's had a part in it, its author needs to
-#: see where; and once the loops advance, it is the training that fails.
+#: The packages that such an exception may have passed through. If other code took part, its author needs the traceback;
+#: and once the loops advance, it is the training that fails.
 _PASSING = (*_CHECKING, "torch", "lightning_utilities", "contextlib", "functools")
 _LOOPS = "lightning.pytorch.loops"
 
@@ -41,7 +41,7 @@ def is_of_the_user(error: Exception) -> bool:
 
 
 def in_words(error: Exception) -> str:
-    """The message of such an exception; of one that jsonargparse has wrapped into its own, the line that counts."""
+    """The message of such an exception; if jsonargparse has wrapped it into its own, the line that counts."""
     return in_one_line(str(error), (), lambda option, name: "")
 
 
@@ -51,7 +51,7 @@ def of_strategy(message: str) -> str | None:
     if found is None:
         return None
     strategy = found[1]
-    # Lightning knows its classes, and others, by names alone.
+    # Lightning takes names from its registry; a class is given by its path.
     known = {name: name for name in ("auto", *StrategyRegistry.available_strategies())}
     known |= {cls: f"lightning_optim.strategies.{cls}" for cls in STRATEGIES.values()}
     close = closest(strategy, known)
@@ -63,7 +63,7 @@ def of_strategy(message: str) -> str | None:
 
 
 def _frames(traceback: TracebackType | None) -> list[tuple[str, str]]:
-    """Module and function of each that an exception has passed through, the last one where it was raised."""
+    """Module and function of each frame that an exception has passed through; the last one has raised it."""
     found = []
     while traceback is not None:
         frame = traceback.tb_frame

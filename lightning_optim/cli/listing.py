@@ -55,7 +55,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
 
 
 def _plain(text: str) -> str:
-    """Without the marks of code, which a terminal would show as they are."""
+    """A text without the marks of code, which a terminal would show as they are."""
     return text.replace("``", "")
 
 

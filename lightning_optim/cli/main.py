@@ -17,10 +17,10 @@ usage: lightning-optim [--help | --version] COMMAND ...
 
 `lightning-optim COMMAND --help` explains a command."""
 
-#: jsonargparse's; it asks for the traceback of an error in the arguments, here too.
+#: A variable of jsonargparse, which asks for the traceback of an error in the arguments, here too.
 DEBUG_VARIABLE = "JSONARGPARSE_DEBUG"
 
-#: What a shell reports of a program that was ended by Ctrl-C, or because nobody reads its output.
+#: The exit codes of a program that was ended by Ctrl-C, or because nobody reads its output.
 INTERRUPTED, BROKEN_PIPE = 128 + 2, 128 + 13
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("lightning-optim: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        if command in TRAINER_COMMANDS:  # which may have pipes of their own
+        if command in TRAINER_COMMANDS:  # a training may have pipes of its own
             raise
         # `lightning-optim list | head -1`. What is left of the output must not fail once more when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_own(command: str | None, arguments: list[str]) -> int:
-    """A command without a Trainer, or what stands in the place of one."""
+    """Run a command without a Trainer, or handle arguments that name no command."""
     if command == "list":
         from lightning_optim.cli.listing import main as run
     elif command == "doctor":

@@ -1,10 +1,10 @@
 """Bare names on the command line: ``--optimizer AdamW`` means ours under ``lightning-optim``.
 
-Torch owns ``Adam``, ``AdamW`` and ``SGD`` under any other LightningCLI, and must go on to, so our classes of
-those names carry another name of their own, and jsonargparse does not find them by the familiar one. Here a
-bare name of ours becomes its full path before jsonargparse sees it, in arguments and in configuration files
-alike. A full path (``torch.optim.AdamW``) means what it says, and a name that is not ours (``RMSprop``) is
-left to jsonargparse, which finds torch's.
+Under any other LightningCLI, ``Adam``, ``AdamW`` and ``SGD`` are torch's, and must stay so. Our classes of those
+names therefore have another ``__name__``, and jsonargparse does not find them by the familiar one. Here a bare
+name of ours becomes its full path before jsonargparse sees it, in arguments and in configuration files alike. A
+full path (``torch.optim.AdamW``) is left as it is, and a name that is not ours (``RMSprop``) is left to
+jsonargparse, which finds torch's.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from lightning_optim.hints import closest
 OPTIMIZER = "optimizer"
 LR_SCHEDULER = "lr_scheduler"
 
-#: A prefix, perhaps a command, and an option; not the option of the same name that a model may have.
+#: The name of an environment variable: a prefix, perhaps a command, and one of the two options. An option of the same
+#: name that a model may have does not match.
 _VARIABLE = re.compile(
     rf"(?:(?!__).)*_(?:(?:{'|'.join(TRAINER_COMMANDS)})__)?({OPTIMIZER}|{LR_SCHEDULER})", re.IGNORECASE
 )
 
 
 class ShortNames:
-    """Full paths by bare name.
+    """Resolves bare names to full paths.
 
     Args:
         optimizers: Path of each optimizer, by its name: ``{"AdamW": "lightning_optim.AdamW"}``.
@@ -43,7 +44,7 @@ class ShortNames:
 
     def __init__(self, optimizers: Mapping[str, str], schedulers: Mapping[str, str]) -> None:
         self._optimizers = dict(optimizers)
-        # The two options take a name in any capitals: as `lightning-optim list` prints it, or as the class has it.
+        # The two options ignore the case of a name: `lightning-optim list` prints it in another case than the class's.
         self._options = {
             OPTIMIZER: {name.lower(): path for name, path in optimizers.items()},
             LR_SCHEDULER: {name.lower(): path for name, path in schedulers.items()},
@@ -82,7 +83,7 @@ class ShortNames:
         return resolved
 
     def in_value(self, value: Any) -> Any:
-        """Any part of a configuration: each ``class_path`` that is the name of an optimizer of ours."""
+        """Any part of a configuration, with each ``class_path`` that is the name of an optimizer of ours resolved."""
         if isinstance(value, list):
             return [self.in_value(item) for item in value]
         if not isinstance(value, dict):

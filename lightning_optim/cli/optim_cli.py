@@ -33,7 +33,7 @@ set_loader(PARSER_MODE, _load, exceptions=(yaml.YAMLError,))
 
 
 class OptimParser(LightningArgumentParser):
-    """A LightningArgumentParser to which a bare name of ours means ours.
+    """A LightningArgumentParser that resolves bare names of ours.
 
     Attributes:
         files: The configurations that it has read, in their order.
@@ -44,8 +44,8 @@ class OptimParser(LightningArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Report an error; where it ends the program, in one line, if its form is known."""
-        if self.exit_on_error:  # not so the parsers of classes within this one
+        """Report an error; if it ends the program and its form is known, in one line."""
+        if self.exit_on_error:  # parsers of classes within this one do not exit
             message = in_one_line(message, self._keys(), short_names().hint)
         super().error(message, ex)
 
@@ -53,11 +53,11 @@ class OptimParser(LightningArgumentParser):
         return super()._load_env_vars(short_names().in_environment(env), defaults)
 
     def print_usage(self, file: Any = None) -> None:
-        """Print a line: LightningCLI's whole usage has a hundred, below which nobody finds an error."""
+        """Print one line: LightningCLI's whole usage has a hundred lines, below which nobody finds an error."""
         print(f"usage: {self.prog.replace(' [options]', '')} [options]", file=file)
 
     def _keys(self) -> set[str]:
-        """Of this parser and of those of its commands."""
+        """The keys of this parser and of those of its commands."""
         keys = {action.dest for action in self._actions}
         for commands in (action.choices for action in self._actions if isinstance(action.choices, dict)):
             keys |= {action.dest for parser in commands.values() for action in parser._actions}
@@ -68,7 +68,7 @@ class OptimParser(LightningArgumentParser):
         try:
             loaded = get_loader("yaml")(content)
         except yaml.YAMLError:
-            return super().parse_string(content, *args, **kwargs)  # which reports it
+            return super().parse_string(content, *args, **kwargs)  # this reports the error
         if isinstance(loaded, dict):
             loaded = short_names().in_config(loaded)
             self.files.append(loaded)
@@ -88,8 +88,8 @@ class OptimCLI(LightningCLI):
     - The optimizer is built when the Trainer asks for it, so that layers made in ``configure_model`` are in it.
 
     Args:
-        *args: As of ``LightningCLI``. With no model class, ``--model`` takes any.
-        **kwargs: As of ``LightningCLI``. ``auto_configure_optimizers=False`` leaves all of the above out.
+        *args: See ``LightningCLI``. With no model class, ``--model`` takes any.
+        **kwargs: See ``LightningCLI``. ``auto_configure_optimizers=False`` leaves all of the above out.
 
     Example:
         A script of one's own, with a model class fixed::
@@ -153,7 +153,7 @@ class OptimCLI(LightningCLI):
         super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the Trainer; where its strategy's name is wrong, the error knows our names, too."""
+        """Make the Trainer; if its strategy's name is wrong, the error lists our names, too."""
         try:
             return super().instantiate_trainer(**kwargs)
         except ValueError as error:

@@ -43,7 +43,7 @@ _SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9}
 
 
 class UsageError(ValueError):
-    """Arguments that do not go together, or of which nothing can be made."""
+    """The arguments are not valid, or do not go together."""
 
 
 def main(arguments: Sequence[str] = ()) -> int:
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] = ()) -> int:
             backward_seconds=None if options.backward_ms is None else options.backward_ms / 1e3,
             bucket_bytes=int(options.bucket_mb * 1e6),
         )
-    except (ValueError, TypeError, OSError) as error:  # of options, an optimizer, or a file
+    except (ValueError, TypeError, OSError) as error:  # about options, an optimizer, or a file
         parser.error(str(error))
     try:
         plan = choose(needed, machine, conditions)
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="lightning-optim plan",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # what is not ours is the training's
+        allow_abbrev=False,  # other flags are the training's
     )
     numbers = parser.add_argument_group("a training by numbers")
     numbers.add_argument("--weights", type=_count, metavar="N", help="how many, such as 7e9 or 7B")
@@ -151,7 +151,7 @@ def _training(options: argparse.Namespace, rest: list[str]) -> tuple[Footprint, 
         if options.dtype is not None:
             raise UsageError("--dtype goes with --weights; a model's is that of --trainer.precision")
         for flag in (word.partition("=")[0] for word in rest):
-            # Nearer than `--weights_only` of `fit`, which is none of ours.
+            # The cutoff is closer than `--weights_only` is to `--weights`: that is a flag of `fit`.
             if hint := did_you_mean(flag, _flags(), cutoff=0.85):
                 raise UsageError(f"unknown argument {flag!r}{hint}")
         from lightning_optim.cli.with_lightning import can_use_lightning
@@ -166,13 +166,13 @@ def _training(options: argparse.Namespace, rest: list[str]) -> tuple[Footprint, 
 
 
 def _by_number(count: int, dtype: torch.dtype) -> list[Tensor]:
-    """Parameters of so many weights in all: a matrix, which any optimizer takes, and one for what does not fill it."""
+    """Parameters with a given number of weights: a matrix, which any optimizer takes, and a vector for an odd one."""
     shapes = [(count // 2, 2), (count % 2,)]
     return [nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape in shapes if 0 not in shape]
 
 
 def _optimizer(arguments: Sequence[str]) -> Maker:
-    """From ``--optimizer NAME --optimizer.OPTION VALUE ...``."""
+    """The maker of an optimizer from ``--optimizer NAME --optimizer.OPTION VALUE ...``."""
     values: dict[str, str] = {}
     waiting = list(arguments)
     while waiting:
@@ -198,7 +198,7 @@ def _optimizer(arguments: Sequence[str]) -> Maker:
 
 
 def _flags() -> list[str]:
-    """Of this command itself."""
+    """The flags of this command itself."""
     return [flag for action in _parser()._actions for flag in action.option_strings if flag.startswith("--")]
 
 
@@ -216,7 +216,7 @@ def _class(name: str) -> type[Optimizer]:
 
 
 def _value(text: str) -> Any:
-    """As in YAML, near enough: numbers, lists, true, false and null are themselves, and all else is a string."""
+    """A value, read nearly as in YAML: numbers, lists, true, false and null are themselves, all else is a string."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

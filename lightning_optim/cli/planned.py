@@ -18,10 +18,10 @@ from lightning_optim.placement.footprint import Footprint, footprint
 #: What Lightning converts a module to, by the Trainer's precision; with all others weights stay as they were made.
 _CONVERTED = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64, "64": torch.float64}
 
-#: By these the gradients are unscaled, and checked.
+#: Precisions with a loss scale: the gradients are unscaled, and checked.
 _SCALED = ("16-mixed", "16")
 
-#: Of the Trainer's arguments, those that decide what is counted; the others may be instances, which are not made.
+#: The arguments of the Trainer that decide what is counted; others may be instances, which are not made.
 _READ = ("precision", "gradient_clip_val", "accumulate_grad_batches")
 
 
@@ -35,8 +35,8 @@ class PlanCLI(OptimCLI):
         """The footprint of a training; whether its gradients are clipped or scaled, and accumulated; and notes.
 
         Args:
-            arguments: Those of ``lightning-optim fit``.
-            master_dtype: Of a detached step's masters.
+            arguments: The arguments of ``lightning-optim fit``.
+            master_dtype: The type of a detached step's masters.
 
         Raises:
             ValueError: The model or its optimizers cannot be made, or there are several.
@@ -67,16 +67,16 @@ class PlanCLI(OptimCLI):
         try:
             with torch.device("meta"):
                 self._make_model()
-        except Exception as error:  # a constructor of anybody's
+        except Exception as error:  # anybody's constructor may raise anything
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             self.notes.append(f"the model was made in memory, since it cannot be on the meta device ({reason})")
             self._make_model()
 
     def _set_seed(self) -> None:
-        """Nothing: no number is drawn that matters."""
+        """Do nothing: no random number matters here."""
 
     def after_instantiate_classes(self) -> None:
-        """Nothing: see :meth:`optimizer`."""
+        """Do nothing: see :meth:`optimizer`."""
 
     def optimizer(self) -> Optimizer:
         """The optimizer of the flags, or else that of the model; without a schedule, which may need the Trainer.
@@ -116,7 +116,7 @@ class PlanCLI(OptimCLI):
 
 
 def _optimizers(configured: Any) -> list[Optimizer]:
-    """What is in the many forms that ``configure_optimizers`` may return."""
+    """The optimizers in what ``configure_optimizers`` returned, which may have many forms."""
     if configured is None:
         return []
     if isinstance(configured, dict):

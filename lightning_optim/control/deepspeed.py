@@ -1,9 +1,9 @@
-"""What DeepSpeed has to be told so that it steps an optimizer as it is, and what it cannot do with one of ours.
+"""The DeepSpeed configuration with which DeepSpeed steps a given optimizer, and errors for what it cannot do with ours.
 
 From stage 1 on, ZeRO copies the weights of each param group into one flat float32 tensor, divides that over the
-processes, and gives the optimizer this process's part (stage 3: one part at a time) in place of the parameters. It is
-one-dimensional, begins and ends anywhere in a weight, and is padded with zeros. For rules that are element-wise this
-changes nothing; whatever else needs a whole tensor, or the whole gradient, would see something else and go on.
+processes, and gives the optimizer this process's part (stage 3: one part at a time) in place of the parameters. That
+part is one-dimensional, begins and ends anywhere in a weight, and is padded with zeros. For element-wise rules this
+changes nothing; a rule that needs a whole tensor, or the whole gradient, would silently compute something else.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ FORCE, UNTESTED = "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer"
 
 _OFFLOAD_DEVICE = ("zero_optimization", "offload_optimizer", "device")
 
-#: Optimizers of torch's that look at more than one element at a time.
+#: Torch's optimizers whose update of an element depends on other elements.
 _OF_WHOLE_TENSORS = (torch.optim.Adafactor, torch.optim.Muon)
 
-#: Settings by which DeepSpeed steps with its own Adam, or fails late because the optimizer is not that, by their path.
+#: For each path of a setting, which values make DeepSpeed step its own Adam, or fail late with another optimizer.
 _FOR_ITS_OWN_ADAM = {
     ("zero_optimization", "zenflow"): lambda value: value is not None,
     ("zero_optimization", "offload_optimizer", "super_offload"): bool,
@@ -46,8 +46,8 @@ def deepspeed_config(config: Mapping[str, Any], optimizer: Optimizer) -> dict[st
     else in the configuration stays as it is. For DeepSpeed's own optimizers nothing changes.
 
     Args:
-        config: What ``deepspeed.initialize`` would be given; it is not changed.
-        optimizer: What it would be given with it: one of ours, or any other.
+        config: The configuration for ``deepspeed.initialize``; it is not changed.
+        optimizer: The optimizer that DeepSpeed is given: one of ours, or any other.
 
     Returns:
         A copy, with ``zero_force_ds_cpu_optimizer`` false and, for optimizers of ours under ZeRO,
@@ -55,8 +55,8 @@ def deepspeed_config(config: Mapping[str, Any], optimizer: Optimizer) -> dict[st
 
     Raises:
         TypeError: The configuration is not a dict.
-        ValueError: It says that another optimizer is to be used, or the optimizer has options, or a rule, that do not
-            go with ZeRO's flat partitions; the message names what does.
+        ValueError: The configuration asks for another optimizer, or the optimizer's rule or options do not work with
+            DeepSpeed, such as on ZeRO's flat partitions; the message names what does.
 
     With Accelerate, before ``accelerator.prepare``::
 
@@ -114,7 +114,7 @@ def refuse_its_own_optimizer(config: Mapping[str, Any]) -> None:
     """Check that a configuration leaves the choice of the optimizer to the code.
 
     Raises:
-        ValueError: It has an optimizer of its own.
+        ValueError: The configuration has an optimizer of its own.
     """
     if "optimizer" in config:
         raise ValueError(
@@ -127,10 +127,10 @@ def zero_stage(config: Mapping[str, Any]) -> int:
     """The stage of ZeRO in a configuration; 0: nothing is divided.
 
     Raises:
-        ValueError: None of the stages.
+        ValueError: There is no such stage.
     """
     zero = config.get("zero_optimization") or {}
-    if zero is True:  # of old configurations
+    if zero is True:  # old configurations have this
         return 1
     stage = zero.get("stage", 0) if isinstance(zero, Mapping) else zero
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
@@ -156,7 +156,7 @@ def _is_deepspeeds(optimizer: Optimizer) -> bool:
 def _refuse_closures(optimizer: Optimizer, name: str) -> None:
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     required = closure is not None and closure.default is inspect.Parameter.empty  # as torch's LBFGS
-    # `perturb` is between two evaluations: of a SAM that is not ours.
+    # A SAM that is not ours has a `perturb`, which is called between two evaluations.
     if required or request_of(optimizer) is not None or hasattr(optimizer, "perturb"):
         raise ValueError(
             f"{name} evaluates the model again for its step, and DeepSpeed steps without a closure, once; valid: "

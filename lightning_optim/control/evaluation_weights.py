@@ -1,4 +1,4 @@
-"""Evaluating a model with the weights that its optimizer has for that, and training on with the others."""
+"""Evaluating a model with its optimizer's evaluation weights, and training on with the training weights."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from lightning_optim.warnings import warn_user
 
 
 class WeightsInTheirPlaces:
-    """Has optimizers such as Schedule-Free put the weights of evaluation in place while a model is evaluated.
+    """Puts the evaluation weights of optimizers such as Schedule-Free in place while a model is evaluated.
 
-    Its methods are what Lightning calls; whoever trains otherwise calls the optimizer's ``eval()`` and ``train()``
-    at the same places.
+    The methods are Lightning's hooks. Other training loops call the optimizer's ``eval()`` and ``train()`` at the same
+    places.
     """
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """A checkpoint may have been saved while the model was evaluated."""
+        """Put the training weights in place: a checkpoint may have been saved during an evaluation."""
         self._train(trainer)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Before a validation."""
+        """Put the evaluation weights in place before a validation."""
         self._evaluate(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """After it, and before checkpoints are saved: these have the weights of training."""
+        """Put the training weights back after a validation, before checkpoints are saved with them."""
         self._train(trainer)
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """Before a test."""
+        """Put the evaluation weights in place before a test."""
         self._evaluate(trainer)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """After it."""
+        """Put the training weights back after a test."""
         self._train(trainer)
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        """Before predictions."""
+        """Put the evaluation weights in place before predictions."""
         self._evaluate(trainer)
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        """After them."""
+        """Put the training weights back after predictions."""
         self._train(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Where an evaluation breaks off, training may go on, or a checkpoint be saved."""
+        """Put the training weights back: after a failed evaluation, training may go on, or a checkpoint be saved."""
         self._train(trainer)
 
     @staticmethod
@@ -71,6 +71,6 @@ class WeightsInTheirPlaces:
 
 
 def evaluating_elsewhere(trainer: Any) -> list[EvaluatesElsewhere]:
-    """The optimizers of a Lightning ``Trainer`` that have other weights for evaluation, also those within wrappers."""
+    """The optimizers of a Lightning ``Trainer``, also those in wrappers, that have other weights for evaluation."""
     found = [one for outer in trainer.optimizers for one in (outer, getattr(outer, "base", None))]
     return [optimizer for optimizer in found if isinstance(optimizer, EvaluatesElsewhere)]

@@ -1,7 +1,7 @@
 """Stepping each parameter as soon as its gradient is there, so that the gradients of a model never exist together.
 
-Known as gradient release or optimizer-in-backward: the memory of all gradients but a few is saved, and the updates
-run while the backward pass still computes.
+This is known as gradient release or optimizer-in-backward: it saves the memory of all gradients but a few, and the
+updates run while the backward pass still computes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CLIPS: tuple[Clip, ...] = get_args(Clip)
 
 
 class _One:
-    """An optimizer as it looks if it had this one parameter."""
+    """A view of an optimizer that has only one of its parameters."""
 
     def __init__(self, optimizer: RuleOptimizer, group: Group, p: Tensor) -> None:
         self._optimizer, self.group, self._param = weakref.ref(optimizer), group, p
@@ -53,28 +53,29 @@ class StepInBackward:
 
     From the second window on (a window is what one :meth:`finish` ends), each parameter is stepped when its gradient
     is complete, and the gradient is freed. The first window only observes how often each gradient is added to: with
-    reentrant checkpointing and weights used in several graphs more often than once, and a step must wait for the last
-    time.
+    reentrant checkpointing, or with weights used in several graphs, this is more than once, and a step must wait for
+    the last time.
 
-    The results are the very bits of ordinary steps, but for clipping, which needs the norm of gradients that are not
-    there yet. It is offered in two approximations:
+    The results are bit for bit those of ordinary steps, except for clipping, which needs the norm of gradients that are
+    not there yet. There are two approximations of it:
 
     - ``"per_tensor"``: each gradient's own norm is clipped to ``max_norm``;
     - ``"previous_norm"``: the global norm of the step before stands in for this step's.
 
     With accumulation, set :attr:`last` to False before all backward passes of a window but its last: gradients then
-    add up as always, and only in the last pass are they freed one by one. A loss scale cannot be served: whether a
-    step is to be left out is known only after the last gradient.
+    add up as usual, and only in the last pass are they freed one by one. A loss scale is not supported: whether a step
+    is to be left out is known only after the last gradient.
 
     Args:
         optimizer: One of ours, all of whose parameters are ordinary tensors (not sharded, not in DDP, whose gradients
             are reduced later).
-        max_norm: Clip to this; None: no clipping.
-        clip: Which approximation; needed with ``max_norm``.
+        max_norm: The norm to clip to; None: no clipping.
+        clip: The approximation of clipping; needed with ``max_norm``.
 
     Raises:
-        TypeError: Not an optimizer of ours that steps parameter by parameter, by gradients alone.
-        ValueError: ``max_norm`` without ``clip``, an unknown ``clip``, or an optimizer with a ``max_grad_norm``.
+        TypeError: The optimizer is not one of ours that steps parameter by parameter, by gradients alone.
+        ValueError: ``max_norm`` is given without ``clip``, ``clip`` is unknown, or the optimizer has a
+            ``max_grad_norm``.
 
     >>> weight = torch.nn.Parameter(torch.ones(2))
     >>> import lightning_optim
@@ -119,23 +120,23 @@ class StepInBackward:
         self._squares: list[Tensor] = []
         self._previous: Tensor | None = None
         self._steppers: dict[Tensor, Stepper] = {}
-        self._views: dict[Tensor, _One] = {}  # steppers do not own their owners
+        self._views: dict[Tensor, _One] = {}  # a stepper does not keep its view alive
         self._handles: dict[Tensor, Any] = {}
         self.watch()
 
     def watch(self) -> None:
-        """Follow the parameters that require gradients: groups are added and unfrozen, come, go and change places.
+        """Update the hooks on parameters that require gradients: groups are added, unfrozen, removed and reordered.
 
-        A window ends with it. To be called before a backward pass as well, if the optimizer may have changed since.
+        :meth:`finish` calls this. Call it before a backward pass as well, if the optimizer may have changed since.
         """
-        options = replace(self.optimizer.options, capture=False)  # there is no one step to record
+        options = replace(self.optimizer.options, capture=False)  # there is no single step to capture
         hook = partial(_on_gradient, weakref.ref(self))
         number = 0
         gone = set(self._steppers)
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 if p in self._steppers:
-                    self._views[p].group = group  # loading makes new ones
+                    self._views[p].group = group  # loading makes new groups
                     gone.discard(p)
                 elif p.requires_grad:
                     self._views[p] = view = _One(self.optimizer, group, p)
@@ -148,7 +149,7 @@ class StepInBackward:
             del self._steppers[p], self._views[p]
 
     def discard(self) -> None:
-        """Forget a window that was interrupted; what it has stepped stays so."""
+        """Forget a window that was interrupted; parameters that it has stepped stay stepped."""
         self._fired, self._stepped, self._squares = Counter(), set(), []
 
     @torch.no_grad()
@@ -183,7 +184,7 @@ class StepInBackward:
 
     @property
     def scaling(self) -> Scaling | None:
-        """How the gradients of a step of all parameters together were clipped, as the first window's are."""
+        """How gradients were clipped in a step of all parameters together, such as the first window's."""
         return self.optimizer._stepper.scaling
 
     def step(
@@ -193,10 +194,10 @@ class StepInBackward:
         loss: LossScale | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
-        """End a window: :meth:`finish`.
+        """End a window, by :meth:`finish`.
 
         Raises:
-            ValueError: Inputs, a loss scale or a limit, for which it is too late: most parameters have been stepped.
+            ValueError: Inputs, a loss scale or a limit is given: it is too late, as most parameters have been stepped.
         """
         if inputs is not None or loss is not None or max_grad_norm is not None:
             what = "the rule needs inputs" if inputs is not None else f"max_grad_norm={max_grad_norm}"
@@ -218,7 +219,7 @@ class StepInBackward:
         if not self.last:
             return
         self._fired[p] += 1
-        # What the first window has not seen waits for `finish`.
+        # A parameter that earlier windows have not seen waits for `finish`.
         if self._expected is not None and self._fired[p] == self._expected[p]:
             try:
                 self._step(p)
@@ -227,7 +228,7 @@ class StepInBackward:
                     self._stepped.add(p)
 
     def _step_all(self, params: list[Tensor]) -> None:
-        """The first window's step, which has all gradients and so is exact, but for ``"per_tensor"``."""
+        """Make the first window's step, which has all gradients and so is exact, except with ``"per_tensor"``."""
         if self.clip == "per_tensor" or not params:
             for p in params:
                 self._step(p)
@@ -241,7 +242,7 @@ class StepInBackward:
             self._squares.append(stepper.scaling.squares.sum())
 
     def _step(self, p: Tensor) -> None:
-        self.optimizer.asked_for(None)  # which refuses steps that would go wrong
+        self.optimizer.asked_for(None)  # refuses steps that would go wrong
         stepper = self._steppers[p]
         try:
             if self.max_norm is None or self.clip == "per_tensor":
@@ -257,7 +258,7 @@ class StepInBackward:
 
     @staticmethod
     def _free(stepper: Stepper, params: list[Tensor]) -> None:
-        """Free gradients that a step has used; with those of a step that failed, it may be tried again."""
+        """Free the gradients of a step that has written; a step that failed before can be tried again with its own."""
         if stepper.has_written:
             for p in params:
                 p.grad = None

@@ -1,8 +1,8 @@
 """Parameters whose gradients DDP does not reduce: it knows only those that required gradients when it was made.
 
 A layer that is frozen then, and unfrozen later by a finetuning callback, is stepped by each process with its own
-gradient, and replicas part ways without a word. Here such gradients are averaged when a backward pass ends, as DDP does
-with the others, so that whoever sees, clips or steps them sees the mean.
+gradient, and replicas silently diverge. Here such gradients are averaged when a backward pass ends, as DDP does with
+the others, so that hooks, clipping and steps see the mean.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lightning_optim.stepping.shards import local
 #: Bytes of gradients that are averaged at a time, as in DDP: memory for a copy of so many is needed.
 BUCKET_BYTES = 25 * 2**20
 
-#: What a process has of a gradient. The largest number of all processes decides.
+#: What kind of gradient a process has. The largest of all processes' numbers decides.
 _ABSENT, _DENSE, _SPARSE = 0, 1, 2
 
 
@@ -31,40 +31,40 @@ class Unreduced:
     All processes must have the same parameters in their optimizers, in the same order, as replicas have.
 
     Args:
-        ddp: A ``DistributedDataParallel`` that has just been made: it keeps no record of what it knows, which is what
-            requires gradients now.
+        ddp: A ``DistributedDataParallel`` that has just been made. It reduces the parameters that require gradients
+            now, and keeps no record of which these are.
     """
 
     def __init__(self, ddp: DistributedDataParallel) -> None:
         self._ddp = ddp
         delayed: set[Tensor] = set(self._ddp._delay_all_reduce_params)
-        # By the names with which DDP looks for them: it never finds those of the module itself.
+        # DDP looks parameters up by these names, with which it never finds those of the root module itself.
         self._ignored = {
             p
             for where, part in self._ddp.module.named_modules()
             for name, p in part.named_parameters(recurse=False)
             if f"{where}.{name}" in self._ddp.parameters_to_ignore
         } - delayed
-        self._alike = set(self._ddp.module.parameters())  # DDP has given all processes the values of the first
+        self._alike = set(self._ddp.module.parameters())  # DDP has given all processes the first one's values
         self._reduced = {p for p in self._alike if p.requires_grad} - self._ignored
 
     def parameters(self, optimizers: Iterable[Optimizer]) -> list[Tensor]:
-        """Those of the optimizers' parameters whose gradients DDP does not reduce, and was not told to leave alone."""
+        """The optimizers' parameters whose gradients DDP does not reduce, except those that it was told to ignore."""
         found = _trained(optimizers)
         return [p for p in found if p not in self._reduced and p not in self._ignored]
 
     def ignored(self, optimizers: Iterable[Optimizer]) -> list[str]:
-        """The names of those that DDP was told to leave alone, by ``_ddp_params_and_buffers_to_ignore``."""
+        """The names of the parameters that DDP was told to ignore, by ``_ddp_params_and_buffers_to_ignore``."""
         return self._named([p for p in _trained(optimizers) if p in self._ignored])
 
     def average_after(self, loss: Tensor, optimizers: Sequence[Optimizer]) -> None:
-        """Average when the backward pass that begins with this loss ends. To be called by all processes, or by none.
+        """Average gradients at the end of the backward pass of this loss. Call it in all processes, or in none.
 
-        Not where the backward pass is under ``no_sync``: as in DDP, the sum of a window is averaged with its last.
+        Under ``no_sync`` nothing is averaged: as in DDP, the last backward pass of a window averages the whole sum.
 
         Args:
-            loss: What is differentiated.
-            optimizers: Those that are going to step.
+            loss: The loss that is differentiated.
+            optimizers: The optimizers that are going to step.
         """
         if not self._ddp.require_backward_grad_sync or not loss.requires_grad or not self.parameters(optimizers):
             return
@@ -72,19 +72,19 @@ class Unreduced:
         def begins(grad: Tensor) -> None:
             del grad
             handle.remove()
-            # All processes come by here, whichever of the gradients they have.
+            # All processes get here, whichever of the gradients they have.
             torch.autograd.Variable._execution_engine.queue_callback(partial(self.average, optimizers))
 
         handle = loss.register_hook(begins)
 
     @torch.no_grad()
     def average(self, optimizers: Iterable[Optimizer]) -> None:
-        """Have all processes have the mean of their gradients. Collective.
+        """Average the gradients over all processes. Collective.
 
         A gradient that only some processes have counts as zero in the others; one that none has stays absent.
 
         Raises:
-            RuntimeError: A sparse gradient, or a parameter that is not the same in all processes.
+            RuntimeError: A gradient is sparse, or a parameter is not the same in all processes.
         """
         params = self.parameters(optimizers)
         if not params:
@@ -107,7 +107,7 @@ class Unreduced:
 
     @torch.no_grad()
     def average_tensors(self, tensors: Iterable[Tensor]) -> None:
-        """Have all processes have the mean of these tensors, of which all must have as many, and alike. Collective."""
+        """Average tensors over all processes, which must have the same number of them, and alike. Collective."""
         for bucket in _buckets(tensors):
             self._average(bucket)
 
@@ -119,7 +119,7 @@ class Unreduced:
             grad.copy_(mean.view(grad.shape))
 
     def _check_alike(self, params: list[Tensor]) -> None:
-        """Parameters that DDP has not seen, as they were made later, must have been made alike. Collective."""
+        """Check that parameters made after DDP was set up are the same in all processes. Collective."""
         if not params:
             return
         first = [local(p).detach().clone() for p in params]
@@ -163,7 +163,7 @@ def _kind(grad: Tensor | None) -> int:
 
 
 def _buckets(grads: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Of one type and device each, and of limited size."""
+    """Divide gradients into buckets, each of one type and device, and of limited size."""
     open_: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     done = []
     for grad in grads:

@@ -1,4 +1,4 @@
-"""Engines: who runs an update over a bucket of tensors."""
+"""Engines, which run an update over a bucket of tensors."""
 
 from lightning_optim.engines.base import Bucket, Decision, Engine, Layout
 from lightning_optim.engines.choice import ENGINES, PREFERENCE, available_engines, choose, requested_engine

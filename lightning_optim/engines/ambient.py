@@ -1,4 +1,4 @@
-"""Keeping what a program has set around a step out of it: autocast, and inference mode."""
+"""Keeping the caller's autocast and inference mode out of a step."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Result = TypeVar("Result")
 
 
 def no_autocast(device_type: str = "cpu") -> AbstractContextManager[Any]:
-    """A context without autocast, which would have matrices multiplied in half precision."""
+    """A context without autocast, which would multiply matrices in half precision."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 def without_autocast(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """A function that computes on the CPU as it does where there is no autocast."""
+    """Decorate a function so that it runs without autocast on the CPU."""
 
     @wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -34,7 +34,7 @@ def without_autocast(function: Callable[Arguments, Result]) -> Callable[Argument
 
 
 def of_normal_tensors(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """A function that makes tensors which last longer than the ``torch.inference_mode()`` that it may be called in.
+    """Decorate a function so that the tensors it makes are normal ones, even if it is called in inference mode.
 
     Inference tensors could not be updated in place outside of that mode.
     """

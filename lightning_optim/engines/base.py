@@ -1,4 +1,4 @@
-"""What an engine is, what it is given, and how one is chosen."""
+"""The base class of engines, the buckets that they run, and the record of why one was chosen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_optim.rules.policy import Update
 from lightning_optim.rules.program import Program
 from lightning_optim.rules.table import wide, widest
 
-#: Per-tensor scalars, which the bucket itself provides; all others come from a row of the table.
+#: Per-tensor scalars, which the bucket itself provides; all others come from the table, one line per param group.
 TENSOR_SCALARS = ("step", "tensor_id")
 
 Scalars = Mapping[str, "float | Tensor"]
@@ -50,7 +50,7 @@ class Layout:
     dtypes: tuple[tuple[str, torch.dtype], ...]
 
 
-@dataclass(eq=False)  # a bucket is itself: engines may keep what they have prepared for it
+@dataclass(eq=False)  # buckets are compared by identity: engines may keep what they have prepared for one
 class Bucket:
     """Tensors that one Program updates: same rule, policy, flags, device and storage types.
 
@@ -62,20 +62,20 @@ class Bucket:
         steps: One 0-dim float32 counter per parameter, where the engine wants it (see
             :attr:`Engine.controls_on_device`), or None if the update does not read it. The engine advances them
             when it has updated all of the bucket.
-        rows: For each parameter, the number of its row in the table of scalars (its param group).
+        groups: For each parameter, its group number, which is also the number of its line in the table of scalars.
         ids: For each parameter, its stable number in the optimizer: the seed of its rounding noise.
         sizes: For each parameter, its number of elements.
         plain: Whether all tensors but the weights are torch's own (engines look at the weights themselves).
         dense: Whether each parameter's tensors fill the same memory order without gaps, so that they can be
             treated as flat arrays.
-        aliased: Whether two tensors that are written share memory, or one with a gradient: then the tensors of one
-            parameter after those of the other are read and written.
+        aliased: Whether two tensors that are written share memory, or one of them shares it with a gradient. Then the
+            parameters are read and written one after the other.
         label: The bucket in words, for reports.
         addresses: For engines that use them, the address of each tensor, field after field in the order of the
             calling convention; read anew at every step.
-        step_addresses: Likewise, of each counter.
-        progress: How far a step has come that must be finished once it has begun to write: :meth:`Engine.run` goes on
-            from there. None: every run is a step.
+        step_addresses: Likewise, the address of each counter.
+        progress: How far the current step has come. A step that has begun to write must be finished:
+            :meth:`Engine.run` goes on from there. None: every run is a new step.
     """
 
     update: Update
@@ -83,7 +83,7 @@ class Bucket:
     device: torch.device
     tensors: dict[str, list[Tensor]]
     steps: list[Tensor] | None
-    rows: array[int]
+    groups: array[int]
     ids: array[int]
     sizes: tuple[int, ...]
     plain: bool = True
@@ -95,7 +95,7 @@ class Bucket:
     progress: Progress | None = None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.groups)
 
     def locate(self) -> None:
         """Read the addresses of the tensors and counters."""
@@ -105,8 +105,8 @@ class Bucket:
         self.step_addresses = None if self.steps is None else array("q", map(Tensor.data_ptr, self.steps))
 
     def scalars(self, index: int, table: Sequence[Scalars]) -> dict[str, float | Tensor]:
-        """All scalars of parameter ``index``, its step counted but not yet advanced."""
-        values = dict(table[self.rows[index]])
+        """All scalars of parameter ``index``; ``step`` is that of the coming step, the counter is not advanced."""
+        values = dict(table[self.groups[index]])
         values["tensor_id"] = float(self.ids[index])
         if self.steps is not None:
             values["step"] = counting.next_step(self.steps[index].item())
@@ -120,7 +120,7 @@ class Decision:
     Attributes:
         bucket: What is run, in words.
         engine: The name of the engine chosen.
-        reason: Why it was.
+        reason: Why it was chosen.
         rejected: For each engine that was considered before it, the reason against it.
     """
 
@@ -157,11 +157,11 @@ class Engine(ABC):
         return None
 
     def read(self, tensors: list[Tensor]) -> Reading:
-        """What is compared from step to step to see that tensors, which were torch's own, still are as planned.
+        """A reading of torch's own tensors; it is compared from step to step to see whether a plan still holds.
 
         Raises:
-            RuntimeError, TypeError, AttributeError: One of them is no tensor of torch's own, or none that has strides,
-                or its storage has become too small for it.
+            RuntimeError, TypeError, AttributeError: One of them is not a tensor of torch's own, or has no strides, or
+                its storage has become too small for it.
         """
         return (native_reader() or read)(tensors)
 
@@ -169,27 +169,27 @@ class Engine(ABC):
     def run(self, bucket: Bucket, table: Sequence[Scalars], scaling: Scaling | None = None) -> None:
         """Advance the counters and update the weights and the state of ``bucket`` in place.
 
-        What fails before it has written anything leaves all as it was. Called again after it has, with the same
-        ``bucket.progress``, it goes on from there.
+        A run that fails before it has written anything leaves everything as it was. After a later failure, a second
+        call with the same ``bucket.progress`` goes on where the first one stopped.
 
         Args:
             bucket: What to update. Gradients are only read.
-            table: The scalars of each param group; ``bucket.rows`` points into it.
-            scaling: For engines whose ``controls_on_device`` is set: what becomes the scalar ``grad_scale``, and
-                when nothing is to be done. For all others the table has ``grad_scale`` already.
+            table: The scalars of each param group; ``bucket.groups`` points into it.
+            scaling: For engines whose ``controls_on_device`` is set: determines the scalar ``grad_scale``, and
+                whether the step is left out. For all others the table has ``grad_scale`` already.
         """
 
     @torch.no_grad()
     def reduce(
         self, bucket: Bucket, program: Program, table: Sequence[Scalars], scaling: Scaling | None = None
     ) -> Tensor:
-        """The results of a Program of the bucket's tensors, added up over these: 1-dim float64, on their device.
+        """The results of a Program, added up over the bucket's parameters: 1-dim float64, on their device.
 
         Args:
-            bucket: Has the tensors.
-            program: One without stores. Counters count the step that is to come, and are not advanced.
-            table: As of :meth:`run`.
-            scaling: As of :meth:`run`.
+            bucket: The bucket with the tensors.
+            program: A Program without stores. Its ``step`` is the coming step; counters are not advanced.
+            table: As in :meth:`run`.
+            scaling: As in :meth:`run`.
         """
         math = bucket.layout.math
         sums: list[list[Tensor]] = []
@@ -210,14 +210,14 @@ class Engine(ABC):
 
 
 def _as_number(value: float | Tensor, device: torch.device) -> Tensor:
-    """A result, as wide as scalars are; of a tensor that is divided over processes, the whole one's."""
+    """A result as a 0-dim tensor in the type of scalars; a DTensor gives the result over all its shards."""
     if isinstance(value, Tensor):
         return wide(getattr(value, "full_tensor", lambda: value)()).reshape(())
     return torch.tensor(value, dtype=widest(device), device=device)
 
 
 def advance(bucket: Bucket) -> list[Write]:
-    """What counts one more step of every parameter of the bucket."""
+    """The calls that advance the step counters of the bucket by one."""
     return counting.advancing(bucket.steps) if bucket.steps else []
 
 
@@ -242,7 +242,7 @@ def flat_memory(bucket: Bucket, dtypes: Container[torch.dtype]) -> str | None:
 
 
 def in_place(bucket: Bucket) -> str | None:
-    """Why the tensors of a bucket cannot be written all at a time, or None if they can."""
+    """Why the tensors of a bucket cannot be written all at once, or None if they can."""
     if any(map(is_lazy, bucket.tensors["p"])):
         return "lazily negated weights need torch's own operators"
     if bucket.aliased:

@@ -1,8 +1,8 @@
-"""Where generated code is kept: a private folder, in which files are checked before they are loaded.
+"""The cache of generated code: a private folder, whose files are checked before they are loaded.
 
-A file's name is ``<key>-<digest><suffix>``: the key is a hash of all that its making depends on, the digest one of
+A file's name is ``<key>-<digest><suffix>``: the key is a hash of all that the file is made from, the digest a hash of
 its own bytes, so that a truncated or altered file is never loaded, and one atomic rename publishes both. Whoever can
-write to the folder can name a file so: it must be nobody but this user (:mod:`lightning_optim.engines.private`).
+write to the folder can forge such a name, so only this user may (:mod:`lightning_optim.engines.private`).
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Kept:
     """A file of the cache that has been checked.
 
     Attributes:
-        path: Where it is.
-        opened_path: The same by way of the open folder, for whoever must open it once more: no link on the way to the
-            folder matters any more. Its name says what is in it, so that no two files are ever called the same.
-        content: What is in it.
+        path: Its path.
+        opened_path: Its path through the open folder's descriptor, for opening it once more: links on the way to the
+            folder no longer matter. The file's name has the digest of its content, so different files never share one.
+        content: Its bytes.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class Kept:
 def cache_folder() -> Path:
     """Where kernels are kept: ``$LIGHTNING_OPTIM_CACHE``, else ``lightning_optim`` in the user's cache folder.
 
-    A relative path is meant from where the process was when it first needed a kernel.
+    A relative path starts at the folder in which the process was when it first needed a kernel.
 
     Raises:
         OSError: The user has no home folder, or the current folder is gone.
@@ -85,16 +85,16 @@ def private_folder(folder: Path | None) -> Path:
     """``folder`` if this user alone can write to it, else a temporary one for this process.
 
     Raises:
-        OSError: There is no place for that one either.
+        OSError: There is no place for a temporary folder either.
     """
     return _temporary() if folder is None or made_private(folder) is not None else folder
 
 
 def _temporary() -> Path:
-    """A new folder that goes with this process, below one in which nobody else can exchange it.
+    """A new folder that is removed when this process ends, in a place where nobody else can replace it.
 
     Raises:
-        OSError: There is none.
+        OSError: There is no such place.
     """
     bases = [Path(base) for base in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp"))]  # noqa: S108
     for base in bases:
@@ -120,23 +120,23 @@ def _wanted() -> Path | None:
 
 
 def _usable(wanted: Path | None) -> Path:
-    """The folder to use now: one that was deleted, by a cleaner say, is made again."""
+    """The folder to use now; a folder that was deleted (by a cleaner, say) is made again."""
     folder = private_folder(wanted)
-    if made_private(folder) is not None:  # it was once
+    if made_private(folder) is not None:  # no longer private, though it was
         private_folder.cache_clear()
         folder = private_folder(wanted)
     return folder
 
 
 def cached(key: str, suffix: str, make: Callable[[Path], Path], load: Callable[[Kept], Loaded]) -> Loaded:
-    """What ``load`` makes of the file that belongs to ``key``: from the cache if it is there and intact, else made now.
+    """The result of ``load`` on the file of ``key``: from the cache if it is there and intact, else made now.
 
     Args:
-        key: Of letters and digits: a hash of all that the file depends on.
-        suffix: Of its name.
+        key: A hash, in letters and digits, of all that the file depends on.
+        suffix: The suffix of the file's name.
         make: Given an empty folder of its own, makes the file there and returns its path.
-        load: Given the file, which it must not trust to be what ``make`` makes. If it raises :class:`BuildError` for
-            one that was there, the file is made anew.
+        load: Loads the file, which it must not trust to be what ``make`` makes. If it raises :class:`BuildError` for
+            a cached file, the file is made anew.
 
     Raises:
         BuildError: There is no folder to keep it in, or ``make`` or ``load`` failed.
@@ -168,7 +168,7 @@ def _cached_in(
             try:
                 return load(kept)
             except BuildError:
-                there.remove(kept.path.name)  # whole as it is, it is of no use: the next process must make it again
+                there.remove(kept.path.name)  # intact but of no use: the next process must make it again
                 raise
 
 
@@ -180,7 +180,7 @@ class _Files:
     descriptor: int
 
     def load_intact(self, key: str, suffix: str, load: Callable[[Kept], Loaded]) -> Iterator[Loaded]:
-        """What is loaded of the files of a key; those that are damaged, or are not what they should be, are removed."""
+        """Load the intact files of a key, one after the other; files that are damaged or fail to load are removed."""
         for name in sorted(os.listdir(self.descriptor)):
             if not (name.startswith(f"{key}-") and name.endswith(suffix)):
                 continue

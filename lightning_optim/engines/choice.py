@@ -1,4 +1,4 @@
-"""Which engines there are, and which one runs a bucket."""
+"""The engines that there are, and the choice of one for a bucket."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def requested_engine(argument: str) -> str:
     """The engine asked for: the environment variable if set, else the argument.
 
     Raises:
-        ValueError: Not the name of an engine, nor ``"auto"``; or the environment variable of the number of threads is
-            no such number, which is better said now than in a step.
+        ValueError: The name is neither an engine's nor ``"auto"``; or the environment variable for the number of
+            threads has no valid number, which is reported here rather than in a step.
     """
     requested_threads()
     override = os.environ.get(ENGINE_VARIABLE)
@@ -61,7 +61,7 @@ def choose(bucket: Bucket, requested: str) -> tuple[Engine, Decision]:
     preference = PREFERENCE.get(bucket.device.type, PREFERENCE["default"])
     order = list(preference) if requested == "auto" else [requested, *(n for n in preference if n != requested)]
     rejected: dict[str, str] = {}
-    unexpected: dict[str, str] = {}  # engine -> what may be said of it only once in this process
+    unexpected: dict[str, str] = {}  # engine -> the key of its warning, which is given once per process
     for name in order:
         engine = ENGINES[name]
         broken = engine.unavailable()
@@ -82,5 +82,5 @@ def choose(bucket: Bucket, requested: str) -> tuple[Engine, Decision]:
             )
         rejected[name] = reason
         if broken or name == requested:
-            unexpected[name] = "broken" if broken else reason  # a failed build's message is another for every kernel
+            unexpected[name] = "broken" if broken else reason  # the message of a failed build differs by kernel
     raise RuntimeError(f"no engine can run {bucket.label}: {rejected}")

@@ -1,4 +1,4 @@
-"""What engines of compiled kernels have in common: tensors are found by address, a kernel is built once."""
+"""The base class of engines with compiled kernels: tensors are found by address, and a kernel is built once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class CompiledEngine(Engine, Generic[Kernel]):
         """Build the kernel of a Program.
 
         Raises:
-            BuildError: It cannot be.
+            BuildError: The kernel cannot be built.
         """
 
     def read(self, tensors: list[Tensor]) -> Reading:

@@ -1,4 +1,4 @@
-"""The reference: the Program, tensor by tensor, with torch's own operators."""
+"""The eager engine, the reference: it runs a Program tensor by tensor, with torch's own operators."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class EagerEngine(Engine):
         loaded = {name: stored[name].to(math) for name in program.loads}
         new = interpret(program, loaded, scalars, math)
         own = set(map(id, loaded.values()))
-        # What is stored as it was loaded (slots that swap, say) is read before anything is written.
+        # A new value that is a loaded tensor itself (slots that swap, say) is copied before anything is written.
         return {name: value.clone() if id(value) in own else value for name, value in new.items()}
 
 
 def _divided_as(stored: Any, value: Any) -> Any:
-    """A new value, divided over processes as what it is stored in: before anything is written, as it may fail."""
+    """A new value with the placements of the tensor that it is stored in; made before any write, as it may fail."""
     if not hasattr(value, "placements"):
         return value
     if not hasattr(stored, "placements"):
@@ -55,5 +55,5 @@ def _divided_as(stored: Any, value: Any) -> Any:
 
 
 def _write(stored: Tensor, value: Tensor | float) -> Write:
-    """Storing a new value: the one conversion to the storage type, which rounds to nearest."""
+    """The call that stores a new value: the only conversion to the storage type, which rounds to nearest."""
     return partial(stored.copy_, value) if isinstance(value, Tensor) else partial(stored.fill_, value)

@@ -1,8 +1,8 @@
-"""Eigenbases of averaged products of gradients, and what is rotated into them: the mathematics of SOAP.
+"""Eigenbases of averaged products of gradients, and rotations into them: the mathematics of SOAP.
 
-All functions are on stacks: the first dimension counts the tensors, the others are theirs. ``bases`` has, by the number
-of a tensor's dimension, a stack of orthogonal matrices with the eigenvectors as columns; other dimensions stay as they
-are.
+All functions work on stacks: the first dimension counts the tensors, the others are the tensors' own. ``bases`` maps
+the number of a tensor's dimension to a stack of orthogonal matrices with the eigenvectors as columns; dimensions
+without one are not rotated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lightning_optim.engines.ambient import no_autocast
 
 Bases = Mapping[int, Tensor]
 
-#: Added to the diagonal, so that a matrix of zeros has eigenvectors too: as the authors have it.
+#: Added to the diagonal, so that a matrix of zeros has eigenvectors too, as in the authors' code.
 _SMALL = 1e-30
 
 
@@ -50,25 +50,25 @@ def products(x: Tensor, dimension: int) -> Tensor:
 def eigenbasis(matrices: Tensor) -> Tensor:
     """The eigenvectors of symmetric matrices, by falling eigenvalue; NaN for a matrix that has a NaN or infinity.
 
-    On CUDA this waits for the device, as torch looks there whether its solver has converged.
+    On CUDA this waits for the device, since torch checks there whether its solver has converged.
     """
     finite = torch.isfinite(matrices).all(-1, keepdim=True).all(-2, keepdim=True)
     known = torch.where(finite, matrices, 0.0)
     known = known + _SMALL * torch.eye(known.shape[-1], dtype=known.dtype, device=known.device)
     try:
         vectors = torch.linalg.eigh(known).eigenvectors
-    except torch.linalg.LinAlgError:  # float32 sometimes does not do for matrices that are nearly singular
+    except torch.linalg.LinAlgError:  # in float32, this may fail for matrices that are nearly singular
         vectors = torch.linalg.eigh(known.double()).eigenvectors.to(known.dtype)
     return torch.where(finite, vectors.flip(-1), torch.nan)
 
 
 def refined(matrices: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """One power iteration towards the eigenvectors of symmetric matrices, from bases that are nearly such.
+    """One power iteration towards the eigenvectors of symmetric matrices, from bases that are close to them.
 
     Nothing waits for the device.
 
     Returns:
-        The new bases, and for each the order in which it has the columns of the old one: by falling eigenvalue.
+        The new bases, and for each the order in which it takes the columns of the old one: by falling eigenvalue.
     """
     with no_autocast(matrices.device.type):
         turned = torch.bmm(matrices, basis)
@@ -78,7 +78,7 @@ def refined(matrices: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reordered(x: Tensor, dimension: int, order: Tensor) -> Tensor:
-    """Tensors with one dimension's coordinates in another order, each in its own."""
+    """Tensors with the coordinates of one dimension reordered, each tensor by its own order."""
     shape = [len(x), *(1 for _ in range(x.ndim - 1))]
     shape[dimension + 1] = order.shape[-1]
     return torch.take_along_dim(x, order.view(shape), dim=dimension + 1)

@@ -1,4 +1,4 @@
-"""What engines raise where they cannot do what they should."""
+"""The error that engines raise."""
 
 from __future__ import annotations
 

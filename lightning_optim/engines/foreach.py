@@ -1,4 +1,4 @@
-"""The Program on lists of tensors, whose operators are ``torch._foreach_*``: few kernel launches on any device."""
+"""The foreach engine: runs a Program on lists of tensors by ``torch._foreach_*``, with few launches on any device."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _div(a: Any, b: Any) -> Any:
 def _pow(a: Any, b: Any) -> Any:
     if isinstance(a, list) and not isinstance(b, Tensor) and (isinstance(b, list) or abs(b) != 0.5):
         return torch._foreach_pow(a, b)
-    return None  # for square roots, see the operation
+    return None  # for square roots, see the operation itself
 
 
 def _lerp(a: Any, b: Any, weight: Any) -> Any:
@@ -134,17 +134,17 @@ class ForeachEngine(Engine):
 
     @staticmethod
     def _computed(bucket: Bucket, scalars: Scalars, stored: dict[str, list[Tensor]]) -> dict[str, list[Tensor] | float]:
-        """The new values of those lists of tensors that are written."""
+        """The new values of the lists of tensors that are written."""
         math, program = bucket.layout.math, bucket.update.program
         loaded = {name: TensorList([t.to(math) for t in stored[name]]) for name in program.loads}
         new = interpret(program, loaded, scalars, math, each)
         own = {id(tensor) for column in loaded.values() for tensor in column.tensors}
-        # What is stored as it was loaded (slots that swap, say) is read before anything is written.
+        # A new value that is a loaded tensor itself (slots that swap, say) is copied before anything is written.
         return {n: v if isinstance(v, float) else _clones(v.tensors, own) for n, v in new.items()}
 
 
 def each(function: Callable[[Tensor], Tensor], operand: Any) -> Any:
-    """What a function makes of a tensor, or of each tensor of a list."""
+    """Apply a function to a tensor, or to each tensor of a list."""
     return TensorList(map(function, operand.tensors)) if isinstance(operand, TensorList) else function(operand)
 
 
@@ -164,12 +164,12 @@ def _store(stored: list[Tensor], column: list[Tensor] | float) -> None:
 
 
 def _parts(bucket: Bucket) -> list[list[int]]:
-    """Parameters that share all scalars, in parts of bounded size."""
+    """The indices of the parameters, in parts of bounded size whose parameters share all scalars."""
     same: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     noisy = bucket.update.policy.rounding == "stochastic"
-    for index, row in enumerate(bucket.rows):
+    for index, group in enumerate(bucket.groups):
         step = bucket.steps[index].item() if bucket.steps is not None else 0
-        same[(row, step, bucket.ids[index] if noisy else 0)].append(index)
+        same[(group, step, bucket.ids[index] if noisy else 0)].append(index)
     parts = []
     for indices in same.values():
         part: list[int] = []
@@ -182,5 +182,5 @@ def _parts(bucket: Bucket) -> list[list[int]]:
             part.append(index)
             elements += size
         parts.append(part)
-    # The largest first: where there is no memory for what a step computes, nothing has been written yet.
+    # The largest part comes first: if memory runs out, it does so before anything is written.
     return sorted(parts, key=lambda part: -sum(bucket.tensors["p"][i].numel() for i in part))

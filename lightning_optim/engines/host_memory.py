@@ -13,7 +13,7 @@ class HostMemory:
     """Memory of the host that a process can still take.
 
     Attributes:
-        free: In bytes.
+        free: The number of bytes.
         source: What sets this limit, in words.
     """
 
@@ -24,15 +24,14 @@ class HostMemory:
 def host_memory(root: Path = Path("/")) -> HostMemory:
     """The least of ``MemAvailable`` and what every control group (v1 and v2) around this process leaves.
 
-    ``MemAvailable`` is what can be had without swapping; a container's own limit does not show in it. Of what a group
-    has taken, its inactive file cache is given back when memory is needed, and so counts as free (the "working set" of
-    Kubernetes).
+    ``MemAvailable`` is what can be had without swapping; a container's own limit does not show in it. The inactive file
+    cache of a group is given back when memory is needed, and so counts as free (the "working set" of Kubernetes).
 
     Args:
         root: Where ``/proc`` and ``/sys`` are.
 
     Raises:
-        RuntimeError: The system tells none of them.
+        RuntimeError: None of these can be read.
 
     >>> host_memory().free > 0
     True
@@ -61,7 +60,7 @@ def _available(root: Path) -> list[HostMemory]:
 
 
 def _left_by_groups(root: Path) -> list[HostMemory]:
-    """What each group leaves, from this process's own up to the outermost: any of them may have a limit."""
+    """What each control group leaves, from this process's own up to the outermost: any of them may have a limit."""
     found = []
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         number, controllers, path = line.split(":", 2)
@@ -73,7 +72,7 @@ def _left_by_groups(root: Path) -> list[HostMemory]:
             continue
         for mount in mounts:
             base = root / mount
-            # In a container the path may be that outside of it, while the mount is the group itself: the base is last.
+            # In a container the path may be the host's, while the mount is the group itself: so the base counts too.
             own = base / path.strip("/")
             for folder in (own, *own.parents):
                 if (memory := _left_by(folder, files)) is not None:

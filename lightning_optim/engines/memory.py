@@ -1,4 +1,4 @@
-"""How tensors lie in memory: what decides whether a list of them can be updated as flat arrays."""
+"""How tensors lie in memory, which decides whether a list of them can be updated as flat arrays."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Reading:
     """Where tensors are, and what they are.
 
     Attributes:
-        addresses: Of their first elements.
-        forms: Equal to that of another reading only if the tensors have the same types, devices, shapes and strides,
+        addresses: The addresses of their first elements.
+        forms: Equal to those of another reading only if the tensors have the same types, devices, shapes and strides,
             are lazily negated or conjugated alike, are made in inference mode alike, and lie within their storages if
             the others do.
     """
@@ -31,7 +31,7 @@ class Reading:
     forms: Any
 
 
-#: What :func:`read` asks of each tensor; of all of them one thing after the other, which is three times as fast.
+#: The properties that :func:`read` asks for, one after the other of all tensors, which is three times as fast.
 _KINDS = (
     attrgetter("dtype"),
     attrgetter("device"),
@@ -48,7 +48,7 @@ def read(tensors: Sequence[Tensor]) -> Reading:
     """A reading of torch's own tensors.
 
     Raises:
-        RuntimeError: Something else.
+        RuntimeError: One of them is of another class.
     """
     if not set(map(type, tensors)) <= _PLAIN:
         raise RuntimeError(f"of {set(map(type, tensors))}, not all are torch's own tensors")
@@ -58,7 +58,7 @@ def read(tensors: Sequence[Tensor]) -> Reading:
 
 
 def read_any(tensors: Sequence[Tensor]) -> Reading:
-    """A reading of tensors of any class and on any device; some have no address, which is 0 then."""
+    """A reading of tensors of any class and on any device; the address of a tensor without one is 0."""
     divided = [(getattr(t, "placements", None), getattr(t, "device_mesh", None)) for t in tensors]
     addresses = array("q", [t.data_ptr() if is_plain(t) else 0 for t in tensors])
     return Reading(addresses, [list(map(form, tensors)), list(map(type, tensors)), divided])
@@ -83,7 +83,7 @@ def same_order(a: Tensor, b: Tensor) -> bool:
 
 
 def form(tensor: Tensor) -> tuple[Any, ...]:
-    """All that decides how a tensor is updated, apart from where it is and what is in it."""
+    """All that decides how a tensor is updated, apart from its address and its values."""
     signs = tensor.is_neg(), tensor.is_conj(), tensor.is_inference()
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, *signs
 
@@ -104,12 +104,12 @@ def has_address(tensor: Tensor) -> bool:
 
 
 def in_order_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor`` itself, or a copy of it whose elements lie in memory as ``like``'s do, and as they are.
+    """``tensor`` itself, or a copy whose memory holds its true values in the order of ``like``'s elements.
 
     A lazily negated tensor (autograd makes such gradients from conjugates) holds in memory the negatives of its values.
 
     Raises:
-        RuntimeError: They differ in shape.
+        RuntimeError: The two differ in shape.
     """
     if tensor.shape != like.shape:
         raise RuntimeError(f"shapes {tuple(tensor.shape)} and {tuple(like.shape)} differ")  # copying would broadcast
@@ -119,11 +119,11 @@ def in_order_of(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether elements share memory (an expanded tensor's do), so that there is no writing to each of them."""
+    """Whether elements share memory (an expanded tensor's do), so that they cannot be written one by one."""
     steps = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
     if not tensor.numel() or (steps and steps[0][0] == 0):
         return tensor.numel() > 0
-    reach = 0  # how far elements lie apart that differ in the dimensions of smaller strides only
+    reach = 0  # the largest distance between elements that differ only in dimensions of smaller strides
     for stride, size in steps:
         if stride <= reach:  # they interleave
             offsets = torch.zeros(1, dtype=torch.int64, device="cpu")
@@ -135,7 +135,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def problem_of_storage(tensor: Tensor) -> str | None:
-    """Why a tensor's elements are not all in memory of its own, or None if they are."""
+    """Why a tensor's elements do not all lie within its storage, or None if they do."""
     if not tensor.numel():
         return None
     size = tensor.untyped_storage().nbytes()
@@ -146,7 +146,7 @@ def problem_of_storage(tensor: Tensor) -> str | None:
 
 
 def extent(tensor: Tensor) -> int:
-    """Bytes from the first element to the end of the last; all that lie between count, also in gaps."""
+    """Bytes from the first element to the end of the last, including gaps."""
     if not tensor.numel():
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -154,7 +154,7 @@ def extent(tensor: Tensor) -> int:
 
 
 def spans(tensors: Sequence[Tensor]) -> tuple[array[int], array[int]]:
-    """Where tensors begin, and how many bytes they reach; those without an address reach none."""
+    """The addresses and the extents of tensors; both are 0 for a tensor without an address."""
     known = [(t.data_ptr(), extent(t)) if has_address(t) else (0, 0) for t in tensors]
     return array("q", [begin for begin, _ in known]), array("q", [length for _, length in known])
 
@@ -165,9 +165,9 @@ def aliased(tensors: Sequence[Tensor]) -> bool:
 
 
 def overlap(tensors: Sequence[Tensor]) -> tuple[int, list[int]] | None:
-    """The number of a tensor of which a byte is another's, and the numbers of those it may be; None if there is none.
+    """The index of a tensor that shares a byte with another one, and the indices of the candidates; None if none does.
 
-    Ranges may meet without that: the columns of one matrix, say, lie between each other. So bytes are counted.
+    Ranges may meet although no byte is shared (the columns of one matrix interleave, say), so single bytes are marked.
     """
     placed = sorted((t.data_ptr(), number) for number, t in enumerate(tensors) if t.numel() and has_address(t))
     groups: list[list[int]] = []
@@ -187,7 +187,7 @@ def _taken_twice(tensors: Sequence[Tensor], numbers: Sequence[int]) -> tuple[int
     earlier: list[int] = []
     for number in sorted(numbers):
         t = tensors[number]
-        size = t.element_size()  # those of one piece of memory may be of several types
+        size = t.element_size()  # tensors in one piece of memory may have several types
         own = taken.as_strided((*t.shape, size), (*(step * size for step in t.stride()), 1), t.data_ptr() - first)
         if own.any():
             return number, earlier
@@ -198,16 +198,16 @@ def _taken_twice(tensors: Sequence[Tensor], numbers: Sequence[int]) -> tuple[int
 
 @dataclass(frozen=True)
 class Ranges:
-    """Ranges of memory that do not meet.
+    """Disjoint ranges of memory.
 
     Attributes:
-        bounds: The begin and end of each, in order.
+        bounds: The begin and end of each range, in order.
     """
 
     bounds: array[int]
 
     def meet(self, begins: Sequence[int], lengths: Sequence[int]) -> bool:
-        """Whether one of these other ranges has a part of one of ours."""
+        """Whether one of these other ranges overlaps one of ours."""
         bounds = self.bounds
         for begin, length in zip(begins, lengths, strict=True):
             place = bisect_right(bounds, begin)
@@ -217,7 +217,7 @@ class Ranges:
 
 
 def ranges(begins: Sequence[int], lengths: Sequence[int]) -> Ranges | None:
-    """These ranges; None if two of them meet."""
+    """These ranges in order; None if two of them overlap."""
     found = sorted((begin, begin + length) for begin, length in zip(begins, lengths, strict=True) if length)
     if any(end > begin for (_, end), (begin, _) in pairwise(found)):
         return None

@@ -28,7 +28,7 @@ from lightning_optim.warnings import warn_once
 #: ``(a, b, c)`` of the polynomial ``a x + b x³ + c x⁵`` of one step.
 Triple = tuple[float, float, float]
 
-#: Who computes the symmetric products.
+#: What computes the symmetric products.
 Products = Literal["auto", "torch", "triton"]
 
 #: ``x xᵀ`` of a batch, or ``beta · addend + alpha · x xᵀ`` for a symmetric ``addend``.
@@ -102,7 +102,7 @@ def orthogonalize(
 
     A matrix of zeros gives zeros; directions in which it is (nearly) singular stay small. Nothing waits for the
     device, and no gradient flows through. A batch gives what its matrices give one by one, up to rounding, in as many
-    launches as one of them.
+    launches as a single matrix.
 
     Args:
         x: ``(batch, rows, columns)`` or ``(rows, columns)``, in bfloat16, float16, float32 or float64; not changed.
@@ -110,9 +110,9 @@ def orthogonalize(
         steps: Number of Newton–Schulz steps.
         coefficients: ``(a, b, c)`` for all steps, or one such triple for each step, as :func:`polar_express` gives.
         eps: Frobenius norms below this count as this.
-        dtype: What matrices are multiplied in, also under autocast. None: bfloat16 on CUDA, float32 elsewhere, and
-            float64 for a float64 ``x``.
-        products: ``"torch"`` or ``"triton"`` to say who computes ``X Xᵀ`` and ``b A + c A A``. ``"auto"``: Triton for
+        dtype: The type that matrices are multiplied in, also under autocast. None: bfloat16 on CUDA, float32
+            elsewhere, and float64 for a float64 ``x``.
+        products: What computes ``X Xᵀ`` and ``b A + c A A``: ``"torch"`` or ``"triton"``. ``"auto"``: Triton for
             half-precision products on CUDA, where it is installed and the matrices are large enough.
 
     Returns:
@@ -121,7 +121,7 @@ def orthogonalize(
     Raises:
         ValueError: ``x`` is no matrix or batch of matrices; ``x`` or ``dtype`` is of another type; ``steps`` is less
             than 1; not one triple per step; ``eps`` is not positive; ``products`` is none of the above, or
-            ``"triton"`` where that cannot be.
+            ``"triton"`` where Triton cannot be used.
 
     Example:
         >>> import torch
@@ -157,7 +157,7 @@ def orthogonalize(
 
 
 class Orthogonalized(Transform):
-    """Muon's transform: Newton–Schulz, with the size of the update in the last step's polynomial."""
+    """Muon's transform: Newton–Schulz, with the update's scale as a factor of the last step's polynomial."""
 
     any_order = True
     workspace = 2  # bfloat16
@@ -176,7 +176,7 @@ class Orthogonalized(Transform):
         return (*schedule[:-1], (size * a, size * b, size * c))
 
     def dtype(self, p: Tensor) -> torch.dtype:
-        """See :meth:`Transform.dtype`: what :func:`orthogonalize` multiplies in."""
+        """See :meth:`Transform.dtype`: the type that :func:`orthogonalize` multiplies in."""
         if p.dtype == torch.float64:
             return torch.float64
         return torch.bfloat16 if p.is_cuda else torch.float32
@@ -187,7 +187,7 @@ class Orthogonalized(Transform):
 
 
 def matrices(shape: torch.Size, stacked: bool) -> tuple[int, int, int]:
-    """As how many matrices, of how many rows and columns, a weight of two or more dimensions is stepped."""
+    """How many matrices a weight of two or more dimensions is stepped as, and their numbers of rows and columns."""
     if len(shape) == 3 and stacked:
         return shape[0], shape[1], shape[2]
     return 1, shape[0], math.prod(shape[1:])
@@ -230,7 +230,7 @@ def _torch_product(x: Tensor, addend: Tensor | None = None, *, alpha: float = 1.
 
 
 def _symmetric_product(x: Tensor, products: Products) -> SymmetricProduct:
-    """Who multiplies: see :func:`orthogonalize`."""
+    """The function that multiplies: see ``products`` of :func:`orthogonalize`."""
     if products not in get_args(Products):
         raise ValueError(f"products={products!r} is unknown; valid: {', '.join(get_args(Products))}")
     if products == "triton":

@@ -1,4 +1,4 @@
-"""From a Program to source text: what printing to C and printing to Triton have in common.
+"""Printing a Program as source text: the part that C and Triton have in common.
 
 A printer is tables of expression templates (for scalars, in float64, once per tensor; for elements; for what
 reductions accumulate) and a few ways of writing: a constant, an assignment, a load, a store, a widening. Where a
@@ -18,7 +18,7 @@ from lightning_optim.engines.base import TENSOR_SCALARS, Layout
 from lightning_optim.rules.program import Kind, Node, Pass, Program, Rate
 from lightning_optim.rules.table import OPS
 
-#: Operations of elements alone.
+#: Operations that exist for elements only, not for scalars.
 ROUNDING_OPS = frozenset({"round_to", "stochastic_round"})
 
 
@@ -38,8 +38,8 @@ class Printer(ABC):
     which are the nodes' (see :meth:`name`).
 
     Attributes:
-        scalar_templates: For each operation, its expression on float64 scalars; for each reduction, what it makes
-            of the accumulated value.
+        scalar_templates: For each operation, its expression on float64 scalars; for each reduction, its expression on
+            the accumulated value.
         element_templates: For each operation that is not a reduction, its expression in the loop over elements, in
             the math type.
         accumulate_templates: For each reduction, what the loop adds up: an expression of its widened operand.
@@ -85,7 +85,7 @@ class Printer(ABC):
 
     @abstractmethod
     def load(self, tensor: str, dtype: torch.dtype) -> str:
-        """An expression: the current element of ``tensor``, in the math type."""
+        """An expression for the current element of ``tensor``, in the math type."""
 
     @abstractmethod
     def store(self, tensor: str, dtype: torch.dtype, value: str) -> str:
@@ -93,7 +93,7 @@ class Printer(ABC):
 
     @abstractmethod
     def load_scalar(self, tensor: str, dtype: torch.dtype) -> str:
-        """An expression: the one number of ``tensor``, in float64."""
+        """An expression for the one number of ``tensor``, in float64."""
 
     @abstractmethod
     def store_scalar(self, tensor: str, dtype: torch.dtype, value: str) -> str:
@@ -101,7 +101,7 @@ class Printer(ABC):
 
     @abstractmethod
     def widen(self, value: str) -> str:
-        """``value``, an element (a number or a bool), in the type in which reductions accumulate; an operand."""
+        """An operand: ``value``, an element (a number or a bool), in the type in which reductions accumulate."""
 
     def kind(self, node: Node) -> Kind:
         """What the value of ``node`` is: see :meth:`Program.kind`.
@@ -111,7 +111,7 @@ class Printer(ABC):
         return self.program.kind(node)
 
     def name(self, index: int) -> str:
-        """How the generated code calls node ``index``: its number, with a letter for its rate."""
+        """The name of node ``index`` in generated code: its index, with a letter for its rate."""
         return f"{'s' if self.program.nodes[index].is_scalar else 'v'}{index}"
 
     def operand(self, index: int, *, element: bool) -> str:
@@ -179,7 +179,7 @@ class Printer(ABC):
 
     @property
     def table_scalars(self) -> list[str]:
-        """The scalar inputs that come from a row of the table (one per param group), in its order."""
+        """The scalar inputs that come from a param group's line in the table, in its order."""
         return [name for name in self.program.scalars if name not in TENSOR_SCALARS]
 
     @property
@@ -190,7 +190,7 @@ class Printer(ABC):
 
     @property
     def reductions(self) -> int:
-        """The most reductions that any one pass has."""
+        """The largest number of reductions in any one pass."""
         return max(len(sweep.reductions) for sweep in self.program.passes)
 
     def reduced_before(self, stage: int) -> tuple[int, ...]:
@@ -198,7 +198,7 @@ class Printer(ABC):
         return self.program.passes[stage - 1].reductions if stage else ()
 
     def earlier_scalars(self, sweep: Pass) -> list[int]:
-        """The scalars of earlier stages that the scalars of a pass, and in the last one their stores, are made from."""
+        """The scalars of earlier stages that the scalars of a pass are computed from, or that the last pass stores."""
         nodes, own = self.program.nodes, set(sweep.scalars)
         read = {arg for i in own for arg in nodes[i].args if nodes[arg].is_scalar}
         if sweep is self.program.passes[-1]:

@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-#: The system's own number of symbolic links that a path may go through.
+#: The system's own limit on symbolic links in a path.
 MOST_LINKS = 40
-#: What is written at the failure of a build, to tell a full disk from a broken compiler.
+#: How many bytes are written after a failed build, to tell a full disk from a broken compiler.
 PROBE_BYTES = 1 << 20
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def made_private(folder: Path) -> str | None:
-    """Make ``folder``, if it is not there; why it is not private, or cannot be written to, or None."""
+    """Make ``folder`` if it is missing; returns why it is not private or not writable, or None if it is both."""
     try:
         for missing in reversed([part for part in (folder, *folder.parents) if not part.exists()]):
             with contextlib.suppress(FileExistsError):
@@ -32,10 +32,10 @@ def made_private(folder: Path) -> str | None:
 def not_private(folder: Path) -> str | None:
     """Why somebody else could change what is found in ``folder``, an absolute path, or None if nobody could.
 
-    Every folder and every symbolic link on the way must be this user's or root's, so that nobody else can exchange it;
-    others may write to a folder only if it is sticky, as ``/tmp`` is, where they cannot touch what is not theirs. The
-    folder itself must be this user's alone. All this only its owner and root can change later: what is private now
-    stays so.
+    Every folder and every symbolic link on the way must be this user's or root's, so that nobody else can replace it;
+    others may write to a folder only if it is sticky, like ``/tmp``, where they cannot touch the files of others. The
+    folder itself must be this user's alone. Only its owner and root can change any of this later, so what is private
+    now stays private.
     """
     try:
         info = os.lstat("/")
@@ -79,7 +79,7 @@ def _shared(info: os.stat_result) -> bool:
 
 @lru_cache(maxsize=1)
 def _system_users() -> frozenset[int]:
-    """Root; and in a container that does not have it, the number that stands for all users that it does not have."""
+    """Root; and in a user namespace without root, the number that stands for all users that it does not map."""
     try:
         ranges = [list(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
         if any(first == 0 for first, _, _ in ranges):
@@ -91,10 +91,10 @@ def _system_users() -> frozenset[int]:
 
 @contextlib.contextmanager
 def opened(folder: Path) -> Iterator[int]:
-    """A descriptor of a private folder: whatever its path comes to mean, it stays that folder.
+    """A descriptor of a private folder, which stays the same folder even if its path later leads elsewhere.
 
     Raises:
-        OSError: It is not there, or no longer private.
+        OSError: The folder does not exist, or is no longer private.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -107,16 +107,16 @@ def opened(folder: Path) -> Iterator[int]:
 
 
 def read_own(name: str, folder: int) -> bytes | None:
-    """What is in a file of a folder, if the file is this user's own: regular, under one name, not others' to write to.
+    """The content of a file, or None unless it is this user's own: regular, under one name, not writable by others.
 
     Args:
-        name: Of the file.
+        name: Name of the file.
         folder: Descriptor of the folder.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
-    # Non-blocking: a pipe that somebody put there would be waited for.
+    # Non-blocking, since opening a pipe that somebody put there would wait.
     descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     with open(descriptor, "rb") as file:
         info = os.fstat(descriptor)

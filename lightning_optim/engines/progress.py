@@ -1,8 +1,8 @@
-"""How far a step has come, so that one that an interrupt or an error cuts short is brought to its end.
+"""How far a step has come, so that a step that an interrupt or an error cuts short can be finished.
 
-Weights and state are overwritten in place: there is no way back to the old step that would not cost a copy of them. So
-a step that has begun to write goes on. For that, an engine divides its work into parts; each is computed first, without
-a trace, and then written by a list of calls that is kept until all of them are done.
+Weights and state are overwritten in place: going back to the old values would need a copy of them. So a step that has
+begun to write is finished. For that, an engine divides its work into parts; each part is first computed, without
+writing anything, and then written by a list of calls that is kept until all of them are done.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from functools import partial
 from operator import call
 from typing import Any
 
-#: How often a step that has begun is taken up again. An interrupt may come twice; what fails three times has no memory.
+#: How often a step that has begun is tried again. An interrupt may come twice; a step that fails three times cannot
+#: be finished: there is no memory, say.
 TRIES = 3
 
 Write = Callable[[], Any]
@@ -23,7 +24,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._finished: list[None] = []
-        # In one attribute: nothing can come between the new writes and that none of them is done.
+        # Both in one attribute, so that they change at once: new writes, and the results of those that are done.
         self._current: tuple[list[Write], list[Any]] = ([], [])
 
     @property
@@ -40,28 +41,28 @@ class Progress:
         """Write the next part.
 
         Args:
-            writes: Calls in their order, each of which either does all that it does, or nothing, or the same when it
-                is called again.
+            writes: Calls in order. Each either completes or does nothing, or has the same effect when it is called
+                again.
         """
         self.prepare(writes)
         self.finish()
 
     def prepare(self, writes: Iterable[Write]) -> None:
-        """Say what the next part is, which :meth:`finish` writes."""
+        """Set the calls of the next part, which :meth:`finish` makes."""
         self._current = ([*writes, partial(self._finished.append, None)], [])
 
     def finish(self) -> None:
         """Do what is left of the last part, if it was cut short."""
         writes, done = self._current
-        # In one call of C, between whose steps Python handles no signal: an interrupt finds a write done and noted
-        # down, or neither.
+        # In one call of C, within which Python handles no signals: at an interrupt, a write is either done and
+        # recorded, or neither.
         done.extend(map(call, writes[len(done) :]))
         self._current = ([], [])
 
     def let_go(self) -> None:
         """Free what a part that cannot be finished has computed."""
         if self.begun:
-            self._finished.append(None)  # what is written stays so
+            self._finished.append(None)  # so that `begun` stays true
         self._current = ([], [])
 
 
@@ -70,14 +71,14 @@ class IncompleteStepError(RuntimeError):
 
 
 def carry_through(work: Callable[[], None], begun: Callable[[], bool]) -> None:
-    """Do work; if something comes in between after it has begun to write, finish it first, and raise that then.
+    """Do work; if an exception comes after it has begun to write, finish the work first, then raise the exception.
 
     Args:
-        work: Goes on where it was when it is called again.
+        work: The work, which goes on where it was when it is called again.
         begun: Whether anything is written.
 
     Raises:
-        IncompleteStepError: It cannot be finished.
+        IncompleteStepError: The work cannot be finished.
     """
     try:
         work()

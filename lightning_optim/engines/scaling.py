@@ -1,4 +1,4 @@
-"""What gradients are multiplied by on their way into a step, and when the step is left out."""
+"""Unscaling and clipping of a step's gradients, and the decision to leave the step out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class LossScale:
-    """Gradients of a scaled loss.
+    """How the loss was scaled whose gradients a step gets.
 
     Attributes:
         scale: What the loss was multiplied by, 0-dim float32 on the gradients' device; None: nothing.
@@ -36,8 +36,7 @@ def needs_squares(max_norm: float | None, loss: LossScale | None) -> bool:
 class Scaling:
     """How the gradients of one step are unscaled and clipped, and whether the step is done at all.
 
-    Engines whose ``controls_on_device`` is set evaluate this in their own kernels; for all others the methods here
-    say what it comes to.
+    Engines whose ``controls_on_device`` is set evaluate this in their own kernels; for all others these methods do.
 
     Attributes:
         max_norm: Clip the global norm of the unscaled gradients to this; None: no clipping.
@@ -75,7 +74,7 @@ class Scaling:
         return bool(self.loss.found_inf.item())
 
     def factor(self) -> Tensor | None:
-        """What gradients are multiplied by, 0-dim float64: NaN if their norm is, as for torch's clipping."""
+        """The factor of the gradients, 0-dim float64; None for 1; NaN if a norm to be clipped is, as in torch."""
         factor = None if self.scale is None else 1 / self.scale.double()
         norm = self.norm()
         if self.max_norm is not None and norm is not None:

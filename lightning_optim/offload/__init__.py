@@ -1,4 +1,4 @@
-"""Detached steps: masters and state in host memory, and the way there and back.
+"""Detached steps: masters and state are in host memory; gradients travel there, and new weights travel back.
 
 >>> from lightning_optim.offload import Detached, DetachedOptions
 >>> DetachedOptions(bucket_mb=16).described()

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_optim.engines.memory import is_dense
 from lightning_optim.warnings import warn_once
 
-#: Bytes at which each tensor of a slab begins: a cache line, so that threads at two tensors share none.
+#: Each tensor of a slab begins at a multiple of these bytes: a cache line, so that threads at two tensors share none.
 ALIGNMENT = 64
 
 
@@ -20,12 +20,12 @@ class Slab:
     """One piece of host memory that holds many tensors.
 
     It is pinned in place, not taken from torch's pinned allocator, which rounds to powers of two: 17 GB would become
-    32. Where pinning fails (a limit on locked memory, say), the slab stays pageable, with a warning: copies are slower
-    then, and right.
+    32. If pinning fails (by a limit on locked memory, say), the slab stays pageable, with a warning: copies are then
+    slower, but correct.
 
     Args:
-        dtype: Of all its tensors.
-        like: Tensors of which it has one each, of the same shape and order in memory.
+        dtype: The type of all its tensors.
+        like: Tensors for each of which the slab has one, of the same shape and order in memory.
         pinned: Whether to pin it.
 
     Attributes:
@@ -39,7 +39,7 @@ class Slab:
         for tensor in like:
             begins.append(total)
             total += -(-tensor.numel() // step) * step
-        # Touched here, not at the first step; and in host memory, whatever `torch.set_default_device` says.
+        # Zeros are written now, not at the first step; and in host memory, whatever `torch.set_default_device` says.
         self.memory = torch.zeros(total, dtype=dtype, device="cpu")
         self.tensors = [_view(self.memory, begin, tensor) for begin, tensor in zip(begins, like, strict=True)]
         self.pinned = pinned and total > 0 and self._pin()
@@ -55,13 +55,13 @@ class Slab:
                 key="pinning failed",
             )
             return False
-        # With the storage: views of it, such as masters, outlive the tensor and the slab.
+        # Unpin when the storage is freed: views of it, such as masters, outlive the tensor and the slab.
         weakref.finalize(self.memory.untyped_storage(), cudart.cudaHostUnregister, address)
         return True
 
 
 def _view(memory: Tensor, begin: int, like: Tensor) -> Tensor:
-    """A tensor in a slab, of the form of another."""
+    """A tensor in a slab, with the shape of another one, and with its order in memory if that is dense."""
     if is_dense(like):
         return memory.as_strided(like.shape, like.stride(), begin)
     return memory[begin : begin + prod(like.shape)].view(like.shape)

@@ -1,4 +1,4 @@
-"""What stands in a gradient's place while it is in host memory, and more of it is to come."""
+"""A tensor that stands in for a gradient while that is in host memory and more is to be added to it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class Kept:
     """A gradient that is on the host, and on the device as well once somebody has used it there.
 
     Args:
-        bucket: Has it; not kept alive.
-        p: Whose gradient it is; not kept alive.
+        bucket: The bucket that has it; not kept alive.
+        p: The parameter whose gradient it is; not kept alive.
     """
 
     def __init__(self, bucket: OffloadBucket, p: Tensor) -> None:
         self._bucket, self._param = weakref.ref(bucket), weakref.ref(p)
         self._value: Tensor | None = None
         self._seen = 0
-        self.is_lent = False  # to what may change it, or gives it to others who may
+        self.is_lent = False  # whether others have it, who may change it or pass it on
 
     def value(self) -> Tensor:
         """The gradient, on the device.
 
         Raises:
-            RuntimeError: It was forgotten.
+            RuntimeError: The gradient was forgotten.
         """
         if self._value is None:
             bucket, p = self._bucket(), self._param()
@@ -57,12 +57,12 @@ class Kept:
 class Away(Tensor):
     """Stands for a gradient that is on its way to the host, or there.
 
-    It has no memory of its own. Whoever uses it, reading or changing, gets the gradient fetched back; if it is changed,
-    or another is put in its place, or None, this is heeded, as it is where gradients stay.
+    It has no memory of its own. Reading or changing it fetches the gradient back. If it is changed, or replaced by
+    another tensor or None, the step follows that, as it does when gradients stay on the device.
 
     Args:
         kept: The gradient.
-        p: Whose it is.
+        p: The parameter whose gradient it is.
     """
 
     kept: Kept
@@ -80,10 +80,10 @@ class Away(Tensor):
     def __torch_dispatch__(  # type: ignore[override] # torch declares it as a method of instances
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Do it with the gradient itself."""
+        """Call the operator with the gradient itself."""
         if func is torch.ops.aten.detach.default:
             return cls(args[0].kept, args[0])
-        # Here versions do not count, and views are not known to be such.
+        # At this level, changes raise no version counter, and views are not tracked.
         lent = func._schema.is_mutable or func.is_view
 
         def found(value: Any) -> Any:
@@ -95,31 +95,31 @@ class Away(Tensor):
         return func(*tree_map(found, args), **tree_map(found, kwargs or {}))
 
     def __deepcopy__(self, memo: Any) -> Tensor:
-        """A copy is a tensor like any other."""
+        """Copy the gradient itself, as an ordinary tensor."""
         return self.kept.value().clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """And so is what is pickled."""
+        """Pickle the gradient itself, as an ordinary tensor."""
         return self.kept.value().__reduce_ex__(protocol)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """As of the gradient."""
+        """The gradient as text."""
         return repr(self.kept.value())
 
     def numpy(self, *, force: bool = False) -> Any:
-        """As of the gradient."""
+        """The gradient as a NumPy array."""
         return self._lent().numpy(force=force)
 
     def tolist(self) -> Any:
-        """As of the gradient."""
+        """The gradient as a list."""
         return self.kept.value().tolist()
 
     def data_ptr(self) -> int:
-        """As of the gradient."""
+        """The gradient's address."""
         return self._lent().data_ptr()
 
     def untyped_storage(self) -> Any:
-        """As of the gradient."""
+        """The gradient's storage."""
         return self._lent().untyped_storage()
 
     def _lent(self) -> Tensor:

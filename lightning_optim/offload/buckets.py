@@ -1,4 +1,4 @@
-"""Parameters that travel together."""
+"""Buckets: parameters whose gradients and weights travel together."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from lightning_optim.stepping.undo import UndoBuffers
 
 @dataclass(frozen=True)
 class Place:
-    """A parameter of an optimizer.
+    """A parameter of an optimizer, and its place in the param groups.
 
     Attributes:
         param: The parameter.
-        row: Its param group.
+        group_number: The number of its param group.
         index: Its place in the group.
         number: Its place among all parameters.
     """
 
     param: Tensor
-    row: int
+    group_number: int
     index: int
     number: int
 
@@ -57,10 +57,10 @@ class Early:
 
 @dataclass(eq=False)
 class OffloadBucket:
-    """Parameters whose gradients arrive, are used and leave as weights together.
+    """Parameters whose gradients arrive and are used together, and whose new weights leave together.
 
     Attributes:
-        label: For messages and records.
+        label: The bucket's name, for messages and records.
         places: The parameters.
         rank: The process that has their masters, if these are divided over processes; else None.
         mine: Whether this process has the masters.
@@ -70,28 +70,28 @@ class OffloadBucket:
         staging: Where gradients arrive, in their own type.
         outgoing: Where new weights are written in their own type; None if the masters themselves are of that type.
         sums: Gradients of several arrivals, in the masters' type; made when first needed.
-        view: The optimizer as if it had only these masters.
-        stepper: What steps them; None if the optimizer's own step does.
-        undo: Where old values are kept.
+        view: A view of the optimizer that has only these masters.
+        stepper: What steps the masters; None if the optimizer's own step does.
+        undo: Buffers for the old values of an update that may be undone.
         watched: Whether hooks take the gradients.
-        number_of: By parameter, its place here.
+        number_of: The index in this bucket of each parameter. (The sets and dicts below hold such indices.)
 
         staged: The parameters whose gradients are in :attr:`staging`, and not in :attr:`sums`.
         summed: The parameters whose gradients are in :attr:`sums`.
         since: The parameters whose gradients were added to since the last shipment.
         fired: How often each gradient was added to in the last backward pass of this window.
-        usual: The same, of windows before.
+        usual: The same, for earlier windows.
         arrivals: Jobs that wait for gradients.
         fetched: The last copy of gradients to the host.
-        leaving: The gradients that are copied, and still in their places.
-        away: What stands in the places of gradients that have left, while more of them is to come.
+        leaving: The gradients that are being copied to the host, and are still in their places.
+        away: The stand-ins for gradients that have left, while more is to be added to them.
         dropped: The parameters whose gradients on the host are no longer wanted.
-        planned: The options that the step to come is planned with.
-        stepped: Those that the last update was done with.
+        planned: The options with which the next update is planned.
+        stepped: The options with which the last update was done.
         squares: The sums of squares of its gradients, if they are known.
-        early: The update that was done before the step, if it was.
+        early: The update that was done before the step, if there was one.
         unsent: The parameters whose new weights have not left for the device.
-        under_way: Those whose new weights have left, and are perhaps not there yet.
+        under_way: The parameters whose new weights have left, and are perhaps not there yet.
         sent: The last copy of weights to the device.
     """
 
@@ -149,34 +149,34 @@ class OffloadBucket:
         """The gradient of a parameter that has one, divided as its master is."""
         if self.on_device:
             grad = self.places[index].param.grad
-            assert grad is not None  # noqa: S101 # by `present`
+            assert grad is not None  # noqa: S101 # `present` has checked
             return grad
         assert self.sums is not None or index in self.staged  # noqa: S101
         value = self.sums[index] if self.sums is not None and index in self.summed else self.staging[index]
         return like_master(value, self.masters[index])
 
     def away_of(self, p: Tensor) -> Kept | None:
-        """What is known of a gradient that has left and is still wanted."""
+        """The gradient of a parameter, if it has left and is still wanted."""
         index = self.number_of.get(p)
         found = None if index is None or index in self.dropped else self.away.get(index)
         return None if found is None else found.kept
 
     def copies(self) -> dict[Tensor, Tensor] | None:
-        """Where a step writes the new weights too."""
+        """For each master, the memory where a step also writes the new weight; None if masters are sent themselves."""
         if self.outgoing is None:
             return None
         pairs = zip(self.masters, self.outgoing, strict=True)
         return {master: like_master(out, master) for master, out in pairs}
 
     def ships(self) -> list[Tensor]:
-        """The new weights, in the type of the weights: what this process has of them."""
+        """This process's part of the new weights, in the weights' own type."""
         return [local(master) for master in self.masters] if self.outgoing is None else self.outgoing
 
     def aim(self) -> None:
-        """Before a step on the device: it writes to the weights that there are now.
+        """Before a step on the device, find the memory that the weights have now, where the step is to write.
 
         Raises:
-            RuntimeError: It cannot.
+            RuntimeError: The step cannot write there.
         """
         if not (self.on_device and self.outgoing is not None):
             return
@@ -198,15 +198,15 @@ class OffloadBucket:
             self.squares = None
 
     def forget_gradients(self) -> None:
-        """What the host has of them."""
+        """Forget what the host has of the gradients."""
         self.staged, self.summed = set(), set()
         self.squares = None
 
     def moved(self, places: Sequence[Place | None]) -> dict[str, Any]:
-        """What is to change here, where parameters have gone elsewhere: others keep masters and gradients.
+        """The attributes to change after parameters have moved: those that stay keep their masters and gradients.
 
         Args:
-            places: Where each is now; None: nowhere.
+            places: The present place of each parameter; None if it has left the optimizer.
         """
         kept = [i for i, place in enumerate(places) if place is not None]
         number = {old: new for new, old in enumerate(kept)}
@@ -227,7 +227,7 @@ class OffloadBucket:
         return left | {"squares": None, "planned": None}
 
     def follow(self, indices: Iterable[int]) -> None:
-        """Have masters be their weights, where these are not what they round to."""
+        """Set masters to their weights, except those that round to their weights already."""
         for index in indices if self.mine else ():
             p, master = local(self.places[index].param), local(self.masters[index])
             weight = p.to(master.device)
@@ -236,7 +236,7 @@ class OffloadBucket:
             self.unsent.discard(index)
 
     def allocate_sums(self) -> list[Tensor]:
-        """Memory for the sums."""
+        """The sums, whose memory is allocated at the first call."""
         if self.sums is None:
             parts = [local(master) for master in self.masters]
             self.sums = Slab(parts[0].dtype, parts, pinned=False).tensors
@@ -247,8 +247,8 @@ def divide(places: Sequence[Place], bucket_bytes: int) -> list[list[Place]]:
     """Cut parameters into runs of one type and device, each of at most ``bucket_bytes`` or of one parameter.
 
     Args:
-        places: In the order in which their gradients are expected.
-        bucket_bytes: Of gradients.
+        places: The parameters, in the order in which their gradients are expected.
+        bucket_bytes: Bytes of gradients.
     """
     runs: list[list[Place]] = []
     size, kind = 0, None
@@ -267,9 +267,9 @@ def lay_out(buckets: Sequence[OffloadBucket], master_dtype: torch.dtype, *, pinn
     """Give buckets their memory: one slab for each kind and type.
 
     Args:
-        buckets: Those of one device, whose masters this process has in host memory.
-        master_dtype: Of the masters of real weights.
-        pinned: Whether what travels is to be in pinned memory.
+        buckets: Buckets of one device, whose masters this process has in host memory.
+        master_dtype: The type of the masters of real weights.
+        pinned: Whether memory from and to which copies are made is to be pinned.
     """
     by_dtype: dict[torch.dtype, list[OffloadBucket]] = {}
     for bucket in buckets:
@@ -289,6 +289,6 @@ def lay_out(buckets: Sequence[OffloadBucket], master_dtype: torch.dtype, *, pinn
 
 
 def widened(dtype: torch.dtype, master_dtype: torch.dtype) -> torch.dtype:
-    """The type of a master: at least that of the weight."""
+    """The type of a master, which is never narrower than the weight's."""
     real = torch.promote_types(dtype.to_real(), master_dtype)
     return real.to_complex() if dtype.is_complex else real

@@ -1,4 +1,4 @@
-"""What of detached steps is saved, in the format in which it would be saved without them."""
+"""Checkpoints of detached steps, in the format that they would have without them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_optim.stepping.shards import local
 
 
 def gathered_state(detached: Detached, optimizer: Optimizer) -> dict[str, Any]:
-    """The optimizer's ``state_dict`` with what the other processes have of it. Collective.
+    """The optimizer's ``state_dict``, with the states that other processes have. Collective.
 
     Args:
         detached: What steps the optimizer.
         optimizer: The optimizer.
 
     Returns:
-        As from ``optimizer.state_dict()``, with the states of all parameters.
+        The same as ``optimizer.state_dict()``, but with the states of all parameters.
     """
     saved = optimizer.state_dict()
     numbers = {p: number for number, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
@@ -31,7 +31,7 @@ def gathered_state(detached: Detached, optimizer: Optimizer) -> dict[str, Any]:
         if bucket.rank is None:
             state |= {numbers[p]: saved["state"][numbers[p]] for p in bucket.params if numbers[p] in saved["state"]}
             continue
-        assert detached.replicas is not None  # noqa: S101 # ranks are its
+        assert detached.replicas is not None  # noqa: S101 # they have assigned the rank
         own = [saved["state"].get(numbers[p], {}) for p in bucket.params]
         for p, values in zip(bucket.params, detached.replicas.gather(bucket, own), strict=True):
             if values:
@@ -40,12 +40,12 @@ def gathered_state(detached: Detached, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def own_entries(detached: Detached, optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a ``state_dict``, what is of parameters whose masters this process has.
+    """The entries of a ``state_dict`` for parameters whose masters this process has.
 
     Args:
         detached: What steps the optimizer.
         optimizer: The optimizer.
-        state_dict: As saved.
+        state_dict: The state as it was saved.
     """
     state_dict = readable(type(optimizer).__name__, optimizer.param_groups, state_dict)
     others = {p for bucket in detached.buckets if not bucket.mine for p in bucket.params}
@@ -53,18 +53,18 @@ def own_entries(detached: Detached, optimizer: Optimizer, state_dict: Mapping[st
     saved = [number for group in state_dict["param_groups"] for number in group["params"]]
     names, saved_names = _names(optimizer.param_groups), _names(state_dict["param_groups"])
     if names is not None and saved_names is not None and set(names) == set(saved_names):
-        numbers = dict(zip(saved_names, saved, strict=True))  # by which it is going to be matched
+        numbers = dict(zip(saved_names, saved, strict=True))  # loading matches parameters by name
         saved = [numbers[name] for name in names]
     dropped = {number for number, p in zip(saved, params, strict=False) if p in others}
     return {**state_dict, "state": {key: value for key, value in state_dict["state"].items() if key not in dropped}}
 
 
 def gathered_masters(detached: Detached, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """The masters that have more bits than their weights, by the names of these. Collective.
+    """The masters that have more bits than their weights, by the names of the parameters. Collective.
 
     Args:
         detached: What steps the optimizer.
-        names: Of the parameters.
+        names: The names of the parameters.
 
     Returns:
         Copies in host memory.
@@ -76,7 +76,7 @@ def gathered_masters(detached: Detached, names: Mapping[Tensor, str]) -> dict[st
             continue
         masters = [_whole(master) for master in bucket.masters]
         if bucket.rank is not None:
-            assert detached.replicas is not None  # noqa: S101 # ranks are its
+            assert detached.replicas is not None  # noqa: S101 # they have assigned the rank
             gathered = detached.replicas.gather(bucket, [{"master": master} for master in masters])
             masters = [values["master"] for values in gathered]
         found |= {names[p]: master for p, master in zip(bucket.params, masters, strict=True) if p in names}
@@ -84,15 +84,15 @@ def gathered_masters(detached: Detached, names: Mapping[Tensor, str]) -> dict[st
 
 
 def checked_masters(saved: Any, params: Mapping[str, Tensor], optimizers: int) -> list[Mapping[str, Tensor]]:
-    """The masters of a checkpoint, for each optimizer, if they can be those of these parameters.
+    """The masters of a checkpoint, for each optimizer, after a check that they fit the parameters.
 
     Args:
         saved: What the checkpoint has, which may be anything.
-        params: By name.
-        optimizers: How many there are.
+        params: The parameters, by name.
+        optimizers: How many optimizers there are.
 
     Raises:
-        ValueError: They cannot; the message has the parameter's name.
+        ValueError: They do not fit; the message names the parameter.
     """
     if not isinstance(saved, (list, tuple)) or len(saved) != optimizers:
         what = f"{len(saved)} entries" if isinstance(saved, (list, tuple)) else type(saved).__name__

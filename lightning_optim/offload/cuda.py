@@ -20,7 +20,7 @@ class _Launched(Ticket):
         self._event, self._device = event, device
 
     def wait(self) -> None:
-        # Not a spin: the processor has updates to compute meanwhile.
+        # The event does not spin: the processor has updates to compute meanwhile.
         self._event.synchronize()
 
     def wait_on_device(self) -> None:
@@ -28,10 +28,10 @@ class _Launched(Ticket):
 
 
 class CudaTransport(Transport):
-    """One stream for each direction, so that both run at once, beside the kernels of forward and backward passes.
+    """Copies on one stream for each direction, so that both run at once, beside the kernels of the model.
 
-    Every copy waits for an event of the stream that produced what it reads: a copy that waited for another stream
-    would now and then read what is not there yet.
+    Every copy waits for an event of the stream that produced what it reads: if it waited for another stream, it would
+    sometimes read data that is not there yet.
 
     Args:
         device: The CUDA device.
@@ -50,7 +50,7 @@ class CudaTransport(Transport):
         return event
 
     def place(self) -> Callable[[], AbstractContextManager[Any]]:
-        """See :meth:`Transport.place`: the stream of who calls."""
+        """See :meth:`Transport.place`: the place is the caller's stream."""
         stream = torch.cuda.current_stream(self._device)
         return lambda: torch.cuda.stream(stream)
 
@@ -87,9 +87,9 @@ class CudaTransport(Transport):
 
 
 def _as_in(source: Tensor, target: Tensor) -> Tensor:
-    """A tensor with its elements in memory as the target has them.
+    """The source, with its elements in memory in the target's order.
 
-    Otherwise torch copies to other host memory first, and reorders from there at once, before the copy is done.
+    Otherwise torch would copy to other host memory first, and reorder from there at once, before that copy is done.
     """
     if same_order(source, target) and source.dtype == target.dtype and not is_lazy(source):
         return source

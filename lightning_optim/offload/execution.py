@@ -1,4 +1,4 @@
-"""The step of buckets whose gradients are all here: begun once, and seen to its end, whatever breaks off."""
+"""The step of buckets whose gradients have all arrived; once begun, it is completed even after an interrupt."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from lightning_optim.offload.placing import Placement
 from lightning_optim.offload.replicas import Replicas
 from lightning_optim.offload.transport import Ticket
 from lightning_optim.offload.worker import Job
-from lightning_optim.stepping.method import UPDATES
+from lightning_optim.rules.rule import UPDATES
 from lightning_optim.stepping.shards import local
 
 
 class Execution:
-    """Does steps, one at a time.
+    """Executes steps, one at a time.
 
-    Until all buckets are planned, what fails leaves the step undone. From there on it is done: the host's thread, which
-    no interrupt reaches, has its jobs, and whoever waits for them in vain waits again.
+    If something fails before all buckets are planned, the step is not made. From then on it is made in any case: the
+    host's thread, which no interrupt reaches, has the jobs, and a waiting that is broken off is repeated.
 
     Args:
-        host: Does them.
+        host: Does the jobs of a step.
         placement: Has the buckets.
-        options: What was chosen.
-        outside: Notes what the weights are.
+        options: The options of detached steps.
+        outside: Keeps track of what the weights are.
         replicas: The processes that divide the masters among them.
 
     Attributes:
-        landing: Has the next forward pass wait for the weights, if it is to.
+        landing: Makes the next forward pass wait for the weights; None if the step itself waits for them.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Execution:
         self.landing: Landing | None = None
         self._host, self._placement, self._outside, self._replicas = host, placement, outside, replicas
         self._delayed = options.delay_one_step
-        self._jobs: list[Job] | None = None  # of the step that is under way: none where other processes have all of it
+        self._jobs: list[Job] | None = None  # of the step under way; an empty list if other processes do all of it
 
     @property
     def is_under_way(self) -> bool:
@@ -60,12 +60,12 @@ class Execution:
         return self._jobs is not None
 
     def do(self, optimizer: Optimizer, work: Sequence[OffloadBucket], scaling: Scaling | None) -> None:
-        """The step of buckets, all of whose gradients are here.
+        """Make the step of buckets whose gradients have all arrived.
 
         Args:
-            optimizer: Whose step it is.
-            work: Those with gradients.
-            scaling: How these are unscaled and clipped.
+            optimizer: The optimizer.
+            work: The buckets with gradients.
+            scaling: How the gradients are unscaled and clipped.
         """
         options, transport, host = GroupOptions(optimizer), self._placement.transport, self._host
         number = number_of(scaling)
@@ -88,8 +88,8 @@ class Execution:
             whole = host.job(host.step_all, step, optimizer, travelling, number, options, then, twice=True)
             by_bucket = dict.fromkeys(travelling, whole)
         else:
-            # The layers that the next forward pass begins with come first; where it has begun already, those whose
-            # gradients the next backward pass brings first.
+            # The layers with which the next forward pass begins come first. If that pass has begun already, the order
+            # is that in which the next backward pass brings gradients.
             order = travelling if self._delayed else travelling[::-1]
             by_bucket = {b: host.job(host.step, b, known, options, then, progress, twice=True) for b in order}
         jobs = [*at_once, *dict.fromkeys(by_bucket.values())]
@@ -100,15 +100,15 @@ class Execution:
         host.start(jobs)
         if self._placement.whole is None:
             _count(optimizer, work)
-        # By this schedulers see that a step came before theirs.
+        # Schedulers look at this to see that a step came before theirs.
         optimizer._opt_called = True  # type: ignore[attr-defined] # torch sets it the same way, from outside
         self.finish(None if landing is None else here)
 
     def finish(self, buckets: Sequence[OffloadBucket] | None = None) -> None:
-        """See a step to its end that is not delayed; if the waiting is broken off, wait again before saying so.
+        """Wait for the end of a step that is not delayed; if this is broken off, wait again before raising that.
 
         Args:
-            buckets: Those whose weights are waited for; default: all.
+            buckets: The buckets whose weights are waited for; default: all.
 
         Raises:
             BaseException: What failed in the step.
@@ -124,7 +124,7 @@ class Execution:
             raise failed[0]
 
     def publish(self) -> None:
-        """See a step to its end, delayed or not.
+        """Wait for the end of a step, delayed or not.
 
         Raises:
             BaseException: What failed in it.
@@ -134,7 +134,7 @@ class Execution:
             return
         host, transport, buckets = self._host, self._placement.transport, self._placement.buckets
         failed = self._failed()
-        # Weights that were changed meanwhile are what was wanted last.
+        # Weights that were changed meanwhile are newer than their masters, which follow them.
         for bucket in buckets:
             bucket.follow(self._outside.changed(bucket))
         host.submit(host.send, buckets, transport, transport.fence()).result()
@@ -144,10 +144,10 @@ class Execution:
             raise failed[0]
 
     def receive(self, buckets: Sequence[OffloadBucket]) -> list[BaseException]:
-        """Have whatever comes next on the device come after these buckets' new weights.
+        """Make the next work on the device wait for these buckets' new weights.
 
         Returns:
-            What failed of the copies. These weights are sent again with the next step.
+            The errors of copies that failed. Their weights are sent again with the next step.
         """
         errors: list[BaseException] = []
         for bucket in buckets:
@@ -160,7 +160,7 @@ class Execution:
         if self._replicas is not None:
             self._replicas.spread(buckets)
         params = [p for bucket in buckets for p in bucket.params]
-        # Behind torch's back: a later backward through an old weight must fail as after any in-place update.
+        # Torch has not seen this update: a later backward through an old weight must fail as after any in-place one.
         torch.autograd.graph.increment_version([local(p) for p in params])
         self._outside.note(params)
         return errors
@@ -174,15 +174,15 @@ class Execution:
         return failed
 
     def _failed(self) -> list[BaseException]:
-        """Wait for the jobs; those that were not started, as that was broken off, are started here."""
+        """Wait for the jobs, and return their errors; jobs that an interrupt kept from being started are started."""
         jobs = self._jobs or []
         self._host.start(jobs)
         return [error for job in jobs if (error := job.exception()) is not None]
 
 
 def _count(optimizer: Optimizer, work: Sequence[OffloadBucket]) -> None:
-    """Count one more step of the param groups whose steps are counted: buckets have but copies of these."""
-    for row in {place.row for bucket in work for place in bucket.places}:
-        group = optimizer.param_groups[row]
+    """Count one more step in the param groups whose steps are counted: buckets step with copies of the groups."""
+    for number in {place.group_number for bucket in work for place in bucket.places}:
+        group = optimizer.param_groups[number]
         if UPDATES in group:
             group[UPDATES] += 1

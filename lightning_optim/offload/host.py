@@ -1,4 +1,4 @@
-"""What is done on the host, by one thread: bucket after bucket, in an order that does not depend on timing."""
+"""The jobs on the host, done by one thread: bucket after bucket, in an order that does not depend on timing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_optim.offload.whole import Whole
 from lightning_optim.offload.worker import Job, Worker
 from lightning_optim.stepping.shards import is_distributed, local, shards_of
 
-#: Where a job is to run: entered by the thread, as where streams are concerned who called is meant.
+#: Makes the context in which the thread runs a job, such as the CUDA stream of the caller.
 Place = Callable[[], AbstractContextManager[Any]]
 
 
@@ -31,7 +31,7 @@ class StepProgress:
     Attributes:
         begun: Whether a weight has changed.
         failed: The buckets whose update has failed.
-        refused: Why no other bucket is to be stepped: the first one could not be.
+        refused: The error for which no other bucket is stepped: the first bucket failed twice, with nothing changed.
     """
 
     def __init__(self) -> None:
@@ -41,18 +41,18 @@ class StepProgress:
 
 
 class HostSide:
-    """A thread, and what it does.
+    """The host's thread, and its jobs.
 
-    All that changes masters, state and weights is done by it: an interrupt comes up in the main thread, and so breaks
+    This thread makes all changes of masters, state and weights: an interrupt comes up in the main thread, and so breaks
     off the waiting for a step, never the step.
 
     Args:
-        options: What was chosen.
+        options: The options of detached steps.
         trace: Records what happens when.
 
     Attributes:
-        threads: How many threads a job may use: as many as who steps has, or has been given since. (OpenMP keeps that
-            number for each thread; one that asks for itself never hears of ``torch.set_num_threads``.)
+        threads: How many threads a job may use: as many as the thread that calls the step. (OpenMP keeps that number
+            for each thread, so that ``torch.set_num_threads`` elsewhere does not reach this one.)
     """
 
     def __init__(self, options: DetachedOptions, trace: Trace | None) -> None:
@@ -62,20 +62,20 @@ class HostSide:
 
     @property
     def closed(self) -> bool:
-        """Whether no job is done any more."""
+        """Whether the thread does no more jobs."""
         return self._worker.closed
 
     def job(self, work: Callable[..., None], *args: Any, twice: bool = False) -> Job:
-        """A job that is still to be started: who keeps it first can see to its end, whatever breaks off."""
+        """Make a job without starting it: a caller that keeps it first can wait for its end even after an interrupt."""
         return Job(partial(_in_its_place, self.threads, work, *args), twice=twice)
 
     def start(self, jobs: Sequence[Job]) -> None:
-        """Have jobs done, after all that were started before them; those that were started already stay so."""
+        """Start jobs, which are done after all that were started before; starting one again changes nothing."""
         for job in jobs:
             self._worker.do(job)
 
     def submit(self, work: Callable[..., None], *args: Any) -> Job:
-        """Have a job done, after all that were submitted before it."""
+        """Make a job and start it; it is done after all that were submitted before it."""
         job = self.job(work, *args)
         self.start([job])
         return job
@@ -87,7 +87,7 @@ class HostSide:
     # -- jobs ---------------------------------------------------------------------------------------------------
 
     def fold(self, bucket: OffloadBucket) -> None:
-        """Add what has arrived to the sums."""
+        """Add the gradients that have arrived to the sums."""
         with self._recorded("fold", bucket.label):
             sums = bucket.allocate_sums()
             for i in bucket.staged:
@@ -118,7 +118,7 @@ class HostSide:
                     bucket.squares = bucket.stepper.local_squares()
 
     def update_early(self, bucket: OffloadBucket, number: float | None, options: GroupOptions) -> None:
-        """Do the step of a bucket before that of the others, as if it would be the same then."""
+        """Update a bucket before the step, with the options and the factor that the step is expected to have."""
         early = Early(options, number, bucket.present)
         try:
             self._update(bucket, FixedScaling.of(number), options)
@@ -127,7 +127,7 @@ class HostSide:
                 bucket.early = early
 
     def take_back(self, buckets: list[OffloadBucket]) -> None:
-        """As if nothing had been updated early."""
+        """Undo the early updates of buckets."""
         early = [bucket for bucket in buckets if bucket.early is not None]
         for bucket in early:
             self._forget_early(bucket)
@@ -135,7 +135,7 @@ class HostSide:
             self._undo(bucket)
 
     def leave_out(self, buckets: list[OffloadBucket]) -> None:
-        """As if there had been no step; first ones are still to come."""
+        """Leave out the step of buckets: undo early updates, and drop plans."""
         self.take_back(buckets)
         self._abandon(buckets)
 
@@ -153,13 +153,13 @@ class HostSide:
         options: GroupOptions,
         place: Place = nullcontext,
     ) -> None:
-        """Plan the step of all buckets: what can go wrong in that does so before anything has changed.
+        """Plan the step of all buckets, so that errors in planning come before anything has changed.
 
         Args:
-            buckets: Those with gradients.
+            buckets: The buckets with gradients.
             scaling: How gradients are unscaled and clipped.
-            options: Of the param groups.
-            place: Where to run.
+            options: The options of the param groups.
+            place: Makes the context to run in.
         """
         number = number_of(scaling)
         try:
@@ -183,17 +183,17 @@ class HostSide:
         progress: StepProgress,
         place: Place = nullcontext,
     ) -> None:
-        """The step of a bucket that was prepared.
+        """Make the step of a bucket that was prepared.
 
-        If it fails it is to be called once more, as the others' steps are not undone: it goes on where it was.
+        If this fails, call it once more, as the other buckets' steps are not undone: it goes on where it was.
 
         Args:
-            bucket: It has gradients.
+            bucket: A bucket with gradients.
             scaling: How they are unscaled and clipped.
-            options: Of the param groups.
+            options: The options of the param groups.
             then: Called with the bucket when it is done.
-            progress: Of the step that this is part of.
-            place: Where to run.
+            progress: The progress of the step that this is part of.
+            place: Makes the context to run in.
         """
         if progress.refused is not None:
             self._abandon([bucket])
@@ -211,7 +211,7 @@ class HostSide:
             raise
 
     def _step(self, bucket: OffloadBucket, scaling: Scaling | None, options: GroupOptions) -> None:
-        if bucket.stepped is options:  # and something failed after that
+        if bucket.stepped is options:  # it was updated before, and something failed after that
             bucket.unsent |= bucket.present
         elif (early := bucket.early) is None:
             self._update(bucket, scaling, options)
@@ -229,14 +229,14 @@ class HostSide:
         options: GroupOptions,
         then: Callable[[OffloadBucket], None] | None,
     ) -> None:
-        """The step of all buckets at once. If it fails it is to be called once more.
+        """Make the step of all buckets at once. If this fails, call it once more.
 
         Args:
-            whole: What does it.
-            optimizer: Whose step it is.
-            buckets: Those with gradients.
-            number: What gradients are multiplied by.
-            options: Of the param groups.
+            whole: Makes the step.
+            optimizer: The optimizer.
+            buckets: The buckets with gradients.
+            number: The factor by which gradients are multiplied.
+            options: The options of the param groups.
             then: Called with each bucket when all are done.
         """
         if buckets[0].stepped is not options:
@@ -249,7 +249,7 @@ class HostSide:
                 then(bucket)
 
     def send(self, buckets: list[OffloadBucket], transport: Transport, fence: Any) -> None:
-        """Have new weights leave for the device: only new ones, as the others are there, and not where they leave."""
+        """Start to copy new weights to the device, and only these: host copies of the others may be out of date."""
         for bucket in buckets:
             if bucket.unsent:
                 members, ships = sorted(bucket.unsent), bucket.ships()
@@ -260,14 +260,14 @@ class HostSide:
     def arrive(
         self, bucket: OffloadBucket, ticket: Ticket, *, fold: bool, measure: bool, early: Callable[[], None] | None
     ) -> None:
-        """Wait for gradients, and use them as far as they can be.
+        """Wait for gradients, and use them as far as is possible now.
 
         Args:
             bucket: The bucket.
-            ticket: Of the copy.
-            fold: Others are going to be added to them.
-            measure: Find their norm.
-            early: What else is to be done with them.
+            ticket: The ticket of the copy.
+            fold: Whether other gradients are going to be added to these.
+            measure: Whether to find their norm.
+            early: The early update to make with them; None: none.
         """
         ticket.wait()
         if fold or bucket.summed:
@@ -278,9 +278,9 @@ class HostSide:
             early()
 
     def send_early(self, buckets: list[OffloadBucket], options: GroupOptions, transport: Transport, fence: Any) -> None:
-        """After the backward pass: have weights leave that need no norm, and were updated in it.
+        """After the backward pass, send weights that were updated in it and need no norm.
 
-        Not a job: it does not wait for those that are still at work with other buckets.
+        This is not a job: it does not wait for jobs that are still at work with other buckets.
         """
         for bucket in buckets:
             at_work = not all(job.done() for job in bucket.arrivals)
@@ -292,14 +292,14 @@ class HostSide:
     # -- parts of jobs ------------------------------------------------------------------------------------------
 
     def _plan(self, bucket: OffloadBucket, *, scaled: bool) -> None:
-        assert bucket.stepper is not None  # noqa: S101 # who calls knows
+        assert bucket.stepper is not None  # noqa: S101 # the caller has checked
         bucket.planned = None
         grads = {bucket.masters[i]: bucket.gradient(i) for i in bucket.present}
         undo = bucket.undo if self._keeps_old(bucket) else None
         bucket.stepper.plan(grads, bucket.copies(), scaled=scaled, undo=undo)
 
     def _plan_update(self, bucket: OffloadBucket, scaling: Scaling | None, options: GroupOptions) -> None:
-        assert bucket.view is not None  # noqa: S101 # who calls knows
+        assert bucket.view is not None  # noqa: S101 # the caller has checked
         bucket.view.options = options
         bucket.aim()
         scaled = scaling is not None and scaling.factor() is not None
@@ -308,7 +308,7 @@ class HostSide:
 
     @staticmethod
     def _abandon(buckets: Sequence[OffloadBucket]) -> None:
-        """Let go of what was planned: first steps are still to come."""
+        """Drop what was planned: a first step is then still a first one."""
         for bucket in buckets:
             bucket.planned = None
             if bucket.stepper is not None:
@@ -316,7 +316,7 @@ class HostSide:
 
     @staticmethod
     def _forget_early(bucket: OffloadBucket) -> Early | None:
-        """What was updated early. If it has left, it is to be sent again, unless that turns out to have been right."""
+        """Forget a bucket's early update, and return it. If its weights were sent, they are to be sent again."""
         early, bucket.early = bucket.early, None
         if early is not None and early.sent:
             bucket.unsent |= early.members
@@ -326,9 +326,9 @@ class HostSide:
         return self._options.clip == "speculative" and not bucket.on_device
 
     def _update(self, bucket: OffloadBucket, scaling: Scaling | None, options: GroupOptions) -> None:
-        """Update a bucket. If this raises, it is as before, or ``bucket.stepped`` is ``options``."""
+        """Update a bucket. If this raises, the bucket is as before, or ``bucket.stepped`` is ``options``."""
         stepper = bucket.stepper
-        assert stepper is not None  # noqa: S101 # who calls knows
+        assert stepper is not None  # noqa: S101 # the caller has checked
         runs = False
         with self._recorded("update", bucket.label):
             try:

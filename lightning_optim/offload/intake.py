@@ -17,7 +17,7 @@ from lightning_optim.offload.placing import Placement
 from lightning_optim.offload.transport import Ticket
 from lightning_optim.stepping.shards import is_distributed, local, same_parts
 
-#: For a bucket whose gradients are complete: what is done with them on the host before the step, if anything.
+#: From a bucket whose gradients are complete, the update to make on the host before the step, or None.
 EarlyUpdate = Callable[[OffloadBucket], Callable[[], None] | None]
 
 
@@ -25,11 +25,11 @@ class Intake:
     """Starts to fetch gradients as soon as they are complete, and frees them.
 
     Args:
-        host: Receives them.
+        host: Receives the gradients.
         placement: Has the buckets.
         overlap: Whether hooks take gradients during the backward pass; otherwise :meth:`collect` takes them.
-        patient: Wait for every gradient that any window had before, not the last one only: where what is done with
-            complete gradients cannot be taken back.
+        patient: Whether to wait for every gradient that any earlier window had, rather than the last window only:
+            needed if early updates cannot be undone.
 
     Attributes:
         last: Whether the backward pass to come is the window's last.
@@ -43,7 +43,7 @@ class Intake:
         self._early: EarlyUpdate = _nothing
         self._watched: dict[Tensor, list[Any]] = {}
         self._awaits_end = False
-        # Hooks of a pipeline that was dropped do nothing; but they would stay for as long as the model.
+        # The hooks of a pipeline that was dropped do nothing, but without this they would stay as long as the model.
         weakref.finalize(self, _remove, self._watched)
 
     def watch(self, bucket: OffloadBucket) -> None:
@@ -57,7 +57,7 @@ class Intake:
         bucket.watched = True
 
     def unwatch(self, params: Iterable[Tensor]) -> None:
-        """Leave the gradients of these parameters where they are, as those that were taken already."""
+        """Take the gradients of these parameters no more, and put those back that were taken already."""
         for p in params:
             if isinstance(p.grad, Away):
                 p.grad = p.grad.kept.value()
@@ -75,7 +75,7 @@ class Intake:
     def collect(self) -> None:
         """Fetch what has not been fetched, and wait for all."""
         for bucket in self._placement.buckets:
-            if not bucket.watched:  # those in their places have all of the window in them
+            if not bucket.watched:  # the gradients in their places are of the whole window
                 bucket.forget_gradients()
                 bucket.leaving = {}
             if not bucket.on_device:
@@ -87,19 +87,19 @@ class Intake:
         """Wait for gradients that are on their way.
 
         Raises:
-            Exception: What went wrong with one, now and until gradients are forgotten.
+            Exception: Something went wrong with one; it is raised again until gradients are forgotten.
         """
         errors: list[BaseException] = []
         for bucket in self._placement.buckets:
             if not bucket.arrivals:
-                bucket.fetched.wait()  # of whom a job that was broken off does not know
+                bucket.fetched.wait()  # an interrupt may have come before this copy had a job
             bucket.arrivals = [job for job in bucket.arrivals if job.exception() is not None]
             errors += [error for job in bucket.arrivals if (error := job.exception()) is not None]
         if errors:
             raise errors[0]
 
     def forget(self) -> None:
-        """Let go of what is on its way, and of what went wrong with it; then the host may forget the gradients."""
+        """Drop gradients that are on their way, and their errors; then the host may forget the gradients."""
         for bucket in self._placement.buckets:
             for job in bucket.arrivals:
                 job.exception()
@@ -113,7 +113,7 @@ class Intake:
         self._awaits_end = False
 
     def end_window(self) -> None:
-        """After a step: keep in mind how often each gradient was added to."""
+        """After a step, remember how often each gradient was added to."""
         for bucket in self._placement.buckets:
             if bucket.fired:
                 bucket.usual = bucket.fired | (bucket.usual if self._patient and bucket.usual else bucket.fired)
@@ -121,15 +121,15 @@ class Intake:
         self._awaits_end = False
 
     def close(self) -> None:
-        """Take no gradients any more."""
+        """Take no more gradients."""
         _remove(self._watched)
 
     def before_gradient(self, bucket: OffloadBucket, index: int) -> None:
-        """A gradient is going to be added to, whose sum so far may be on the host."""
+        """Handle that a gradient is going to be added to, whose sum so far may be on the host."""
         self._step_aside(bucket, index)
 
     def on_gradient(self, bucket: OffloadBucket, p: Tensor) -> None:
-        """A gradient was added to. Gradients of one bucket come from one thread: that of its device."""
+        """Handle that a gradient was added to. Gradients of one bucket come from one thread, that of its device."""
         index = bucket.number_of.get(p)
         if index is None or not bucket.watched:
             return
@@ -143,12 +143,12 @@ class Intake:
                 self._ship(bucket, complete=complete)
                 return
         if not self._awaits_end:
-            # What this pass leaves behind is not to be added to by the next in the gradients' own, shorter type.
+            # At its end, the pass ships what is left: the next one would add to it in the gradients' own, shorter type.
             self._awaits_end = True
             torch.autograd.Variable._execution_engine.queue_callback(partial(_on_end, weakref.ref(self)))
 
     def on_end(self) -> None:
-        """A backward pass has ended."""
+        """Handle the end of a backward pass."""
         self._awaits_end = False
         for bucket in self._placement.buckets:
             if bucket.since:
@@ -161,7 +161,7 @@ class Intake:
         if not bucket.mine:
             return
         if bucket.watched and not bucket.present and any(map(_is_others, bucket.params)):
-            bucket.watched = False  # somebody else wants to see them: from here on they stay
+            bucket.watched = False  # other hooks look at the gradients, which stay in place from here on
             return
         places = {i: p.grad for i, p in enumerate(bucket.params)}
         grads = {
@@ -175,7 +175,7 @@ class Intake:
         for job in bucket.arrivals:
             job.result()
         bucket.fetched.wait()
-        if bucket.early is not None:  # more of a gradient that was taken for complete, or less
+        if bucket.early is not None:  # a gradient that was taken for complete has grown, or was dropped
             self._host.submit(self._host.take_back, [bucket]).result()
         bucket.discard()
         if not grads:
@@ -187,7 +187,7 @@ class Intake:
         targets = [bucket.staging[i] for i in grads]
         sources = [_own_part(bucket.params[i], grad) for i, grad in grads.items()]
         ticket = self._placement.transport.fetch(sources, targets, bucket.label)
-        # Together: whatever breaks off here, a gradient is either still to be fetched or already known to have been.
+        # In one statement: whatever breaks off, a gradient is either still to be fetched or known to be fetched.
         bucket.fetched, bucket.staged, bucket.leaving = ticket, set(grads), dict(grads)
         known = complete and bucket.stepper is not None
         arrived = partial(
@@ -202,7 +202,7 @@ class Intake:
         self._let_go(bucket)
 
     def _let_go(self, bucket: OffloadBucket) -> None:
-        """Free the gradients that have been fetched; where more of them is to come, something stands in their place."""
+        """Free the gradients that have been fetched; if more is to be added to one, a stand-in takes its place."""
         for i, grad in bucket.leaving.items() if bucket.watched else ():
             p = bucket.params[i]
             if p.grad is not grad:
@@ -217,14 +217,14 @@ class Intake:
         bucket.leaving = {}
 
     def _heed(self, bucket: OffloadBucket) -> None:
-        """Notice gradients on the host that were dropped, changed or replaced where something stands for them."""
+        """Find stand-ins that were dropped, changed or replaced, and drop their gradients on the host."""
         for i in list(bucket.away):
             p = bucket.params[i]
             if p.grad is not bucket.away[i] or bucket.away[i].kept.changed() is not None:
                 self._step_aside(bucket, i)
 
     def _step_aside(self, bucket: OffloadBucket, index: int) -> None:
-        """Take away what stands in a gradient's place; whatever somebody has put there instead stays."""
+        """Remove a gradient's stand-in; whatever somebody has put in its place stays."""
         away = bucket.away.pop(index, None)
         if away is None:
             return
@@ -272,7 +272,7 @@ def _remove(watched: dict[Tensor, list[Any]]) -> None:
 
 
 def _is_others(p: Tensor) -> bool:
-    """Whether hooks that are not ours see a gradient when it is complete."""
+    """Whether hooks that are not ours look at a parameter's gradient when it is complete."""
     hooks = getattr(p, "_post_accumulate_grad_hooks", None) or {}
     return any(getattr(hook, "func", None) is not _on_gradient for hook in hooks.values())
 
@@ -296,12 +296,12 @@ def _check(p: Tensor, grad: Tensor, dtype: torch.dtype) -> None:
 
 
 def _own_part(p: Tensor, grad: Tensor) -> Tensor:
-    """What this process has of a gradient, divided as its parameter is."""
+    """This process's part of a gradient, divided as its parameter is."""
     if is_distributed(p) and not same_parts(p, grad):
         grad = grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined] # of a DTensor
     return local(grad).detach()
 
 
 def _collective(bucket: OffloadBucket) -> bool:
-    """Whether processes must talk to each other to know a norm: they do so in one order, in the step."""
+    """Whether a norm needs communication between processes, which they do in one order, in the step."""
     return any(map(is_distributed, bucket.masters))

@@ -1,4 +1,4 @@
-"""Weights that land while the next forward pass begins: each layer waits for its own."""
+"""Weights that arrive when the next forward pass has begun: each layer waits for its own."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lightning_optim.offload.worker import Job
 
 
 class Landing:
-    """Has the modules of a model wait for the buckets that hold their weights, when they are called.
+    """Makes the modules of a model wait, when they are called, for the buckets that hold their weights.
 
-    A module's own call is what waits. Weights of modules that were not called in the first forward passes, because
-    others use them (the output projection of ``nn.MultiheadAttention``), are waited for before everything else, by
-    :meth:`before_all`. A weight that is used *before* its module is called, and not by it, is not seen.
+    Only a module's own call waits. Some modules are not called, because others use their weights (the output projection
+    of ``nn.MultiheadAttention``): these weights are waited for before everything else, by :meth:`before_all`. If other
+    code uses a weight *before* its module is called, this is not noticed.
 
     Args:
         module: The model.
-        receive: Called with a bucket whose weights are on their way: whatever comes next on the device comes after.
+        receive: Called with buckets whose weights are on their way: makes the next work on the device wait for them.
     """
 
     def __init__(self, module: nn.Module, receive: Callable[[Sequence[OffloadBucket]], list[BaseException]]) -> None:
@@ -45,15 +45,15 @@ class Landing:
 
     @property
     def is_known(self) -> bool:
-        """Whether a forward pass was seen, so that it is known who waits."""
+        """Whether a forward pass was seen, so that it is known which modules are called."""
         return bool(self._called)
 
     def begin(self, left: Mapping[OffloadBucket, Job], start: Callable[[], None]) -> None:
-        """Buckets are going to be sent.
+        """Note that buckets are going to be sent.
 
         Args:
-            left: Those that are, and what sends each.
-            start: Has these jobs done, if it was broken off before they were started.
+            left: The buckets, and the job that sends each.
+            start: Starts these jobs, should an interrupt have come before they were started.
         """
         self._start = start
         self._left = dict(left)
@@ -63,17 +63,17 @@ class Landing:
         self._land([bucket for bucket in self._left if any(map(self._is_unseen, bucket.params))])
 
     def finish(self) -> None:
-        """Wait for all that is left."""
+        """Wait for all buckets that are left."""
         self._land(list(self._left))
 
     def close(self) -> None:
-        """Wait no more."""
+        """Remove the hooks, so that no module waits."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def on_call(self, module: nn.Module, own: Sequence[Tensor], *, root: bool) -> None:
-        """A module is called."""
+        """Wait for the weights of a module that is called."""
         if torch.is_grad_enabled():  # a validation may call what a training step does not
             self._called.add(module)
         if not self._left:
@@ -93,7 +93,7 @@ class Landing:
         failed = [error for bucket in buckets if (error := self._left[bucket].exception()) is not None]
         if (receive := self._receive()) is not None:
             failed += receive(buckets)
-        for bucket in buckets:  # not before: if the waiting is broken off, the next one waits
+        for bucket in buckets:  # only now: if the waiting is broken off, the next call waits
             self._left.pop(bucket, None)
         if failed:
             raise failed[0]
@@ -104,7 +104,7 @@ def _nothing() -> None:
 
 
 class _Hook:
-    """What a module calls first. It stays where it is: a copy of the module, or a pickle, has one that does nothing."""
+    """A forward pre-hook of a module. A copy of the module, or a pickle, has one that does nothing."""
 
     def __init__(self, owner: Landing, own: Sequence[Tensor], *, root: bool) -> None:
         # A hook that held its owner would keep masters alive as long as the model.
@@ -123,8 +123,8 @@ def _outside_of_graphs(landing: Landing, module: nn.Module, own: Sequence[Tensor
     landing.on_call(module, own, root=root)
 
 
-# What was compiled, and calls modules, cannot have the waiting in its graph: the graph breaks there. This is what
-# `torch.compiler.disable` sets, which would import the compiler.
+# Compiled code that calls modules cannot have the waiting in its graph: the graph breaks there. These are the
+# attributes that `torch.compiler.disable` sets; a call of that would import the compiler.
 _outside_of_graphs._torchdynamo_disable = True  # type: ignore[attr-defined]
 _outside_of_graphs._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
     "lightning-optim: with wait='forward' modules wait for their weights when they are called; valid: wait='step'"
@@ -142,7 +142,7 @@ def _does_nothing(module: nn.Module, args: Any) -> None:
 def _callers(module: nn.Module) -> Iterator[tuple[nn.Module, list[Tensor]]]:
     """The modules whose calls can wait for weights, and the weights of each.
 
-    What is compiled waits as a whole, before its graph begins; what cannot even do that waits for nothing, so that its
+    A compiled module waits as a whole, before its graph begins. One that was compiled in place cannot do that, and its
     weights are waited for before everything else.
     """
     if _compiled_in_place(module):
@@ -156,5 +156,5 @@ def _callers(module: nn.Module) -> Iterator[tuple[nn.Module, list[Tensor]]]:
 
 
 def _compiled_in_place(module: nn.Module) -> bool:
-    """By ``module.compile()``, or by Lightning, which compiles ``training_step``: hooks would be part of the graph."""
+    """Whether ``module.compile()``, or Lightning, compiled a module in place: hooks would be part of the graph."""
     return module._compiled_call_impl is not None or getattr(module, "_compiler_ctx", None) is not None

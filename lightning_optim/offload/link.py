@@ -1,4 +1,4 @@
-"""A link to a device, simulated: copies take the time that they would take there."""
+"""A simulated link to a device: copies take the time that they would take on a real one."""
 
 from __future__ import annotations
 
@@ -55,35 +55,35 @@ class _Lane:
             begin = time.perf_counter()
             seconds = link.latency + sum(t.nbytes for t in sources) / link.bandwidth
             seconds *= 1 + link.jitter * link.random.random()
-            if link.poison:  # what is read on the way must be seen to be, and what is overwritten on the way too
+            if link.poison:  # copy at the end, so that early reads of targets, and early writes to sources, show
                 time.sleep(seconds)
             try:
                 copy_all(sources, targets)
-            except BaseException as error:  # who waits for it must know
+            except BaseException as error:  # whoever waits for the copy must know
                 ticket.error = error
             time.sleep(max(0.0, begin + seconds - time.perf_counter()))
             if link.trace is not None:
                 link.trace.add(self.kind, label, begin)
             ticket.done.set()
-            del job, sources, targets, ticket  # not to be kept until the next copy
+            del job, sources, targets, ticket  # or they would be kept until the next copy
 
 
 class SimulatedLink(Transport):
     """A full-duplex link of a given bandwidth and latency, between two places in host memory.
 
-    The processor sleeps while a copy "travels", so that what runs beside it can be seen, and targets hold NaN until
-    their copy is done, if asked for, so that what reads too early can be seen as well.
+    Its threads sleep while a copy "travels", so that it can be seen what runs beside it. On request, targets hold NaN
+    until their copy is done, so that reads that come too early can be seen as well.
 
     Args:
         bandwidth: Bytes per second, in each direction.
         latency: Seconds before a copy begins.
         jitter: Copies take up to this share longer, at random.
         poison: Fill targets with NaN until their copy is done, at the end of its time.
-        seed: Of the jitter.
+        seed: The seed of the jitter.
         trace: Where copies are recorded.
 
     Raises:
-        ValueError: A bandwidth that is not positive, or a latency or jitter below 0.
+        ValueError: The bandwidth is not positive, or the latency or jitter is below 0.
 
     >>> link = SimulatedLink(1e9)
     >>> source, target = torch.ones(3), torch.zeros(3)

@@ -1,4 +1,4 @@
-"""Master weights in host memory, and how an optimizer looks to whoever steps them."""
+"""Master weights in host memory, and views of an optimizer that has them in place of its weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def master_of(p: Tensor, storage: Tensor) -> Tensor:
 
     Args:
         p: The weight on the device.
-        storage: Host memory of the shape of what this process has of it.
+        storage: Memory of the shape of this process's part of it.
     """
     with torch.no_grad():
         storage.copy_(local(p))
@@ -41,7 +41,7 @@ _host_meshes: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def host_mesh(mesh: Any) -> Any:
-    """The same processes, for tensors in host memory. Collective at the first call for a mesh on a device."""
+    """A mesh of the same processes for tensors in host memory. Collective at the first call for a mesh on a device."""
     if mesh.device_type == "cpu":
         return mesh
     if mesh not in _host_meshes:
@@ -55,7 +55,7 @@ def host_mesh(mesh: Any) -> Any:
 
 
 def _gloo_group(group: Any) -> Any:
-    """The processes of a group, that talk about host memory."""
+    """A Gloo group of the same processes, which communicates host memory."""
     import torch.distributed as dist
 
     # With `use_local_synchronization` only the members of the group need to call, as other groups do the same.
@@ -65,11 +65,11 @@ def _gloo_group(group: Any) -> Any:
 class GroupOptions:
     """The options of all param groups at one moment.
 
-    Schedules change them right after a step, while it may still be going on.
+    They are copies, because schedules change options right after a step, while it may still be going on.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.rows: list[Group] = [
+        self.groups: list[Group] = [
             {
                 key: value.detach().clone() if isinstance(value, Tensor) else value
                 for key, value in group.items()
@@ -81,7 +81,7 @@ class GroupOptions:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, GroupOptions):
             return NotImplemented
-        return len(self.rows) == len(other.rows) and all(map(_same, self.rows, other.rows))
+        return len(self.groups) == len(other.groups) and all(map(_same, self.groups, other.groups))
 
     __hash__ = None  # type: ignore[assignment] # mutable
 
@@ -98,7 +98,7 @@ def _same(a: Group, b: Group) -> bool:
 
 
 class MasterState:
-    """The state of an optimizer, by master instead of by weight."""
+    """The state of an optimizer, with masters instead of weights as keys."""
 
     def __init__(self, optimizer: Optimizer, weights: Mapping[Tensor, Tensor]) -> None:
         self._optimizer, self._weights = weakref.ref(optimizer), weights
@@ -118,25 +118,25 @@ class MasterState:
         return isinstance(master, Tensor) and self._weights.get(master) in self._state()
 
     def get(self, master: Tensor, default: Any = None) -> Any:
-        """As of a dict."""
+        """See ``dict.get``."""
         return self._state().get(self._weights[master], default)
 
     def pop(self, master: Tensor, default: Any = None) -> Any:
-        """As of a dict."""
+        """See ``dict.pop``."""
         return self._state().pop(self._weights[master], default)
 
 
 class View:
-    """An optimizer as it would be if it had the masters of some of its parameters.
+    """A view of an optimizer that has the masters of some of its parameters.
 
     Args:
         optimizer: The optimizer; not kept alive.
-        places: ``(row, index)`` of each parameter: its param group, and its place there.
+        places: ``(group_number, index)`` of each parameter: the number of its param group, and its place there.
         masters: The master of each.
         weights: The parameter of each.
 
     Attributes:
-        options: The options that hold.
+        options: The options of the param groups to step with.
     """
 
     def __init__(
@@ -147,10 +147,11 @@ class View:
         weights: Sequence[Tensor],
     ) -> None:
         self.options = GroupOptions(optimizer)
-        self._rows: dict[int, Group] = {}
-        for (row, index), master in zip(places, masters, strict=True):
-            group = optimizer.param_groups[row]
-            own = self._rows.setdefault(row, {"params": [], **({"param_names": []} if "param_names" in group else {})})
+        self._groups: dict[int, Group] = {}
+        for (group_number, index), master in zip(places, masters, strict=True):
+            group = optimizer.param_groups[group_number]
+            fresh: Group = {"params": [], **({"param_names": []} if "param_names" in group else {})}
+            own = self._groups.setdefault(group_number, fresh)
             own["params"].append(master)
             if "param_names" in group:
                 own["param_names"].append(group["param_names"][index])
@@ -158,21 +159,21 @@ class View:
 
     @property
     def param_groups(self) -> list[Group]:
-        """The param groups that have some of these parameters, with the options that hold."""
-        return [{**self.options.rows[row], **own} for row, own in self._rows.items()]
+        """The param groups that have some of these parameters, with the masters and with :attr:`options`."""
+        return [{**self.options.groups[number], **own} for number, own in self._groups.items()]
 
 
 def bring_state(
     optimizer: Optimizer, masters: Mapping[Tensor, Tensor], dtype_of: Callable[[Tensor, str], torch.dtype]
 ) -> None:
-    """Have the state that there is for weights be one for their masters: where they are, divided as they are.
+    """Convert the state of weights to one for their masters: on the masters' device, and divided as these are.
 
-    Torch's own optimizers make and load it in the weights' type, in which it would lose most of each step.
+    Torch's own optimizers make and load state in the weights' type, in which it would lose most of each step.
 
     Args:
-        optimizer: Whose state it is.
-        masters: By parameter.
-        dtype_of: From a parameter and the name of a tensor of its state, the type that it is to have.
+        optimizer: The optimizer that has the state.
+        masters: The masters, by parameter.
+        dtype_of: Returns the type for a tensor of the state, from the parameter and the tensor's name.
     """
     for p, master in masters.items():
         for name, value in (optimizer.state.get(p) or {}).items():
@@ -191,7 +192,7 @@ def bring_state(
 
 
 def like_master(value: Tensor, master: Tensor) -> Tensor:
-    """What this process has of a tensor, as a tensor that is divided as a master is."""
+    """This process's part of a tensor, as a tensor that is divided as a master is."""
     if not is_distributed(master):
         return value
     from torch.distributed.tensor import DTensor
@@ -201,7 +202,7 @@ def like_master(value: Tensor, master: Tensor) -> Tensor:
 
 
 def part_of(value: Tensor, master: Tensor) -> Tensor:
-    """What this process has of a tensor, which may be given as a whole, if it is divided as a master is."""
+    """This process's part of a tensor divided as a master is; the tensor may be given as a whole."""
     if is_distributed(value) or not is_distributed(master) or value.shape != master.shape:
         return local(value)
     from torch.distributed.tensor import distribute_tensor
@@ -213,11 +214,11 @@ def part_of(value: Tensor, master: Tensor) -> Tensor:
 
 @contextmanager
 def masters_in_place(optimizer: Optimizer, masters: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """While this lasts, an optimizer has masters for its parameters, in the same lists and dicts.
+    """A context in which an optimizer has masters in place of its parameters, in the same lists and dicts.
 
     Args:
         optimizer: The optimizer.
-        masters: By parameter; parameters without one stay.
+        masters: The masters, by parameter; parameters without one stay.
     """
     weights = {master: p for p, master in masters.items()}
     _exchange(optimizer, masters)
@@ -231,6 +232,6 @@ def _exchange(optimizer: Optimizer, others: Mapping[Tensor, Tensor]) -> None:
     for group in optimizer.param_groups:
         group["params"][:] = [others.get(p, p) for p in group["params"]]
     for p, other in others.items():
-        # In the same dict: optimizers may have it under another name as well.
+        # The dict of the state stays the same: optimizers may have it under another name as well.
         if (state := optimizer.state.pop(p, _ABSENT)) is not _ABSENT:
             optimizer.state[other] = state

@@ -1,4 +1,4 @@
-"""The norm of all gradients, and what follows from it, on the host."""
+"""The norm of all gradients, and the scaling that follows from it, on the host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_optim.stepping.shards import LocalSquares, total_squares
 
 
 def summed_squares(work: Sequence[OffloadBucket]) -> Tensor:
-    """The sum of squares of all gradients, in the order of the buckets, whatever came first. Collective for shards.
+    """The sum of squares of all gradients, added in the order of the buckets. Collective for sharded gradients.
 
     Args:
         work: Buckets whose own sums are known.
@@ -21,7 +21,7 @@ def summed_squares(work: Sequence[OffloadBucket]) -> Tensor:
     sums: LocalSquares = {}
     for bucket in work:
         for where, parts in (bucket.squares or {}).items():
-            # What processes add up stays where they talk about it.
+            # Sums that processes add up stay on the device on which they communicate.
             own = (part.sum().reshape(1) for part in parts)
             sums.setdefault(where, []).extend(own if where else (part.cpu() for part in own))
     totals = [total_squares({where: parts}).sum().cpu() for where, parts in sums.items()]
@@ -29,7 +29,7 @@ def summed_squares(work: Sequence[OffloadBucket]) -> Tensor:
 
 
 def scaling_on_host(max_norm: float | None, loss: LossScale | None, squares: Tensor | None) -> Scaling | None:
-    """What is known on the device, on the host: it is waited for here, once."""
+    """A scaling with the loss scale and its flag copied to the host, which waits for the device here, once."""
     if max_norm is None and loss is None:
         return None
     if loss is not None:
@@ -49,7 +49,7 @@ class FixedScaling(Scaling):
 
     @classmethod
     def of(cls, number: float | None) -> FixedScaling | None:
-        """By this number; None: as they are."""
+        """A scaling by this number; None for None, which leaves gradients as they are."""
         return None if number is None else cls(number)
 
     def skip(self) -> bool:
@@ -62,6 +62,6 @@ class FixedScaling(Scaling):
 
 
 def number_of(scaling: Scaling | None) -> float | None:
-    """What gradients are multiplied by; None: nothing."""
+    """The factor by which gradients are multiplied; None if they are not."""
     factor = None if scaling is None else scaling.factor()
     return None if factor is None else float(factor)

@@ -1,4 +1,4 @@
-"""What may be chosen about detached steps."""
+"""The options of detached steps."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ _RANGES = {"bucket_mb": POSITIVE_FINITE.described("megabytes, more than 0"), "de
 
 @dataclass(frozen=True)
 class DetachedOptions:
-    """What may be chosen about detached steps.
+    """The options of detached steps.
 
     Attributes:
-        master_dtype: Of the master weights: ``"float32"`` or ``"float64"``.
+        master_dtype: The type of the master weights: ``"float32"`` or ``"float64"``.
         clip: ``"exact"``: updates wait for the norm of all gradients. ``"speculative"``: updates run during the
-            backward pass as if nothing was to be clipped, and are taken back, bit for bit, and done again where that
-            was wrong; it needs host memory for the old masters and state. The results are those of ``"exact"``.
+            backward pass as if nothing was to be clipped; if that was wrong, they are undone, bit for bit, and done
+            again. It needs host memory for the old masters and state; the results are those of ``"exact"``.
             ``"none"``: updates run during the backward pass, and there may be no clipping and no loss scale; a step
-            raises RuntimeError where an update turns out to have been too early.
+            raises RuntimeError if an update turns out to have been too early.
         bucket_mb: Megabytes (1e6 bytes) of gradients that travel together.
         device_fraction: The share of the weights whose masters and state stay on the device, from 0 to 1: those whose
             gradients come last, and whose way to the host and back nothing would hide.
-        delay_one_step: The update runs beside the next forward pass, and the backward pass until its first bucket is
-            complete, whose weights therefore lack it: an approximation (ZeRO-Offload's "one-step delayed parameter
-            update"). Only for optimizers that our engines step.
-        engine: Of our optimizers, and of those of torch's that we step.
-        wait: ``"step"``: a step ends when all weights are there, or on their way before whatever comes next on the
-            device. ``"forward"``: it ends at once, and in the next forward pass each module waits, when it is called,
-            for the weights that it owns: later layers are updated beside the first layers' forward pass. What reads
-            weights otherwise must call :meth:`~lightning_optim.offload.Detached.publish` first. The results are the
-            same. Only for optimizers that our engines step.
+        delay_one_step: The update runs beside the next forward pass, and beside the backward pass until its first
+            bucket is complete. These passes use the weights before the update: an approximation (ZeRO-Offload's
+            "one-step delayed parameter update"). Only for optimizers that our engines step.
+        engine: The engine of our optimizers, and of those of torch's that we step.
+        wait: ``"step"``: a step ends when all weights have arrived, or when the next work on the device waits for them.
+            ``"forward"``: a step ends at once, and in the next forward pass each module waits, when it is called, for
+            the weights that it owns: later layers are updated beside the first layers' forward pass. Code that reads
+            weights in another way must call :meth:`~lightning_optim.offload.Detached.publish` first. The results are
+            the same. Only for optimizers that our engines step.
 
     Raises:
-        ValueError: A value that is none of these.
+        ValueError: A value is not valid.
 
     >>> DetachedOptions(clip="sometimes")
     Traceback (most recent call last):
@@ -68,7 +68,7 @@ class DetachedOptions:
     wait: Wait = "step"
 
     def __post_init__(self) -> None:
-        """Check them."""
+        """Check the options."""
         if parse_dtype("master_dtype", self.master_dtype) not in MASTER_DTYPES:
             valid = ", ".join(map(dtype_name, MASTER_DTYPES))
             raise ValueError(f"master_dtype={self.master_dtype!r}; valid: {valid}")
@@ -92,13 +92,13 @@ class DetachedOptions:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the masters."""
+        """The type of the masters."""
         dtype = parse_dtype("master_dtype", self.master_dtype)
         assert dtype is not None  # noqa: S101 # checked above
         return dtype
 
     def check_step(self, max_norm: float | None, loss: LossScale | None) -> None:
-        """Whether a step can be done as asked.
+        """Check that a step can be done as asked.
 
         Raises:
             ValueError: It cannot.
@@ -108,7 +108,7 @@ class DetachedOptions:
             raise ValueError(f"clip='none', and {what}; valid: clip='exact' or clip='speculative'")
 
     def described(self) -> str:
-        """In words."""
+        """The options in words."""
         words = f"masters in {dtype_name(self.dtype)}, clip={self.clip!r}, buckets of {self.bucket_mb:g} MB"
         words += f", {self.device_fraction:.0%} on the device" if self.device_fraction else ""
         words += ", waited for in the forward pass" if self.wait == "forward" else ""

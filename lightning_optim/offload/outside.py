@@ -1,4 +1,4 @@
-"""What others change between two steps: weights, and states that are loaded."""
+"""Noticing what others change between two steps: weights, and states that are loaded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from lightning_optim.stepping.shards import local
 class Outside:
     """Notices what was changed from outside since the last look.
 
-    In-place changes are seen, and tensors that were put in place of others; not those through ``.data``, of which
-    torch keeps no count.
+    It sees in-place changes, and new memory of a tensor, but not changes through ``.data``, which torch does not count.
 
     Args:
-        optimizer: Whose state may be another; not kept alive.
+        optimizer: The optimizer, whose state may be replaced; not kept alive.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -26,19 +25,19 @@ class Outside:
         self._seen: dict[Tensor, tuple[int, int]] = {}
 
     def note(self, params: Sequence[Tensor]) -> None:
-        """What these weights are now is known."""
+        """Note the present weights as known."""
         self._seen.update((p, _version(p)) for p in params)
 
     def note_state(self, optimizer: Optimizer) -> None:
-        """The state that there is now is known."""
+        """Note the present state as known."""
         self._state = optimizer.state
 
     def loaded(self, optimizer: Optimizer) -> bool:
-        """Whether the state is another."""
+        """Whether the state has been replaced since it was noted."""
         return optimizer.state is not self._state
 
     def changed(self, bucket: OffloadBucket) -> list[int]:
-        """The weights of a bucket that are others."""
+        """The indices of a bucket's weights that have changed since they were noted."""
         return [i for i, p in enumerate(bucket.params) if self._seen.get(p) != _version(p)]
 
 

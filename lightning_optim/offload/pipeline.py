@@ -5,8 +5,8 @@ What happens when, for each bucket of parameters (about 32 MB of gradients):
 1. *fetch*: when the last of its gradients is complete, in the backward pass, they are copied to the host, and freed.
 2. *fold*: where gradients accumulate over several backward passes, they are added up on the host.
 3. *norm*: the sum of squares, for clipping and for the search for infinite gradients.
-4. *update*: one pass of a host kernel: unscale, clip, update, round, write the weight in its own type. After the last
-   bucket's norm is known (``clip="exact"``); or at once, to be taken back if that turns out to have been wrong
+4. *update*: one pass of a host kernel: unscale, clip, update, round, write the weight in its own type. It runs when the
+   last bucket's norm is known (``clip="exact"``); or at once, to be undone if that turns out to have been wrong
    (``"speculative"``); or at once (``"none"``).
 5. *send*: the weights are copied to the device.
 
@@ -48,32 +48,32 @@ from lightning_optim.stepping.shards import local
 class Detached:
     """Steps an optimizer's parameters from masters in host memory.
 
-    A step that fails, or is broken off by an interrupt, is either not done or done. If a bucket's update fails in the
-    middle of it, the others' are, and it is tried once more; the error comes up in any case.
+    A step that fails, or is broken off by an interrupt, is done as a whole or not at all. If a bucket's update fails in
+    the middle, the other updates are still done, and this one is tried once more; the error is raised in any case.
 
-    The optimizer stays what it is: its param groups with the weights in them, its schedules and hooks; its state is
-    in host memory, in the format of always. Who wants a step calls :meth:`step` instead of ``optimizer.step()``.
+    The optimizer keeps its param groups with the weights in them, its schedules and its hooks. Its state is in host
+    memory, in the usual format. To step it, call :meth:`step` instead of ``optimizer.step()``.
 
     Args:
         optimizer: One of ours, or any of torch's: those that we know (``SGD``, ``Adam``, ``AdamW``) are stepped by our
             engines; others run their own step on the masters, which is slower.
         options: See :class:`~lightning_optim.offload.options.DetachedOptions`.
-        transport: Between the weights' device and the host; default: by the kind of device.
+        transport: The transport between the weights' device and the host; default: chosen by the kind of device.
         replicas: The processes among which masters and state are divided; they have the same weights and gradients.
-        overlap: Take gradients as soon as they are complete, and free them. Otherwise they stay where they are until
-            the step: where hooks want to see them, or where they are reduced over processes first.
+        overlap: Take gradients as soon as they are complete, and free them. If False, they stay in place until the
+            step, for hooks that look at them, or for a reduction over processes.
         trace: Records what happens when.
-        module: What has the weights; needed for ``wait="forward"``.
+        module: The module that has the weights; needed for ``wait="forward"``.
 
     Attributes:
         last: Whether the backward pass to come is the window's last, after which a step comes. Where gradients
             accumulate, set it to False before the others, so that no update is done too early.
         scaling: How the gradients of the last step were unscaled and clipped.
-        expects: What the next step will be given, ``(loss scale or None, max_grad_norm or None)``: what updates before
-            the step go by. If it turns out otherwise, they are taken back and done again.
+        expects: What the next step is expected to be given, ``(loss scale or None, max_grad_norm or None)``. Updates
+            before the step use it; if the step is given something else, they are undone and done again.
 
     Raises:
-        ValueError: Options that the optimizer cannot serve.
+        ValueError: The optimizer cannot be stepped with these options.
 
     >>> weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     >>> optimizer = torch.optim.SGD([weight], lr=1e-3)
@@ -130,13 +130,13 @@ class Detached:
         """Update all parameters that have a gradient.
 
         Args:
-            inputs: What a rule may need beside the gradients: not known here.
+            inputs: The inputs of a rule beside the gradients, which are not supported here.
             loss: How the loss was scaled, and whether the step is to be left out.
             max_grad_norm: Clip the gradients' global norm to this; default: the optimizer's ``max_grad_norm``.
 
         Raises:
-            RuntimeError: A gradient that is sparse or of another type than its weight; what failed before the step.
-            ValueError: Clipping or a loss scale with ``clip="none"``; inputs.
+            RuntimeError: A gradient is sparse or of another type than its weight, or an earlier job has failed.
+            ValueError: There is clipping or a loss scale with ``clip="none"``, or there are inputs.
         """
         if inputs is not None:
             raise ValueError(
@@ -147,25 +147,25 @@ class Detached:
             self._step(loss, max_grad_norm)
 
     def publish(self) -> None:
-        """Wait for an update that was delayed, or is on its way, and have the weights be those after it."""
+        """Wait for an update that was delayed or is on its way, so that the weights are those after it."""
         if self._landing is not None:
             self._landing.finish()
         self._execution.publish()
 
     def await_uncalled(self) -> None:
-        """Before a forward pass that does not begin with a call of the module, where ``wait="forward"``."""
+        """With ``wait="forward"``, call this before a forward pass that does not begin with a call of the module."""
         if self._landing is not None:
             self._landing.before_all()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, on the device and on the host.
 
-        Those that have left for the host after the last backward pass of a window are known to nobody else:
-        ``optimizer.zero_grad()`` and ``module.zero_grad()`` leave them. (While :attr:`last` is False, something stands
-        in their places, by which they are dropped as well.)
+        ``optimizer.zero_grad()`` and ``module.zero_grad()`` do not drop gradients that have left for the host in the
+        last backward pass of a window. (While :attr:`last` is False, gradients that leave have stand-ins, by which
+        these calls drop them as well.)
 
         Args:
-            set_to_none: Otherwise those that are still on the device become zeros.
+            set_to_none: If False, gradients that are still on the device become zeros.
         """
         self._execution.finish()
         self._intake.forget()
@@ -173,15 +173,15 @@ class Detached:
         landing = self._landing is not None and self._landing.is_pending
         if not self._execution.is_under_way and not landing:
             job.result()
-        else:  # an update still reads them: whoever brings the next waits
+        else:  # an update still reads them: the next gradients wait
             for bucket in self._placement.buckets:
                 bucket.arrivals = [job]
         Optimizer.zero_grad(self.optimizer, set_to_none)
 
     def masters(self) -> dict[Tensor, Tensor]:
-        """By parameter, its master; only those that this process has.
+        """The masters that this process has, by parameter.
 
-        They are those of the last step; with ``clip="none"`` some may be ahead of it, from a backward pass to the step.
+        They are those of the last step; with ``clip="none"``, some are ahead between a backward pass and its step.
         """
         self.publish()
         self._grow()
@@ -194,7 +194,7 @@ class Detached:
 
     @contextmanager
     def masters_in_place(self) -> Iterator[None]:
-        """While this lasts, the optimizer has the masters for its parameters: for loading a state."""
+        """A context in which the optimizer has the masters in place of its parameters, for loading a state."""
         with masters_in_place(self.optimizer, self.masters()):
             yield
         self._placement.bring_state(self.optimizer, self._placement.buckets)
@@ -205,12 +205,11 @@ class Detached:
         """Give masters more bits than the weights have.
 
         Args:
-            values: By parameter, what its master was, as a whole or as this process has it.
-
-        Those of parameters that require no gradients yet are kept until they do.
+            values: The masters' values by parameter, as a whole or this process's part. Values of parameters that
+                require no gradients yet are kept until they do.
 
         Returns:
-            The parameters whose weights are others than these masters would give; these masters are left alone.
+            The parameters whose weights are not what these values round to; their masters are left alone.
         """
         masters = self.masters()
         if (optimizer := self._optimizer()) is not None:
@@ -234,7 +233,7 @@ class Detached:
 
     @torch.no_grad()
     def read_weights(self) -> None:
-        """Have masters follow weights that were set from outside; those that round to their weights keep their bits."""
+        """Set masters to weights that were set from outside; masters that round to their weights keep their bits."""
         self.masters()
         for bucket in self._placement.buckets:
             bucket.follow(range(len(bucket.places)))
@@ -246,7 +245,7 @@ class Detached:
         return self._placement.report(self.optimizer, scaled=scaled, notes=notes)
 
     def close(self) -> None:
-        """Wait for all that is under way, and let the weights go."""
+        """Wait for all that is under way, remove the hooks, and end the thread."""
         self._intake.close()
         self._intake.forget()
         if self._landing is not None:
@@ -275,7 +274,7 @@ class Detached:
 
     @property
     def buckets(self) -> Sequence[OffloadBucket]:
-        """The parameters, as they travel."""
+        """The buckets in which the parameters travel."""
         return self._placement.buckets
 
     @property
@@ -292,13 +291,13 @@ class Detached:
         max_norm = self._placement.max_grad_norm(optimizer) if max_grad_norm is None else max_grad_norm
         self.options.check_step(max_norm, loss)
         if isinstance(optimizer, RuleOptimizer):
-            optimizer.asked_for(None)  # which refuses steps that would go wrong
+            optimizer.asked_for(None)  # refuses steps that would go wrong
         self._host.threads = torch.get_num_threads()
         self.publish()
         self._grow()
         self._follow()
         transport = self._placement.transport
-        # Not where the next forward pass waits for them: it wants those first that were updated last.
+        # Not if the next forward pass waits for the weights: it needs those first that were updated last.
         if self.options.clip != "exact" and max_norm is None and loss is None and self._landing is None:
             self._host.send_early(self._placement.buckets, GroupOptions(optimizer), transport, transport.fence())
         self._intake.collect()
@@ -324,7 +323,7 @@ class Detached:
             return
         with torch.inference_mode(False), torch.no_grad():
             for bucket, places in self._placement.moved(optimizer):
-                self._host.submit(self._host.take_back, [bucket]).result()  # it was done with other groups' options
+                self._host.submit(self._host.take_back, [bucket]).result()  # early updates used other groups' options
                 self._intake.unwatch([p for p, place in zip(bucket.params, places, strict=True) if place is None])
                 self._placement.rearrange(optimizer, bucket, places)
             made = self._placement.grow(optimizer)
@@ -340,7 +339,7 @@ class Detached:
             self._placement.note(optimizer)
 
     def _early_update(self, bucket: OffloadBucket) -> Callable[[], None] | None:
-        """An update before the step, as if nothing was to be clipped; none if the host has others' news to hear."""
+        """An update before the step, as if nothing was to be clipped; None if there are changes from outside."""
         optimizer = self.optimizer
         if self.options.clip == "exact" or self._outside.changed(bucket) or self._outside.loaded(optimizer):
             return None
@@ -352,15 +351,15 @@ class Detached:
         return partial(self._host.update_early, bucket, number, GroupOptions(self.optimizer))
 
     def _follow(self) -> None:
-        """Weights that someone has changed since the last step, averaging or clamping them, say, are the masters.
+        """Set masters to weights that were changed since the last step, by averaging or clamping, say.
 
-        And a state that was loaded is the state.
+        A state that was loaded is converted to one for the masters.
         """
         loaded = self._outside.loaded(self.optimizer)
         changed = [bucket for bucket in self._placement.buckets if self._outside.changed(bucket)]
         if not (loaded or changed):
             return
-        # What was updated early was so without knowing of this.
+        # Early updates were made without knowing of this.
         self._host.submit(self._host.take_back, self._placement.buckets if loaded else changed).result()
         if loaded:
             self._placement.bring_state(self.optimizer, self._placement.buckets)
@@ -370,7 +369,7 @@ class Detached:
             self._outside.note(bucket.params)
 
     def _total(self, work: list[OffloadBucket]) -> Tensor:
-        """The sum of squares of all gradients: in order of the buckets, whatever came first."""
+        """The sum of squares of all gradients, added in the order of the buckets."""
         unknown = [bucket for bucket in work if bucket.squares is None]
         self._host.submit(self._host.measure, [bucket for bucket in unknown if not bucket.on_device]).result()
         here, place = [bucket for bucket in unknown if bucket.on_device], self._placement.transport.place()
@@ -383,10 +382,10 @@ class Detached:
     def _end_window(self, scaling: Scaling | None) -> None:
         self.scaling = scaling
         if isinstance(optimizer := self.optimizer, RuleOptimizer):
-            optimizer._stepper.scaling = scaling  # by which it knows its `grad_norm`
+            optimizer._stepper.scaling = scaling  # the optimizer's `grad_norm` reads it
         self._intake.end_window()
 
     def _settle(self) -> None:
-        """Take back what was updated in a backward pass that no step has come after yet."""
+        """Undo updates that were made in a backward pass whose step has not come yet."""
         if self.options.clip == "speculative" and not self._host.closed:
             self._host.submit(self._host.take_back, self._placement.buckets).result()

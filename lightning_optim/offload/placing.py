@@ -35,16 +35,16 @@ class Placement:
 
     Args:
         optimizer: The optimizer; not kept alive.
-        options: What was chosen.
-        transport: Between device and host; None: by the kind of device.
+        options: The options of detached steps.
+        transport: The transport between device and host; None: chosen by the kind of device.
         replicas: The processes that divide masters and state among them.
 
     Attributes:
-        buckets: In the order in which their gradients are expected: the last layers first.
-        whole: What steps all masters at once, if that must be; None: our engines step bucket by bucket.
+        buckets: The buckets, in the order in which their gradients are expected: the last layers first.
+        whole: What steps all masters at once, if the optimizer needs that; None: our engines step bucket by bucket.
 
     Raises:
-        ValueError: Options that the optimizer cannot serve.
+        ValueError: The optimizer cannot be stepped with these options.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class Placement:
             for option, value, valid in (
                 ("clip", options.clip, "exact"),
                 ("device_fraction", options.device_fraction, 0.0),
-                ("delay_one_step", options.delay_one_step, False),  # its param groups have the masters meanwhile
-                ("wait", options.wait, "step"),  # as before
+                ("delay_one_step", options.delay_one_step, False),  # during the step, param groups hold the masters
+                ("wait", options.wait, "step"),  # for the same reason
             ):
                 if value != valid:
                     raise ValueError(
@@ -100,40 +100,40 @@ class Placement:
 
     @property
     def transport(self) -> Transport:
-        """Between device and host."""
+        """The transport between device and host."""
         if self._transport is None:
             self._transport = transport_for(self._device or torch.device("cpu"))
         return self._transport
 
     def is_current(self, optimizer: Optimizer) -> bool:
-        """Whether all parameters are in the param groups, and require gradients, as when :meth:`note` was called."""
+        """Whether the param groups, and which parameters require gradients, are as when :meth:`note` was called."""
         return self._seen == _arrangement(optimizer)
 
     def note(self, optimizer: Optimizer) -> None:
-        """The buckets are those of the param groups that there are now."""
+        """Note that the buckets are those of the present param groups."""
         self._seen = _arrangement(optimizer)
 
     def moved(self, optimizer: Optimizer) -> list[tuple[OffloadBucket, list[Place | None]]]:
-        """The buckets some of whose parameters have left the param groups or their places there; where they are now."""
+        """The buckets with parameters that have left the param groups or moved in them, and all their places now."""
         places = {place.param: place for place in _places(optimizer)}
         now = [(bucket, [places.get(p) for p in bucket.params]) for bucket in self.buckets]
         return [(bucket, found) for bucket, found in now if found != bucket.places]
 
     def rearrange(self, optimizer: Optimizer, bucket: OffloadBucket, places: list[Place | None]) -> None:
-        """Have a bucket follow its parameters, and let go of those that are no longer the optimizer's."""
+        """Update a bucket to its parameters' places, and drop parameters that are no longer the optimizer's."""
         changes = bucket.moved(places)
         if not changes["places"]:
             self.buckets = [other for other in self.buckets if other is not bucket]
             return
         if bucket.mine and self.whole is None:
             changes |= self._equipment(optimizer, changes["places"], changes["masters"])
-        bucket.__dict__.update(changes)  # at once: whatever breaks off, a bucket is of one kind or the other
+        bucket.__dict__.update(changes)  # at once: whatever breaks off, all of these have changed or none
 
     def grow(self, optimizer: Optimizer) -> list[OffloadBucket]:
         """Make buckets of the parameters that require gradients and are in none yet. :meth:`admit` takes them in.
 
         Raises:
-            ValueError: Weights on several devices.
+            ValueError: The weights are on several devices.
         """
         places = _places(optimizer)
         known = {p for bucket in self.buckets for p in bucket.params}
@@ -143,7 +143,7 @@ class Placement:
         self._check_devices(new)
         known |= {place.param for place in new}
         check_memory([local(place.param) for place in places if place.param in known])
-        new.reverse()  # as a backward pass goes
+        new.reverse()  # the order of a backward pass
         limit = self._options.bucket_mb * 1e6
         if self._replicas is not None:
             # Small enough that every process gets its share.
@@ -168,11 +168,11 @@ class Placement:
         return made
 
     def admit(self, made: Sequence[OffloadBucket]) -> None:
-        """Take new buckets in."""
+        """Add new buckets."""
         self.buckets += made
 
     def bring_state(self, optimizer: Optimizer, buckets: Sequence[OffloadBucket]) -> None:
-        """Have the state that there is for the weights of these buckets be one for their masters."""
+        """Convert the state of these buckets' weights to one for their masters."""
         for bucket in buckets:
             masters = dict(zip(bucket.params, bucket.masters, strict=False))  # other processes have the others
 
@@ -180,13 +180,13 @@ class Placement:
                 stepper = bucket.stepper if self.whole is None else self.whole.stepper
                 if stepper is None:
                     return masters[p].dtype
-                row = next(place.row for place in bucket.places if place.param is p)
-                return stepper.planner_of(optimizer.param_groups[row], p).slot_dtype(masters[p], slot)
+                number = next(place.group_number for place in bucket.places if place.param is p)
+                return stepper.planner_of(optimizer.param_groups[number], p).slot_dtype(masters[p], slot)
 
             bring_state(optimizer, masters, dtype_of)
 
     def max_grad_norm(self, optimizer: Optimizer) -> float | None:
-        """The optimizer's own limit."""
+        """The optimizer's own limit of the gradients' norm."""
         return optimizer.options.max_grad_norm if isinstance(optimizer, RuleOptimizer) else None
 
     def has_gradients(self) -> bool:
@@ -213,7 +213,7 @@ class Placement:
         return combined
 
     def close(self) -> None:
-        """End what was started."""
+        """Close the transport."""
         if self._transport is not None:
             self._transport.close()
 
@@ -229,7 +229,7 @@ class Placement:
     def _keep_on_device(self, made: list[OffloadBucket]) -> None:
         """Leave the buckets that come last on the device, up to the share that was asked for."""
         if not self._options.device_fraction:
-            return  # nor buckets of empty parameters, for which there always is room
+            return  # so that buckets of empty parameters, for which there always is room, do not stay either
         total = sum(p.numel() for bucket in made for p in bucket.params)
         room = self._options.device_fraction * total
         for bucket in reversed(made):
@@ -241,8 +241,8 @@ class Placement:
             bucket.on_device = True
 
     def _equipment(self, optimizer: Optimizer, places: Sequence[Place], masters: Sequence[Tensor]) -> dict[str, Any]:
-        """What steps the parameters of a bucket, as the optimizer would step its masters."""
-        where = [(place.row, place.index) for place in places]
+        """The view and the stepper by which the masters of a bucket are stepped as the optimizer would step them."""
+        where = [(place.group_number, place.index) for place in places]
         view = View(optimizer, where, masters, [place.param for place in places])
         if isinstance(optimizer, RuleOptimizer):
             engine = optimizer.options.engine if self._options.engine == "auto" else self._options.engine
@@ -250,32 +250,33 @@ class Placement:
             stepper = optimizer.make_stepper(view, options)
         else:
             stepper = stepper_for(optimizer, engine=self._options.engine, owner=view)
-        # Rounding noise is a parameter's own, whatever bucket it is in.
-        rows = list(dict.fromkeys(row for row, _ in where))
-        order = sorted(range(len(places)), key=lambda i: (rows.index(where[i][0]), i))
+        # Rounding noise depends on a parameter's number, whatever bucket it is in.
+        groups = list(dict.fromkeys(group_number for group_number, _ in where))
+        order = sorted(range(len(places)), key=lambda i: (groups.index(where[i][0]), i))
         stepper.number_parameters([places[i].number for i in order])
         return {"view": view, "stepper": stepper}
 
 
 def _places(optimizer: Optimizer) -> list[Place]:
-    """Where all parameters are in the param groups."""
-    where = [(p, row, i) for row, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])]
-    return [Place(p, row, index, number) for number, (p, row, index) in enumerate(where)]
+    """The places of all parameters in the param groups."""
+    groups = enumerate(optimizer.param_groups)
+    where = [(p, group_number, index) for group_number, group in groups for index, p in enumerate(group["params"])]
+    return [Place(*place, number) for number, place in enumerate(where)]
 
 
 def _arrangement(optimizer: Optimizer) -> tuple[Any, ...]:
-    """What :func:`_places` depends on, and which parameters require gradients: cheaper to compare."""
+    """The parameters of each group, and which require gradients: cheaper to compare than :func:`_places`."""
     groups = [group["params"] for group in optimizer.param_groups]
     return [list(map(id, params)) for params in groups], [p.requires_grad for params in groups for p in params]
 
 
 def _writable(p: Tensor) -> bool:
-    """Whether a step on the device can write a weight: a copy of a master goes to memory as it is."""
+    """Whether a step on the device can write a weight, whose memory it writes directly."""
     return is_dense(p) and not is_lazy(p)
 
 
 def _stay(bucket: OffloadBucket, master_dtype: torch.dtype) -> None:
-    """Give a bucket its masters on the device: the weights themselves, if they have the type."""
+    """Give a bucket its masters on the device: the weights themselves, if these have the masters' type."""
     dtype = widened(bucket.params[0].dtype, master_dtype)
     if dtype == bucket.params[0].dtype:
         bucket.masters = bucket.params
@@ -286,7 +287,7 @@ def _stay(bucket: OffloadBucket, master_dtype: torch.dtype) -> None:
 
 
 def _check_evaluation(name: str, options: DetachedOptions, replicas: Replicas | None) -> None:
-    """Check that an optimizer can put the weights elsewhere between two steps."""
+    """Check that an optimizer can exchange the weights for those of evaluation between two steps."""
     why = "its eval() computes other weights from these and its state"
     if replicas is not None:
         raise ValueError(

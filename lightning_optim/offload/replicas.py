@@ -1,4 +1,4 @@
-"""Processes with the same weights and gradients, that divide masters and state among them."""
+"""Processes with the same weights and gradients, which divide masters and state among them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning_optim.offload.buckets import OffloadBucket
 
 
 class Replicas:
-    """The processes of a group. All of its methods but :meth:`assign` are collective.
+    """The processes of a group. All methods except :meth:`assign` are collective.
 
     Args:
-        group: Of ``torch.distributed``; None: all processes.
+        group: A group of ``torch.distributed``; None: all processes.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -25,7 +25,7 @@ class Replicas:
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
 
     def assign(self, buckets: Sequence[OffloadBucket]) -> None:
-        """Say which process has which bucket: the largest first, each to the one that has least."""
+        """Assign buckets to processes: the largest first, each to the process that has least."""
         loads = [0] * self.world
         for bucket in sorted(buckets, key=lambda bucket: -sum(p.numel() for p in bucket.params)):
             bucket.rank = loads.index(min(loads))
@@ -40,7 +40,7 @@ class Replicas:
         return total.cpu()
 
     def spread(self, buckets: Sequence[OffloadBucket]) -> None:
-        """Give all processes the weights of those that have their masters."""
+        """Send the weights of each bucket from the process that has its masters to all others."""
         works: list[Any] = []
         copied: list[tuple[Tensor, Tensor]] = []
         for bucket in buckets:
@@ -57,11 +57,11 @@ class Replicas:
             p.detach().copy_(flat.view(p.shape))
 
     def gather(self, bucket: OffloadBucket, own: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """What the process that has a bucket holds for each of its parameters, for all processes.
+        """Give all processes the tensors that the bucket's process has for each of its parameters.
 
         Args:
             bucket: The bucket.
-            own: By name, there, tensors of any shape; elsewhere it is not read.
+            own: For each parameter, tensors of any shape by name; read only in the bucket's process.
         """
         described: list[Any] = [
             [[(name, t.dtype, tuple(t.shape)) for name, t in values.items()] for values in own] if bucket.mine else None
@@ -79,15 +79,15 @@ class Replicas:
         return found
 
     def _source(self, bucket: OffloadBucket) -> int:
-        assert bucket.rank is not None  # noqa: S101 # who calls knows
+        assert bucket.rank is not None  # noqa: S101 # the caller has checked
         return bucket.rank if self._group is None else dist.get_global_rank(self._group, bucket.rank)
 
     def _device(self, tensor: Tensor) -> torch.device:
-        """Where a tensor must be for these processes to talk about it."""
+        """The device on which these processes can communicate a tensor."""
         backend = dist.get_backend(self._group)
         return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else tensor.device
 
 
 def _flat(p: Tensor) -> Tensor | None:
-    """A tensor's memory in its own order, alike in all processes; None if it has gaps, or is lazily negated."""
+    """A tensor's memory in its own order; None if that has gaps, or holds lazily negated or conjugated values."""
     return p.detach().as_strided((p.numel(),), (1,)) if is_dense(p) and not is_lazy(p) else None

@@ -1,4 +1,4 @@
-"""Weights that share memory, which are not one parameter."""
+"""Refusing weights that share memory without being one parameter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def check_memory(weights: Sequence[Tensor]) -> None:
     """Refuse weights that share memory: each would have a master of its own, and the last to arrive would win.
 
     Args:
-        weights: All of them.
+        weights: All weights.
 
     Raises:
         ValueError: Two of them, or two elements of one, have a place in memory in common.

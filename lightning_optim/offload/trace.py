@@ -15,9 +15,9 @@ class Event:
 
     Attributes:
         kind: ``"fetch"``, ``"fold"``, ``"norm"``, ``"update"``, ``"undo"`` or ``"send"``.
-        label: Of which bucket.
-        begin: Seconds.
-        end: Seconds.
+        label: The label of its bucket.
+        begin: When it began, in seconds.
+        end: When it ended, in seconds.
     """
 
     kind: str

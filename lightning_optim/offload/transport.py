@@ -18,13 +18,13 @@ from torch import Tensor
 
 
 class Ticket:
-    """A copy that was started. This one is done."""
+    """A copy that was started. One of this very class is done already."""
 
     def wait(self) -> None:
-        """Have the host wait until the copy is done."""
+        """Make the host wait until the copy is done."""
 
     def wait_on_device(self) -> None:
-        """Have all that is launched on the device from here on wait until the copy is done; the host goes on."""
+        """Make work that is launched on the device from here on wait for the copy; the host need not wait."""
         self.wait()
 
 
@@ -38,11 +38,11 @@ class Transport(ABC):
     pins: bool = False
 
     def fence(self) -> Any:
-        """What has been launched so far: copies may be told to come after it."""
+        """A mark after all work launched so far, which copies can be told to wait for."""
         return None
 
     def place(self) -> Callable[[], AbstractContextManager[Any]]:
-        """For a thread: where who calls this would have its work done on the device."""
+        """Makes, for another thread, a context in which its work on the device is done where the caller's is."""
         return nullcontext
 
     @abstractmethod
@@ -50,8 +50,8 @@ class Transport(ABC):
         """Copy from the device to the host, after all that was launched on the sources' device.
 
         Args:
-            sources: On the device; they may be freed as soon as this returns.
-            targets: On the host, of the same shapes.
+            sources: Tensors on the device; they may be freed as soon as this returns.
+            targets: Tensors on the host, of the same shapes.
             label: What it is, for records of what happened when.
         """
 
@@ -60,10 +60,10 @@ class Transport(ABC):
         """Copy from the host to the device.
 
         Args:
-            sources: On the host; they must not change before the copy is done.
-            targets: On the device.
+            sources: Tensors on the host; they must not change before the copy is done.
+            targets: Tensors on the device.
             label: What it is, for records of what happened when.
-            after: A :meth:`fence`: only what was launched before it may still use the targets.
+            after: A :meth:`fence` to wait for: work that was launched before it may still use the targets.
         """
 
     def close(self) -> None:  # noqa: B027 # most keep nothing running
@@ -71,7 +71,7 @@ class Transport(ABC):
 
 
 class CopyTransport(Transport):
-    """Plain copies, done when the call returns."""
+    """Plain copies, which are done when the call returns."""
 
     def fetch(self, sources: Sequence[Tensor], targets: Sequence[Tensor], label: str) -> Ticket:
         """See :meth:`Transport.fetch`."""

@@ -1,4 +1,4 @@
-"""Which transport there is for a kind of device."""
+"""The choice of a transport by the kind of device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that are of all masters at once: of optimizers that our engines do not know, or whose step sums over them."""
+"""Steps of all masters at once, for optimizers that our engines do not know, or whose step sums over parameters."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Whole:
     """Steps all masters of an optimizer at once.
 
     Args:
-        optimizer: Any; not kept alive.
-        reason: Why it must be so.
-        engine: Of the detached options.
+        optimizer: Any optimizer; not kept alive.
+        reason: Why all masters must be stepped at once.
+        engine: The engine of the detached options.
 
     Attributes:
-        stepper: Steps them, if they are stepped by a rule; None: the optimizer's own ``step``.
+        stepper: Steps the masters, if that is done by a rule; None: the optimizer's own ``step`` does it.
     """
 
     def __init__(self, optimizer: Optimizer, reason: str, engine: str) -> None:
@@ -40,16 +40,16 @@ class Whole:
 
     @property
     def words(self) -> str:
-        """What is so, for messages."""
+        """How the optimizer steps, in words for messages."""
         return f"{'runs its own step' if self.stepper is None else 'is stepped as a whole'} ({self._reason})"
 
     def step(self, optimizer: Optimizer, work: Sequence[OffloadBucket], factor: float | None) -> None:
-        """Step masters, and make the weights that are to be sent.
+        """Step the masters, and make the new weights that are to be sent.
 
         Args:
-            optimizer: Whose masters they are.
+            optimizer: The optimizer that has the masters.
             work: The buckets with gradients.
-            factor: What gradients are multiplied by.
+            factor: The factor by which gradients are multiplied; None: none.
         """
         masters = {p: master for bucket in work for p, master in zip(bucket.params, bucket.masters, strict=True)}
         stepped: list[Tensor] = []
@@ -65,7 +65,7 @@ class Whole:
                 if self.stepper is not None:
                     self.stepper.step()
                 else:
-                    # Not what hangs on the instance: hooks and schedulers count the step that led here.
+                    # The step of the class, not of the instance: hooks and schedulers count the step that led here.
                     inspect.unwrap(type(optimizer).step)(optimizer)
         finally:
             for master in stepped:
@@ -80,9 +80,9 @@ class Whole:
         """Which engine steps the masters, and why.
 
         Args:
-            optimizer: Whose masters they are.
-            masters: By parameter.
-            what: They, in words.
+            optimizer: The optimizer that has the masters.
+            masters: The masters, by parameter.
+            what: The masters, in words.
             scaled: Whether gradients are unscaled or clipped.
         """
         if self.stepper is None:
@@ -93,5 +93,5 @@ class Whole:
 
 
 def has_own_step(optimizer: RuleOptimizer) -> bool:
-    """Whether its class has a step of its own, which may do anything."""
+    """Whether an optimizer's class has a step of its own, which may do anything."""
     return inspect.unwrap(type(optimizer).step) is not inspect.unwrap(RuleOptimizer.step)

@@ -1,8 +1,8 @@
-"""A thread that does jobs one after the other, each of them once, whatever breaks off around it.
+"""A thread that does jobs one after the other, each of them once, even if an interrupt hits the thread that waits.
 
-An interrupt (Ctrl-C) comes up in the main thread, at any place: while it hands a job over, or waits for it. What has
-been handed over may then be handed over again, or waited for again, and the job is still done once. No failure, in a
-job or beside it, ends the thread. (The executors of ``concurrent.futures`` promise neither.)
+An interrupt (Ctrl-C) comes up in the main thread, at any place, such as while it hands a job over or waits for it. A
+job may then be handed over again, or waited for again, and is still done once. No failure, in a job or beside it, ends
+the thread. (The executors of ``concurrent.futures`` promise neither.)
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Job:
     """Something that is done once.
 
     Args:
-        work: What is done.
-        twice: Do it once more if it fails: it goes on where it was, for others that depend on it. The error that is
-            told is the first.
+        work: Does the work.
+        twice: Call ``work`` once more if it fails: it then goes on where it was, because others depend on it. The
+            first error is the one that is reported.
     """
 
     def __init__(self, work: Callable[[], None], *, twice: bool = False) -> None:
@@ -30,25 +30,25 @@ class Job:
         self._twice = twice
         self._error: BaseException | None = None
         self._ended = self._opened = False
-        self._gate = threading.Lock()  # held until the end: who waits, waits for it
+        self._gate = threading.Lock()  # held until the job's end, which others wait for by it
         self._gate.acquire()
         self._process = os.getpid()
 
     def __call__(self) -> None:
-        """Do it, unless it was done or begun before."""
+        """Do the work, unless it was done or begun before."""
         work, self._work = self._work, None
         try:
             if work is not None:
                 work()
             elif not self._ended:  # begun, and broken off between the work and its end
                 self._error = self._error or RuntimeError("a job was broken off")
-        except BaseException as error:  # who waits for it must know
+        except BaseException as error:  # whoever waits for the job must know
             self._error = error
             if work is not None and self._twice:
                 self._go_on(work, error)
         self._ended = True
         if not self._opened:
-            with suppress(RuntimeError):  # opened already, and broken off before that was noted
+            with suppress(RuntimeError):  # released already, and broken off before that was noted
                 self._gate.release()
             self._opened = True
 
@@ -60,11 +60,11 @@ class Job:
             first.add_note(f"It was tried once more, in vain: {type(again).__name__}: {again}")
 
     def done(self) -> bool:
-        """Whether it has ended."""
+        """Whether the job has ended."""
         return self._ended
 
     def exception(self) -> BaseException | None:
-        """Wait for its end; what went wrong, if anything did.
+        """Wait for the job's end, and return what went wrong, if anything did.
 
         Raises:
             RuntimeError: This is another process, forked from the one whose thread has the job.
@@ -80,20 +80,20 @@ class Job:
         return self._error
 
     def result(self) -> None:
-        """Wait for its end.
+        """Wait for the job's end.
 
         Raises:
-            BaseException: What went wrong.
+            BaseException: What went wrong in it.
         """
         if (error := self.exception()) is not None:
             raise error
 
 
 class Worker:
-    """The thread. A process that is forked has none of its parent's: it makes its own.
+    """The thread that does jobs. A forked process does not have its parent's thread, and makes its own.
 
     Args:
-        name: Of the thread.
+        name: The thread's name.
     """
 
     def __init__(self, name: str) -> None:
@@ -102,7 +102,7 @@ class Worker:
         self._begin()
 
     def do(self, job: Job) -> None:
-        """Have a job done after all that were handed over before. It may be handed over again: it is done once.
+        """Hand a job over, to be done after all that came before. If it is handed over again, it is still done once.
 
         Raises:
             RuntimeError: The worker is closed.
@@ -122,7 +122,7 @@ class Worker:
         jobs: SimpleQueue[Job | None] = SimpleQueue()
         thread = threading.Thread(target=_serve, args=(jobs,), name=self._name, daemon=True)
         thread.start()
-        # At exit too: torch is not to be at work while the interpreter ends.
+        # The thread is ended at exit too, so that torch is not at work while the interpreter ends.
         end = weakref.finalize(self, _end, jobs, thread, os.getpid())
         self._jobs, self._end, self._process = jobs, end, os.getpid()
 
@@ -137,7 +137,7 @@ def _serve(jobs: SimpleQueue[Job | None]) -> None:
                     return
             job()
             job = None
-        except BaseException:  # noqa: S112 # beside a job, which is tried again: it knows whether it was begun
+        except BaseException:  # noqa: S112 # outside of a job's work; it is called again, and knows if it was begun
             continue
 
 

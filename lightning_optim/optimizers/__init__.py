@@ -1,4 +1,4 @@
-"""Optimizers: one file each, and one line each here, from which the registry and ``lightning_optim`` have them.
+"""Optimizers: one file each, and one line each here, from which the registry and ``lightning_optim`` take them.
 
 Names are imported as themselves so that type checkers take them for this package's own.
 """
@@ -36,5 +36,5 @@ SGD = SGDOptim
 #: The classes by the names of this module.
 EXPORTED = {name: value for name, value in globals().items() if isinstance(value, type)}
 
-if not TYPE_CHECKING:  # who checks types reads the imports
+if not TYPE_CHECKING:  # type checkers read the imports
     __all__ = list(EXPORTED)

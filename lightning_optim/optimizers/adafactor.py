@@ -1,4 +1,4 @@
-"""Adafactor: Adam without momentum, whose average of squares is kept as that of rows and columns."""
+"""Adafactor: Adam without momentum, whose average of squares is kept only for rows and for columns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_optim.stepping.common import Common
 from lightning_optim.stepping.method import Group
 from lightning_optim.stepping.options import REAL
 
-#: Types of weights, each with a distance from 1 to its next number.
+#: The types of weights, each with its own default of eps: the distance from 1 to the next number.
 _TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -27,7 +27,7 @@ def adafactor(
     *, lr: Any, beta2_decay: Any, eps1: Any, eps2: Any, d: Any, step: Any,
     factored: bool, of_bfloat16: bool, of_float16: bool, of_float32: bool, of_float64: bool,
 ) -> Any:  # fmt: skip
-    """The rule of Adafactor, as torch.optim has it."""
+    """The rule of Adafactor in the form of torch.optim."""
     for chosen, dtype in zip((of_bfloat16, of_float16, of_float32, of_float64), _TYPES, strict=True):
         if chosen:
             eps1 = torch.finfo(dtype).eps
@@ -54,15 +54,15 @@ class AdafactorOptim(RuleOptimizer):
               \theta \leftarrow \theta - \frac{\max(\epsilon_2, \mathrm{RMS}(\theta)) \min(\eta, 1/\sqrt t)}
               {\max(1, \mathrm{RMS}(u)/d)}\, u
 
-    A weight of more than two dimensions is a batch of matrices in its last two. This is the form of torch.optim, whose
-    state it shares in either direction; that of transformers is another algorithm.
+    A weight of more than two dimensions is a batch of matrices in its last two. This is the form of torch.optim: either
+    can load the other's state. That of transformers is another algorithm.
 
     Args:
         params: Parameters, named parameters or param groups; real ones.
         lr: Upper bound of the relative step size, a number or a 0-dim tensor.
         beta2_decay: The exponent :math:`\delta \le 0` of the averages' weight.
-        eps: What the averages are kept above, and the least size of a weight that steps are relative to. None as the
-            first: the distance from 1 to the next number of the weight's type.
+        eps: Lower bounds: of the averages of squares, and of the weight's root mean square that steps are relative to.
+            None as the first: the distance from 1 to the next number of the weight's type.
         d: Updates whose root mean square is larger are scaled down to it.
         weight_decay: Decay coefficient; the weights shrink by ``lr * weight_decay`` of themselves each step.
         decoupled_weight_decay: False adds ``weight_decay * p`` to the gradient instead (L2).

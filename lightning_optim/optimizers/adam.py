@@ -63,7 +63,7 @@ class AdamOptim(RuleOptimizer):
         weight_decay: Decay coefficient: added to the gradient as ``weight_decay * p`` (L2).
         amsgrad: Divide by the largest second moment so far (arXiv:1904.09237).
         decoupled_weight_decay: Decay the weights by ``lr * weight_decay`` instead (that is AdamW).
-        foreach: A switch of torch's, for its call sites: only None and False are valid here.
+        foreach: A switch of torch's class, taken so that calls of it work: only None and False are valid here.
         capturable: The same.
         differentiable: The same.
         fused: The same.

@@ -35,7 +35,7 @@ class AdamWOptim(RuleOptimizer):
         eps: Added to the denominator.
         weight_decay: Decay coefficient; the weights shrink by ``lr * weight_decay`` of themselves each step.
         amsgrad: Divide by the largest second moment so far (arXiv:1904.09237).
-        foreach: A switch of torch's, for its call sites: only None and False are valid here.
+        foreach: A switch of torch's class, taken so that calls of it work: only None and False are valid here.
         capturable: The same.
         differentiable: The same.
         fused: The same.
@@ -87,5 +87,5 @@ class AdamWOptim(RuleOptimizer):
 
     @classmethod
     def decay(cls, group: Group) -> Decay:
-        """Always decoupled, also for a state saved by ``torch.optim.Adam``: as ``torch.optim.AdamW``."""
+        """Always decoupled, as in ``torch.optim.AdamW``, also for a state saved by ``torch.optim.Adam``."""
         return "decoupled"

@@ -1,4 +1,4 @@
-"""The one optimizer class: bookkeeping for every rule."""
+"""The base class of all optimizers that step by a rule: the bookkeeping for every rule."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lightning_optim.param_groups import Kinds
 from lightning_optim.primitives import primitive, primitives
 from lightning_optim.rules.matrix import MatrixRule
 from lightning_optim.rules.policy import ROUNDINGS, Decay
-from lightning_optim.rules.rule import Rule
+from lightning_optim.rules.rule import UPDATES, Rule
 from lightning_optim.stepping.common import OF_GROUPS, Common, declared_defaults, own_options, resolved, signature
 from lightning_optim.stepping.divided import divided_by, refuse_a_part
 from lightning_optim.stepping.group_keys import check_keys
 from lightning_optim.stepping.links import Rest
 from lightning_optim.stepping.loading import OF_ANY_STATE, load_groups, load_state, readable
-from lightning_optim.stepping.method import UPDATES, Group, Inputs, Options, Owner
+from lightning_optim.stepping.method import Group, Inputs, Options, Owner
 from lightning_optim.stepping.options import (
     UNDECLARED,
     Declared,
@@ -62,16 +62,16 @@ class RuleOptimizer(torch.optim.Optimizer):
     rule: ClassVar[Rule]
     #: The rule of parameters that are stepped as whole matrices, if there are such: see :meth:`by_matrices`.
     matrix_rule: ClassVar[MatrixRule | None] = None
-    #: Then, the rule of all others.
+    #: The rule of all other parameters, if there is a ``matrix_rule``.
     rest: ClassVar[Rest | None] = None
-    #: Where it is defined.
+    #: The paper (or page) that defines the algorithm.
     paper: ClassVar[str]
     #: The class of ``torch.optim`` with which state and results are interchangeable, if any.
     torch_equivalent: ClassVar[type[torch.optim.Optimizer] | None] = None
     #: How weight decay is applied where the group has no ``decoupled_weight_decay`` of its own.
     default_decay: ClassVar[Decay] = "decoupled"
-    #: Valid ranges of the class's own numbers by option, where they are not those of all (``RANGES``); a number
-    #: without a range may be any finite one. Of a tuple, each number is in the range.
+    #: Valid ranges of the class's own numeric options, where they differ from ``RANGES``. Without a range, any finite
+    #: number is valid. The range of a tuple holds for each of its numbers.
     ranges: ClassVar[Mapping[str, Range]] = MappingProxyType({})
     #: Valid words of the class's own options that are words.
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
@@ -79,7 +79,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     needs: ClassVar[tuple[Need, ...]] = ()
     #: Options that only param groups have, and the constructor has not.
     group_options: ClassVar[tuple[str, ...]] = ()
-    #: What this class and its bases declare of options.
+    #: What this class and its bases declare about options.
     declared: ClassVar[Declared] = UNDECLARED
     #: The constructor's options that hold for all groups, as they were given.
     given: Mapping[str, Any] = MappingProxyType({})
@@ -112,7 +112,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.declared = Declared.of(cls)
-        # What `inspect` shows, and all that reads options by it: the common ones by their names.
+        # `inspect`, and all that reads options by it, shows the common options by their names.
         cls.__signature__ = signature(cls.__init__)  # type: ignore[attr-defined] # `inspect` looks for it
         make_known((*own_options(cls), *cls.ranges, *cls.choices, *cls.group_options))
 
@@ -161,23 +161,23 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def kinds(cls, options: Mapping[str, Any]) -> Kinds | None:
-        """How a module's parameters are to be told apart, if they are to be stepped differently.
+        """A function that sorts a module's parameters into kinds that are stepped differently, or None.
 
         Args:
-            options: Of the constructor, by name; the others have their defaults.
+            options: Options of the constructor, by name; the others have their defaults.
 
         Returns:
-            For :func:`~lightning_optim.param_groups.param_groups`.
+            The ``kinds`` of :func:`~lightning_optim.param_groups.param_groups`.
         """
         del options
         return None
 
     @classmethod
     def check(cls, group: Group) -> None:
-        """Check options that are valid each by itself, but not together.
+        """Check options that are each valid by themselves, but may not be valid together.
 
         Raises:
-            ValueError: They are not.
+            ValueError: They are not valid together.
         """
 
     @classmethod
@@ -195,10 +195,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         return scalars_of(cls.rule, group)
 
     def asked_for(self, evaluate: Callable[[], Tensor] | None) -> Inputs | None:
-        """What the rule needs at this step beside gradients: nothing, unless a subclass asks for something.
+        """What the rule needs at this step besides gradients: nothing, unless a subclass asks for something.
 
         Args:
-            evaluate: As of :meth:`step`.
+            evaluate: As in :meth:`step`.
         """
         del evaluate
         return None
@@ -219,7 +219,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         Args:
             closure: Evaluates the model again and returns the loss.
             evaluate: Runs the model forward and returns the loss, for optimizers that ask for more than gradients. It
-                is called only at steps that do.
+                is called only at steps that need it.
 
         Returns:
             What the closure returned.
@@ -234,9 +234,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         # Engines call compiled code of their own, which torch.compile cannot trace. Not a decorator: dynamo's wrapper
         # costs 10 µs at every step, and its import more than a second at the first.
         run = _outside_of_graphs if torch.compiler.is_compiling() else Stepper.step
-        # What ``torch.amp.GradScaler`` sets around a step of optimizers whose ``_step_supports_amp_scaling`` is True.
-        # That is for whoever owns the scaler to set, as the in-graph strategies do without it: Lightning refuses
-        # `gradient_clip_val` with optimizers that have it.
+        # ``torch.amp.GradScaler`` sets these attributes around a step of optimizers with
+        # ``_step_supports_amp_scaling = True``. Ours do not set that flag, since Lightning refuses `gradient_clip_val`
+        # with it; the owner of a scaler may set it (the in-graph strategies do without).
         found_inf = getattr(self, "found_inf", None)
         amp = None if found_inf is None else LossScale(getattr(self, "grad_scale", None), found_inf, check=False)
         with torch.no_grad():
@@ -246,7 +246,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; see ``torch.optim.Optimizer.add_param_group``.
 
-        Keys that are no options travel along, in checkpoints too; what looks like a slip in an option's name does not.
+        Keys that are no options are kept, in checkpoints too; a key that looks like a misspelled option is an error.
         A parameter that is in the group twice is stepped once, with a warning.
 
         Raises:
@@ -274,7 +274,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """What :meth:`load_state_dict` takes: tensors and primitives, as in ``torch.optim``."""
         packed = super().state_dict()
         for group in packed["param_groups"]:
-            primitives(group)  # whoever moves options may have written NumPy's numbers
+            primitives(group)  # schedules and callbacks may have written NumPy's numbers
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -327,7 +327,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Step by another engine from here on; the state stays as it is.
 
         Args:
-            engine: As of the constructor.
+            engine: As in the constructor.
 
         Raises:
             ValueError: An unknown engine.
@@ -337,14 +337,14 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._attach()
 
     def capture_steps(self, capture: bool = True) -> None:
-        """Record the step as a CUDA graph, at its second time, and replay it from then on.
+        """Record the step as a CUDA graph the second time it is made, and replay it from then on.
 
         A replay is one call for the host, whatever the number of tensors. Gradients may be new tensors at every step
         (``zero_grad(set_to_none=True)``), and every option of a param group may change; another set of tensors or a
         loaded state is recorded anew. Where the Triton engine does not run, a warning says so, and steps are as before.
 
         Args:
-            capture: Whether to.
+            capture: Whether to record and replay.
 
         A step then raises RuntimeError if a parameter that requires a gradient has none.
         """
@@ -355,7 +355,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Have the following steps keep what the rule observes: see :meth:`observed`.
 
         Args:
-            observe: Whether to.
+            observe: Whether to keep it.
         """
         self.options = replace(self.options, observe=observe)
         self._attach()
@@ -381,11 +381,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._stepper = self.make_stepper(self, self.options)
 
     def make_stepper(self, owner: Owner, options: Options) -> Stepper:
-        """What steps parameters as this optimizer does.
+        """A stepper that steps parameters as this optimizer does.
 
         Args:
-            owner: Has them, with their state; the stepper does not keep it alive.
-            options: What holds for all of them.
+            owner: Has the parameters and their state; the stepper does not keep it alive.
+            options: The options that hold for all of them.
         """
         cls = type(self)
         return (

@@ -43,7 +43,7 @@ def lamb(
     weight_norm, direction_norm = norm(p), norm(direction)
     ratio = minimum(weight_norm, max_weight_norm) / direction_norm
     ratio = where(weight_norm > 0, where(direction_norm > 0, ratio, 1.0), 1.0)
-    # In two factors: the ratio to a tiny direction alone may be more than float32 holds, that to a huge one less.
+    # In two factors: the ratio alone may overflow float32 for a tiny direction, and underflow for a huge one.
     root = sqrt(minimum(ratio, max_trust_ratio))
     return (lr * root) * (root * direction), exp_avg, exp_avg_sq
 
@@ -55,8 +55,8 @@ class LAMB(RuleOptimizer):
               \quad \theta \leftarrow \theta - \eta\, \frac{\|\theta\|}{\|r\|}\, r
 
     The ratio is 1 where either norm is 0. Biases and norm weights (tensors of at most one dimension) take no
-    ratio and no decay. Other implementations clip the gradients' global norm to 1 by default; this one does where
-    ``max_grad_norm=1.0`` says so.
+    ratio and no decay. Other implementations clip the gradients' global norm to 1 by default; this one does so with
+    ``max_grad_norm=1.0``.
 
     Args:
         params: Parameters, named parameters or param groups.
@@ -119,6 +119,6 @@ class LAMB(RuleOptimizer):
 
     @classmethod
     def scalars(cls, group: Group) -> dict[str, float | Tensor]:
-        """See :meth:`RuleOptimizer.scalars`; no bound is an infinite one."""
+        """See :meth:`RuleOptimizer.scalars`; a bound of None becomes infinite."""
         bounds = {name: group[name] for name in ("max_weight_norm", "max_trust_ratio")}
         return super().scalars(group) | {name: math.inf if b is None else b for name, b in bounds.items()}

@@ -53,8 +53,8 @@ class Routing:
     """Which parameters are hidden matrices, and how fast the others learn.
 
     Attributes:
-        lr: Of hidden matrices.
-        adamw_lr: Of the others.
+        lr: Learning rate of hidden matrices.
+        adamw_lr: Learning rate of the others.
         patterns: Globs of the names of matrices that are not hidden.
     """
 
@@ -69,15 +69,15 @@ class Routing:
         return not any(fnmatchcase(name, pattern) for name in names for pattern in self.patterns)
 
     def scaled(self, lr: float | Tensor) -> float | Tensor:
-        """The learning rate of the other parameters in a group whose hidden matrices have this one."""
+        """The learning rate of the other parameters in a group whose hidden matrices have the learning rate ``lr``."""
         if lr is self.lr or float(self.lr) == float(lr) or self._is_no_measure():
             return torch.full_like(lr, float(self.adamw_lr)) if isinstance(lr, Tensor) else self.adamw_lr
         return lr * (self.adamw_lr / self.lr)
 
     def _is_no_measure(self) -> bool:
-        """Whether the constructor's lr is not one that anybody trains with, as at a warm-up's beginning.
+        """Whether the constructor's lr is too small to define a ratio, as at the start of a warm-up.
 
-        Muon's is never a thousandth of AdamW's: it is larger by far, or with ``match_rms_adamw`` much the same.
+        In training, Muon's lr is never a thousandth of AdamW's: it is far larger, or similar with ``match_rms_adamw``.
         """
         return float(self.lr) * 1000 < float(self.adamw_lr) or float(self.lr) == 0
 
@@ -114,10 +114,10 @@ class MuonOptim(RuleOptimizer):
     ``nn.Conv1d``); one of four or more, as a convolution's kernel, is one matrix of ``(first, rest)``.
 
     **Learning rates.** Every group has its own ``lr``, which any scheduler may move: ``lr`` for matrices, ``adamw_lr``
-    for the rest. In a group that is split and has an ``lr`` of its own, the rest has that times ``adamw_lr / lr``. Of a
-    group that is added later, as finetuning callbacks do, and split, both parts go on so: if one alone is given another
-    ``lr``, as by ``param_groups[-1]["lr"] = ...``, that is the group's. (Groups with ``use_muon`` are on their own.)
-    Schedulers count groups when they are made: add groups before.
+    for the rest. If a group that is split has an ``lr`` of its own, the rest gets that times ``adamw_lr / lr``. The two
+    parts of a group that is added later, as by finetuning callbacks, keep this ratio: if only one of them is given
+    another ``lr``, as by ``param_groups[-1]["lr"] = ...``, it counts for the whole group. (Groups with ``use_muon`` are
+    not tied.) Schedulers count groups when they are made, so add groups before.
 
     The public name is ``lightning_optim.Muon``; the class's own differs so that ``--optimizer Muon`` stays torch's in
     any LightningCLI.
@@ -215,12 +215,12 @@ class MuonOptim(RuleOptimizer):
 
     @classmethod
     def by_matrices(cls, group: Group, p: Tensor) -> bool:
-        """See :meth:`RuleOptimizer.by_matrices`: the group says so."""
+        """See :meth:`RuleOptimizer.by_matrices`: the group's ``use_muon``."""
         return bool(group["use_muon"])
 
     @classmethod
     def check(cls, group: Group) -> None:
-        """Check what a group asks for against its parameters."""
+        """See :meth:`RuleOptimizer.check`: whether ``use_muon`` fits the group's parameters, and the momentum."""
         name = cls.public_name()
         if not (group["use_muon"] is None or isinstance(group["use_muon"], bool)):
             raise TypeError(f"{name}: use_muon={group['use_muon']!r} is not a bool; valid: True, False")
@@ -261,7 +261,7 @@ class MuonOptim(RuleOptimizer):
         cls.check(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own; without ``use_muon`` among these, as up to two groups.
+        """Add parameters with options of their own; without ``use_muon`` among these, they may become two groups.
 
         Raises:
             ValueError: A misspelled option, a value out of its range, a parameter that another group has, or
@@ -344,7 +344,7 @@ def _is_torchs(group: Group) -> bool:
 
 
 def _half(group: Group, hidden: Sequence[bool], muon: bool) -> Group:
-    """The part of a group that is hidden matrices, or that is not."""
+    """The part of a group that is hidden matrices if ``muon``, else the other part."""
     half = {**group, "use_muon": muon}
     for key in ("params", "param_names"):
         if key in group:
@@ -353,7 +353,7 @@ def _half(group: Group, hidden: Sequence[bool], muon: bool) -> Group:
 
 
 def _routing(lr: float | Tensor, adamw_lr: float | Tensor, patterns: Iterable[str] | None) -> Routing:
-    """Checked."""
+    """A :class:`Routing`, after its values are checked."""
     check_number("Muon", "lr", lr, NONNEGATIVE, tensors=True)
     check_number("Muon", "adamw_lr", adamw_lr, NONNEGATIVE, tensors=True)
     if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns or ()):

@@ -18,7 +18,7 @@ from lightning_optim.rules.slots import Slot
 from lightning_optim.stepping.common import Common
 from lightning_optim.stepping.method import Group
 
-#: The estimate is still the initial one if it is no further from it than float32, in which it is kept, can round.
+#: Up to this factor, the estimate counts as still the initial one: it is kept in float32, which rounds.
 _SAME = 1 + 1e-6
 
 
@@ -50,8 +50,8 @@ class Prodigy(RuleOptimizer):
               s \leftarrow \sqrt{\beta_2}\, s + \eta d^2 g, \quad d \leftarrow \max(d, r / \lVert s \rVert_1), \quad
               \theta \leftarrow \theta - \eta d \frac{m}{\sqrt{v} + d\epsilon}
 
-    Leave ``lr`` at 1, with a schedule that ends at 0 (cosine, say). The estimate is one for all parameters of the
-    optimizer, on all processes that they are divided over: :attr:`d`. Twice Adam's state.
+    Leave ``lr`` at 1, with a schedule that ends at 0 (cosine, say). The estimate, :attr:`d`, is one number for all
+    parameters of the optimizer, on all processes that they are divided over. The state is twice Adam's.
 
     Args:
         params: Parameters, named parameters or param groups.
@@ -65,11 +65,11 @@ class Prodigy(RuleOptimizer):
         safeguard_warmup: Leave ``lr`` out of the estimate's denominator, so that a long warmup does not inflate it.
         d0: The first estimate.
         d_coef: Multiplies the estimate: the way to tune, from 0.5 to 2.
-        growth_rate: The estimate grows by no more than this factor in a step; infinite: at once.
+        growth_rate: The estimate grows by no more than this factor in a step; infinite: there is no limit.
         common: What all optimizers have in common: see :class:`~lightning_optim.stepping.common.Common`.
 
-    ``beta3``, ``d0``, ``d_coef`` and ``growth_rate`` are those of the first param group. Groups may have learning rates
-    of their own, where the authors' code refuses such: each counts with its own.
+    ``beta3``, ``d0``, ``d_coef`` and ``growth_rate`` are those of the first param group. Groups may have different
+    learning rates, which the authors' code refuses: each group counts with its own.
 
     The estimate is worth a line in the logs; in a LightningModule::
 
@@ -144,7 +144,7 @@ class Prodigy(RuleOptimizer):
 
     @property
     def d(self) -> Tensor:
-        """The estimate that the next step takes: 0-dim; on a device, it is not waited for."""
+        """The estimate that the next step takes: a 0-dim tensor, which is returned without waiting for its device."""
         found: Iterator[Tensor] = (state["d"] for state in self.state.values() if "d" in state)
         first = self.param_groups[0]["d0"]
         return next(found, torch.as_tensor(first, dtype=torch.float32, device="cpu"))

@@ -42,7 +42,7 @@ class RAdamOptim(RuleOptimizer):
               \begin{cases} r_t / (\sqrt{\hat v} + \epsilon) & \rho_t > 5 \\ 1 & \text{else} \end{cases}
 
     :math:`\rho_t` is the length of the average of squares so far, and :math:`r_t` corrects for its variance. The first
-    steps are those of SGD with momentum. Its state, in either direction, is that of ``torch.optim.RAdam``.
+    steps are those of SGD with momentum. This class and ``torch.optim.RAdam`` can load each other's state.
 
     Args:
         params: Parameters, named parameters or param groups.

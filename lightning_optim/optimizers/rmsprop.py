@@ -43,7 +43,7 @@ class RMSpropOptim(RuleOptimizer):
     .. math:: v \leftarrow \alpha v + (1-\alpha)\,g^2, \quad b \leftarrow \mu b + \frac{g}{\sqrt{v}+\epsilon},
               \quad \theta \leftarrow \theta - \eta\, b
 
-    Its state, in either direction, is that of ``torch.optim.RMSprop``.
+    This class and ``torch.optim.RMSprop`` can load each other's state.
 
     Args:
         params: Parameters, named parameters or param groups.
@@ -51,7 +51,7 @@ class RMSpropOptim(RuleOptimizer):
         alpha: Decay rate of the averages.
         eps: Added to the denominator.
         weight_decay: Decay coefficient; ``weight_decay * p`` is added to the gradient (L2).
-        momentum: Of the update; 0 keeps no buffer.
+        momentum: Momentum factor of the update; 0 keeps no buffer.
         centered: Subtract the square of the gradient's average, so that the denominator is a standard deviation.
         decoupled_weight_decay: True shrinks the weights by ``lr * weight_decay`` of themselves instead.
         common: What all optimizers have in common: see :class:`~lightning_optim.stepping.common.Common`.

@@ -21,7 +21,7 @@ from lightning_optim.stepping.outside_of_graphs import stay_outside
 
 
 class _Shared:
-    """An attribute that a wrapper has in common with the optimizer in it, whoever of the two is assigned to."""
+    """An attribute that a wrapper shares with the optimizer inside it: assigning to either changes both."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -32,7 +32,7 @@ class _Shared:
         base = wrapper.__dict__.get("base")
         if base is not None:
             return getattr(base, self._name)
-        if self._name not in wrapper.__dict__:  # a wrapper of Lightning's asks the optimizer then
+        if self._name not in wrapper.__dict__:  # Lightning's wrapper then asks the optimizer
             raise AttributeError(self._name)
         return wrapper.__dict__[self._name]
 
@@ -55,7 +55,7 @@ class SAM(Optimizer):
     its authors' code. Biases are those with ``bias`` in their name if names are known (``model.named_parameters()``),
     else all tensors of less than two dimensions, which takes the scales of norm layers for biases.
 
-    Every step evaluates the model twice. Three ways lead there:
+    Every step evaluates the model twice. There are three ways to do so:
 
     - a Lightning Trainer with a strategy of ours does all of it (see ``docs/strategies.md``), with accumulation,
       clipping, ``16-mixed`` and DDP;
@@ -71,7 +71,7 @@ class SAM(Optimizer):
         base: Builds the optimizer that steps: a class, a ``functools.partial``, or in a configuration file of a
             LightningCLI a ``class_path`` with ``init_args``.
         rho: Length of the perturbation; ASAM's authors take 0.5.
-        adaptive: ASAM.
+        adaptive: Use ASAM.
 
     Raises:
         ValueError: ``rho`` is negative or not finite, or the base cannot be in a SAM.
@@ -146,8 +146,8 @@ class SAM(Optimizer):
         Returns:
             What the closure returned the first time: the loss at the weights themselves.
 
-        Where there are no gradients then (the closure dropped them, say), the closure is called once, and nothing is
-        stepped.
+        If there are no gradients after its first call (it dropped them, say), the closure is not called again, and
+        nothing is stepped.
 
         Raises:
             RuntimeError: The weights are perturbed; there is neither closure nor ``evaluate``, and nobody has called
@@ -179,13 +179,13 @@ class SAM(Optimizer):
 
     @property
     def asks(self) -> bool:
-        """Whether the next step needs a second gradient, which nobody has brought by :meth:`restore` yet."""
+        """Whether the next step still needs a second gradient: not after :meth:`perturb` and :meth:`restore`."""
         return not self._ascent.done
 
     def ask(self, evaluator: Evaluator) -> None:
         """Replace the gradients by those at the worst weights nearby.
 
-        Whatever is raised on the way, :meth:`abandon` puts the weights back. Where there are no gradients, none are
+        If an exception is raised, :meth:`abandon` puts the weights back. If there are no gradients, none are
         evaluated.
         """
         self.perturb(evaluator.loss_scale)
@@ -203,7 +203,7 @@ class SAM(Optimizer):
             loss_scale: What the loss, and so the gradients, were multiplied by, if they were.
 
         Raises:
-            RuntimeError: They are perturbed already, or a gradient is sparse.
+            RuntimeError: The weights are perturbed already, or a gradient is sparse.
         """
         ascent = self._ascent
         if ascent.perturbed:
@@ -215,7 +215,7 @@ class SAM(Optimizer):
         """Put the weights back to what they were before :meth:`perturb`, bit for bit.
 
         Raises:
-            RuntimeError: They are not perturbed.
+            RuntimeError: The weights are not perturbed.
         """
         ascent = self._ascent
         if not ascent.perturbed:
@@ -226,12 +226,12 @@ class SAM(Optimizer):
     def abandon(self) -> None:
         """Forget a step that was begun by :meth:`perturb`; weights that are perturbed are put back.
 
-        After an error in the second pass, say: the next ``step()`` is a whole one again.
+        Call it after an error in the second pass, say; the next ``step()`` is then a whole one again.
         """
         self._ascent.abandon()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own, the base's and ``sam_rho`` and ``sam_adaptive``.
+        """Add parameters with options of their own: the base's, ``sam_rho`` and ``sam_adaptive``.
 
         Raises:
             ValueError, TypeError: ``sam_rho`` or ``sam_adaptive`` is not valid, or what the base raises.
@@ -245,7 +245,7 @@ class SAM(Optimizer):
             super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's, with ``sam_rho`` and ``sam_adaptive`` in each param group."""
+        """The base's state_dict, with ``sam_rho`` and ``sam_adaptive`` in each param group."""
         for before in list(self._optimizer_state_dict_pre_hooks.values()):
             before(self)
         state_dict = self.base.state_dict()
@@ -257,7 +257,7 @@ class SAM(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of a SAM, or of an optimizer such as the base: groups then keep their own ``sam_rho``.
+        """Load the state of a SAM, or of an optimizer like the base, which leaves each group's ``sam_rho`` as it is.
 
         Parameters are found by their names where both sides know these, also for a base of torch's.
 
@@ -285,15 +285,15 @@ class SAM(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         switch = "differentiable" in state["base"].defaults
         super().__setstate__(state)
-        if not switch:  # torch adds it, and optimizers of ours have none
+        if not switch:  # torch adds it, but our optimizers have no such option
             self.defaults.pop("differentiable", None)
 
     def __repr__(self) -> str:
         return f"SAM over {self.base!r}"
 
     def _refuse_to_step_plainly(self) -> None:
-        """A step without a second gradient would silently be the base's own."""
-        # torch.distributed.checkpoint has optimizers make such a step to allocate their state.
+        """Raise an error, since a step without a second gradient would silently be the base's own."""
+        # torch.distributed.checkpoint makes a step with lr=0 so that optimizers allocate their state.
         if all("lr" in group and float(group["lr"]) == 0 for group in self.param_groups):
             return
         raise RuntimeError(
@@ -305,12 +305,12 @@ class SAM(Optimizer):
 
 
 def stepped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer whose rule updates the weights: that inside of a SAM; any other itself."""
+    """The optimizer whose rule updates the weights: the base of a SAM, or any other optimizer itself."""
     return optimizer.base if isinstance(optimizer, SAM) else optimizer
 
 
 def built_by(base: Any) -> tuple[type[Optimizer] | None, dict[str, Any]]:
-    """The class that a base builds, if that can be told, and the options that it is given, as far as it names them.
+    """The class that a base builds, or None if it is unknown, and the options that the base itself names.
 
     >>> from functools import partial
     >>> built_by(partial(torch.optim.SGD, lr=0.1))
@@ -319,7 +319,7 @@ def built_by(base: Any) -> tuple[type[Optimizer] | None, dict[str, Any]]:
     given: dict[str, Any] = {}
     while isinstance(base, partial):
         given = base.keywords | given
-        # jsonargparse has the class among the arguments of a function of its own.
+        # jsonargparse passes the class as an argument to a function of its own.
         classes = [part for part in (base.func, *base.args) if _is_optimizer_class(part)]
         base = classes[-1] if classes else base.func
     return (base if _is_optimizer_class(base) else None), given
@@ -330,9 +330,9 @@ def _is_optimizer_class(value: Any) -> bool:
 
 
 def _without_own_options(params: Any) -> tuple[Any, dict[int, dict[str, Any]]]:
-    """Parameters as the base is to get them, and SAM's own options by the parameters for which groups give them."""
+    """The parameters for the base, without SAM's own options, and these options by the ids of their parameters."""
     if isinstance(params, Tensor):
-        return params, {}  # which no optimizer takes, and says so
+        return params, {}  # every optimizer refuses a single tensor, with an error of its own
     given: list[Any] = []
     own: dict[int, dict[str, Any]] = {}
     for entry in params:

@@ -35,7 +35,7 @@ def schedule_free_adamw(
 
 
 def averaged(p: Any, z: Any, *, beta1: Any) -> Any:
-    """The average x of the steps, with which a model is evaluated: y is a mixture of it and z."""
+    """The average x of the steps, with which a model is evaluated, from y, which is a mixture of x and z."""
     return lerp(p, z, 1 - 1 / beta1)
 
 
@@ -59,12 +59,12 @@ class ScheduleFreeAdamW(EvaluatesElsewhere, RuleOptimizer):
     Args:
         params: Parameters, named parameters or param groups.
         lr: Learning rate, a number or a 0-dim tensor.
-        betas: How much of y is the average, above 0; and the decay rate of the average of squares.
+        betas: The share of the average x in y, above 0; and the decay rate of the average of squares.
         eps: Added to the denominator.
         weight_decay: Decay coefficient; ``weight_decay * y`` is added to the direction.
         warmup_steps: Steps over which the learning rate rises from 0.
-        r: The average weighs step t by t to the power of it.
-        weight_lr_power: The average weighs a step by its learning rate to the power of it.
+        r: The average weighs step t by ``t**r``, times the factor of ``weight_lr_power``.
+        weight_lr_power: The average weighs a step by the largest learning rate so far, to the power of this.
         common: What all optimizers have in common: see :class:`~lightning_optim.stepping.common.Common`.
 
     Raises:

@@ -30,7 +30,7 @@ def sgd(
     has_momentum: bool,
     undamped: bool,
 ) -> Any:
-    """The rule of SGD; ``undamped`` at a damped buffer's first step, which torch takes as the gradient itself."""
+    """The rule of SGD; ``undamped`` without dampening, and at a first step, at which torch's buffer is the gradient."""
     if not has_momentum:
         return lr * g
     momentum_buffer = momentum * momentum_buffer + (g if undamped else (1 - dampening) * g)
@@ -54,7 +54,7 @@ class SGDOptim(RuleOptimizer):
         weight_decay: Decay coefficient: added to the gradient as ``weight_decay * p`` (L2).
         nesterov: Nesterov's form of the momentum; needs ``momentum > 0`` and ``dampening == 0``.
         decoupled_weight_decay: Decay the weights by ``lr * weight_decay`` instead (SGDW).
-        foreach: A switch of torch's, for its call sites: only None and False are valid here.
+        foreach: A switch of torch's class, taken so that calls of it work: only None and False are valid here.
         differentiable: The same.
         fused: The same.
         common: What all optimizers have in common: see :class:`~lightning_optim.stepping.common.Common`.

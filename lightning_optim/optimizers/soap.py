@@ -20,12 +20,12 @@ from lightning_optim.stepping.common import CommonOfMatrices
 from lightning_optim.stepping.links import Rest
 from lightning_optim.stepping.method import Group
 
-#: Weights have at most so many dimensions: as many as the kernel of a convolution in space.
+#: The most dimensions that a weight may have: those of a three-dimensional convolution's kernel.
 MOST_DIMENSIONS = 5
 
 
 def soap(p: Any, g: Any, exp_avg: Any, exp_avg_sq: Any, *, lr: Any, beta1: Any, beta2: Any, eps: Any, step: Any) -> Any:
-    """The rule of Adam as SOAP's authors have it: with eps beside the square root before its bias is corrected."""
+    """The rule of Adam in the form of SOAP's authors: eps is added to the square root before the bias correction."""
     exp_avg = lerp(exp_avg, g, 1 - beta1)
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * (g * g)
     size = lr * sqrt(1 - beta2**step) / (1 - beta1**step)
@@ -37,7 +37,7 @@ class Constants(NamedTuple):
 
     Attributes:
         beta: Decay rate of the averaged products.
-        dimensions: Those that have a basis.
+        dimensions: The dimensions that have a basis.
     """
 
     beta: float | Tensor
@@ -45,10 +45,10 @@ class Constants(NamedTuple):
 
 
 class Eigenbases(Transform):
-    """Into the eigenbases of the averaged products of the gradient with itself, one for each dimension, and back."""
+    """Rotation into the eigenbases of the gradient's averaged products, one for each dimension, and back."""
 
-    most = 1 << 24  # what is larger keeps a device busy by itself
-    workspace = 16  # the gradient, it in the eigenbases, the direction there, and the update
+    most = 1 << 24  # a larger matrix keeps a device busy by itself
+    workspace = 16  # four tensors: the gradient, the same in the eigenbases, the direction there, and the update
 
     def shape(self, group: Group, p: Tensor) -> tuple[int, ...]:
         """See :meth:`Transform.shape`."""
@@ -100,7 +100,7 @@ def _bases(stack: Stack) -> dict[int, Tensor]:
 
 
 def _averaged(x: Tensor, stack: Stack) -> dict[int, Tensor]:
-    """The averaged products with those of these directions in them; they are going to be written."""
+    """The averaged products, into which those of these directions are averaged; ``stack.new`` gets them too."""
     beta, dimensions = stack.constants
     for dimension in dimensions:
         stack.new[f"gg_{dimension}"] = torch.lerp(stack.read(f"gg_{dimension}"), products(x, dimension), 1 - beta)
@@ -125,22 +125,22 @@ class SOAP(RuleOptimizer):
     with :math:`M, V` the exponential moving averages of :math:`G'` and its square. Then
     :math:`L \leftarrow \mathrm{lerp}(L, G G^\top, 1-\beta)` and :math:`R` likewise with :math:`G^\top G`; every
     ``precondition_frequency`` steps one power iteration and a QR decomposition turn :math:`Q_L, Q_R` towards the
-    eigenvectors of :math:`L, R`, and :math:`M, V` with them. All as the authors' code has it:
+    eigenvectors of :math:`L, R`, and :math:`M, V` with them. As in the authors' code:
 
     - A parameter's first gradient makes :math:`L, R` and the bases; there is no update, and no decay. The first
       update is its second.
     - A weight of more dimensions, as a convolution's kernel, has a basis for each one.
     - Vectors and scalars are stepped by Adam, and so are weights all of whose dimensions are larger than
-      ``max_precond_dim``. Of others, the dimensions that are have no basis.
+      ``max_precond_dim``. In other weights, only the dimensions that are larger have no basis.
 
-    State: beside ``step``, ``exp_avg`` and ``exp_avg_sq`` (in the eigenbases), the matrices ``gg_0``, ``gg_1``, …
+    State: besides ``step``, ``exp_avg`` and ``exp_avg_sq`` (in the eigenbases), the matrices ``gg_0``, ``gg_1``, …
     (the authors' ``GG``) and ``q_0``, ``q_1``, … (their ``Q``) by dimension: for a square weight, four more times its
     size. Matrices are kept and decomposed in float32 (in float64 for float64 weights), whatever ``state_dtype`` is.
-    Between renewals nothing in a step waits for a CUDA device; at a parameter's first gradient, ``eigh`` does, which
-    looks there whether it has converged.
+    Between renewals nothing in a step waits for a CUDA device; at a parameter's first gradient, ``eigh`` waits, to
+    check whether it has converged.
 
-    When bases are renewed is counted by the steps of the param group (its key ``updates``, which is saved): every
-    ``precondition_frequency`` steps after the first. A step that is left out renews nothing.
+    Bases are renewed every ``precondition_frequency`` steps of the param group after its first step. The group's key
+    ``updates``, which is saved, counts these steps. A step that is left out renews nothing.
 
     Weights that are divided over processes (DTensors, as FSDP2 makes them) are stepped as whole tensors: each process
     gathers the gradients, and has all of the matrices.

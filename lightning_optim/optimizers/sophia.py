@@ -19,7 +19,7 @@ from lightning_optim.stepping.curvature import hutchinson, normal_direction
 from lightning_optim.stepping.evaluations import Evaluator, Request
 from lightning_optim.stepping.method import Inputs
 
-#: What float32 holds. An element of an estimate above it, or NaN, is none: an overflow of float16, for example.
+#: The largest float32. An element of an estimate above it, or NaN, is ignored: an overflow of float16, for example.
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -51,7 +51,7 @@ def _hutchinson(due: list[Due], evaluator: Evaluator) -> dict[Tensor, Tensor]:
     return hutchinson(directions, evaluator.hessian_vector)
 
 
-#: What estimates the Hessian's diagonal, and what it asks for.
+#: The estimators of the Hessian's diagonal by name, each with the evaluation that it asks for.
 ESTIMATORS: dict[str, tuple[Request, Callable[[list[Due], Evaluator], dict[Tensor, Tensor]]]] = {
     "hutchinson": ("hessian_vector", _hutchinson),
 }
@@ -71,14 +71,14 @@ class Sophia(AsksForInputs, RuleOptimizer):
 
     Where the loss curves upwards, the step is Newton's; where the estimate is small or negative, it is that of signed
     momentum. At the first steps :math:`h` is a small part of the first estimate, so nearly all elements are clipped.
-    ``gamma`` is to be such that a share of .1 to .5 of the elements is not (the rule observes it as ``unclipped``).
+    Choose ``gamma`` such that a share of .1 to .5 of the elements is not (the rule observes it as ``unclipped``).
 
-    The Hessian's product takes a forward pass and two backward passes, and the memory of the first one's graph. Who
-    trains evaluates it, as :mod:`lightning_optim.stepping.evaluations` says:
+    The Hessian's product takes a forward pass and two backward passes, and the memory of the first one's graph. The
+    training code evaluates it (see :mod:`lightning_optim.stepping.evaluations`):
 
     - a Lightning Trainer with ``strategy="in_graph"`` or ``"in_graph_ddp"`` does it by itself, over the whole
       accumulation window;
-    - in a loop of one's own it is ``step(evaluate=...)``.
+    - a loop of your own calls ``step(evaluate=...)``.
 
     Where an estimate is not finite (float16 may overflow), :math:`h` stays as it is. The directions depend on the
     number of the step and of the parameter alone: a run that is resumed goes on with the same ones.
@@ -144,7 +144,7 @@ class Sophia(AsksForInputs, RuleOptimizer):
         super().__init__(params, defaults, **common)
 
     def evaluated(self, due: list[Due], evaluator: Evaluator) -> Inputs:
-        """Estimates of the Hessian's diagonal, of what is minimized."""
+        """Estimates of the Hessian's diagonal; with ``maximize``, of the negated loss."""
         _, estimator = ESTIMATORS[self.given["hessian"]]
         estimates = estimator(due, evaluator)
         for one in due:

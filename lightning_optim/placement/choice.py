@@ -1,9 +1,9 @@
-"""Which placement a training should have, by the golden rule, with the reason in words and numbers.
+"""The choice of a placement for a training by the golden rule, with the reason in words and numbers.
 
-The rule: in_graph by default; detached if the device's memory is too small (or was, in a run), or if the optimizer
-needs a long history or a line search, or float64 masters are wanted.
+The rule: a step is in graph by default. It is detached if the device's memory is too small (or ran out in a run), if
+the optimizer needs a long history or a line search, or if float64 masters are wanted.
 
-All processes of a training must choose alike, and each has its own free memory: they choose for the
+All processes of a training must choose alike although their free memory differs, so they choose for the
 :meth:`~lightning_optim.placement.machine.Machine.weakest` of their machines.
 """
 
@@ -32,26 +32,26 @@ from lightning_optim.placement.needs import (
 from lightning_optim.placement.state_size import State
 from lightning_optim.placement.step_time import CLIP_MODES, ClipMode
 
-#: Up to how many ranks are tried when nothing fits: above, other ways of sharding are due.
+#: The largest number of ranks that is tried when nothing fits: beyond it, other ways of sharding are needed.
 MOST_RANKS = 1024
 
 
 class PlacementError(RuntimeError):
-    """No placement fits; the message has the arithmetic, and what would fit."""
+    """No placement fits; the message gives the arithmetic and says what would fit."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A placement, and why.
+    """A placement plan: the placement that was chosen, and why.
 
     Attributes:
         placement: ``"in_graph"`` or ``"detached"``.
-        reason: In words, with the numbers.
+        reason: The reason for the placement, in words and numbers.
         clip: The clip mode for a detached step.
         rows: What each placement needs, ``in_graph`` first.
-        footprint: Of the training.
-        machine: That it was made for.
-        conditions: That it was made for.
+        footprint: The footprint of the training.
+        machine: The machine that the plan was made for.
+        conditions: The conditions that the plan was made for.
         notes: What was assumed, estimated or left out.
     """
 
@@ -69,7 +69,7 @@ class Plan:
         return self.rows[PLACEMENTS.index(placement)]
 
     def table(self) -> list[list[str]]:
-        """Head and rows: memory for each process, and the estimated times."""
+        """The plan as a table, head first: memory for each process, and the estimated times."""
         head = ["placement", "device needs", "device room", "host needs", "host room", "step"]
         head += [f"visible ({mode})" for mode in CLIP_MODES]
         lines = [[*head, "fits"]]
@@ -87,7 +87,7 @@ class Plan:
         return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it in primitives, for JSON."""
+        """The plan in primitives, for JSON."""
         rows = [
             {**asdict(row), "device_bytes": row.device_bytes, "host_bytes": row.host_bytes, "lacks": row.lacks}
             for row in self.rows
@@ -108,15 +108,15 @@ def choose(
     """Choose between in_graph and detached by the golden rule.
 
     Args:
-        footprint: Of the training: :func:`~lightning_optim.placement.footprint.footprint`.
-        machine: To run it on, such as ``Machine.measure()``.
-        conditions: How it is run; default: one process, no clipping.
-        measured: Seconds per optimizer step, visible ones, that were measured in runs with both placements. Estimated
-            times are shown, but do not overturn the rule.
+        footprint: The training's footprint: see :func:`~lightning_optim.placement.footprint.footprint`.
+        machine: The machine to run it on, such as ``Machine.measure()``.
+        conditions: How the training is run; default: one process, no clipping.
+        measured: The visible seconds of an optimizer step, as measured in runs with either placement. Estimated times
+            are shown, but do not overturn the rule.
 
     Raises:
-        PlacementError: Neither fits.
-        ValueError: ``measured`` has another placement, or only one, or a time that is not positive.
+        PlacementError: Neither placement fits.
+        ValueError: ``measured`` does not have exactly the two placements, or a time is not positive.
 
     >>> import torch
     >>> from torch import nn
@@ -149,11 +149,11 @@ def fall_back(plan: Plan, error: BaseException) -> Plan:
     """The plan that follows when a run with ``plan`` has run out of device memory.
 
     Args:
-        plan: By which the step was in_graph.
-        error: What was raised: a ``torch.OutOfMemoryError``, whose first line becomes part of the reason.
+        plan: The plan of the run that failed.
+        error: The ``torch.OutOfMemoryError`` that was raised; its first line becomes part of the reason.
 
     Raises:
-        PlacementError: The plan was detached already, or the host has no room.
+        PlacementError: The plan's step was detached already, or the host has no room.
     """
     said = str(error).partition("\n")[0][:200] or type(error).__name__
     detached = plan["detached"]
@@ -175,7 +175,7 @@ def fall_back(plan: Plan, error: BaseException) -> Plan:
 
 
 def summed_device(row: Needs) -> str:
-    """The device's memory of a placement in words."""
+    """The device memory that a placement needs, in words."""
     return ", ".join(f"{gibibytes(size)} for {name}" for name, size in row.device.items() if size)
 
 
@@ -202,12 +202,12 @@ def _room(row: Needs, what: str) -> str:
 
 
 def _clip_mode(footprint: Footprint, machine: Machine, conditions: Conditions) -> ClipMode:
-    """What a detached step should do about the norm."""
+    """The clip mode that a detached step should have."""
     modes = clip_modes(footprint, conditions)
     if "none" in modes and not (conditions.clips or footprint.clips):
         return "none"
     if "speculative" not in modes or conditions.backward_seconds is None:
-        return "exact"  # where the backward pass's time is not known, nor is what it would gain: and it needs memory
+        return "exact"  # without the backward pass's time the gain of "speculative" is unknown, and it needs memory
     row = needs("detached", footprint, machine, conditions, "speculative")
     assert row.exposed_seconds is not None  # noqa: S101
     faster = row.exposed_seconds["speculative"] < row.exposed_seconds["exact"]
@@ -256,7 +256,7 @@ def _nothing_fits(
     lines.append(f"  in_graph: {footprint.needs_host or in_graph.lacks}")
     lines.append(f"  detached: {detached.lacks}")
     found = [name for name, changed in _remedies(footprint, machine, conditions) if _fits(changed, machine, conditions)]
-    # Whatever fits with one change is not listed with two.
+    # If one change is enough, its combinations with another are not listed.
     listed: list[str] = []
     for name in found:
         if not any(set(other.split(" and ")) < set(name.split(" and ")) for other in listed):
@@ -280,7 +280,7 @@ def _fits(footprint: Footprint, machine: Machine, conditions: Conditions) -> boo
 
 
 def _remedies(footprint: Footprint, machine: Machine, conditions: Conditions) -> Iterator[tuple[str, Footprint]]:
-    """Smaller states, by what makes them so."""
+    """Changes that make the state smaller, each with the footprint that results."""
     if footprint.by_rule:
         numbers, state, master_state = footprint.parameters, footprint.state, footprint.master_state
         if state.bytes > 3 * state.values:  # most of it is wider than two bytes
@@ -293,7 +293,7 @@ def _remedies(footprint: Footprint, machine: Machine, conditions: Conditions) ->
             both = _with_state(footprint, 2 * numbers, 2 * numbers)
             yield "lightning_optim's Lion and lightning_optim's state_dtype='bfloat16'", both
     if footprint.history:
-        vector = footprint.masters  # a past step is two of them
+        vector = footprint.masters  # the bytes of one vector; a past step takes two
         for history in range(footprint.history - 1, 0, -1):
             less = 2 * (footprint.history - history) * vector
             sizes = [max(0, state.bytes - less) for state in (footprint.state, footprint.master_state)]
@@ -317,7 +317,7 @@ def _hosts(ranks: int, machine: Machine) -> str:
 def _ranks_that_fit(footprint: Footprint, machine: Machine, conditions: Conditions) -> dict[str, int]:
     """For each way of sharding, the least power of two of ranks with which it fits, on machines like this one."""
     found: dict[str, int] = {}
-    if footprint.divided or footprint.history or footprint.needs_closure:  # a history is of all weights together
+    if footprint.divided or footprint.history or footprint.needs_closure:  # a history spans all weights
         return found
     for sharding in SHARDINGS:
         count = 2

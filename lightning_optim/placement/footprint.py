@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_optim.placement.state_size import Sizes, State, bytes_of, name_of, option_of
 from lightning_optim.stepping.shards import is_distributed, local
 
-#: An optimizer, or what makes one from parameters: a class, or a ``functools.partial`` of one with its options.
+#: A callable that makes an optimizer from parameters: a class, or a ``functools.partial`` of one with its options.
 Maker = Callable[[Iterable[Any]], Optimizer]
 
 
@@ -24,27 +24,27 @@ class Footprint:
     """Bytes of one whole training, before they are divided over processes.
 
     Attributes:
-        optimizer: Its name.
+        optimizer: The optimizer's name.
         parameters: Number of weights that are trained.
         weights: Bytes of all weights and buffers, the frozen ones too.
         trained: Bytes of the weights that the optimizer steps, in their own type.
         gradients: Bytes of all gradients.
         masters: Bytes of the masters of a detached step.
-        copies: Bytes that a detached step writes beside its masters: weights of another type than these.
-        state: The state beside the weights: in_graph.
-        master_state: The state beside the masters: detached.
-        traffic: Bytes that a step in place moves: each tensor once for each time that the rule reads or writes it.
+        copies: Bytes of the new weights that a detached step writes beside its masters, where their types differ.
+        state: The optimizer's state in graph, which is for the weights.
+        master_state: The optimizer's state in a detached step, which is for the masters.
+        traffic: Bytes that a step in graph moves: each tensor once for each time that the rule reads or writes it.
         master_traffic: The same for a detached step, its gradients and copies included.
-        workspace: Device memory that a step in_graph takes beside all of these, and gives back.
-        detached_workspace: Device memory that a detached step takes so.
-        history: How many past steps the optimizer keeps, each two vectors of the size of the masters; 0: none.
+        workspace: Further device memory that a step in graph allocates and frees.
+        detached_workspace: Further device memory that a detached step allocates and frees.
+        history: How many past steps the optimizer keeps, each as two vectors of the masters' size; 0: none.
         wide_masters: Whether masters in float64 are wanted for narrower weights.
-        needs_closure: Whether it evaluates the loss itself, as a line search does.
-        by_rule: Whether the state is that of a rule that our engines step.
-        in_buckets: Whether a detached step can be done bucket by bucket: else the optimizer's own step does all of it.
-        undoable: Whether such a step can be taken back.
+        needs_closure: Whether the optimizer evaluates the loss itself, as a line search does.
+        by_rule: Whether the optimizer has a rule that our engines can step.
+        in_buckets: Whether a detached step can be done bucket by bucket, rather than by the optimizer's own step.
+        undoable: Whether a detached step can be undone.
         clips: Whether the optimizer clips by the global norm itself (``max_grad_norm``).
-        divided: Whether the parameters were divided over processes already (DTensors), and these are one's part.
+        divided: Whether the parameters are divided over processes already (DTensors): bytes are then of one part.
         notes: What was not counted.
     """
 
@@ -94,18 +94,19 @@ def footprint(
 ) -> Footprint:
     """The bytes of a training with this model and optimizer; nothing is allocated.
 
-    The state of our optimizers, and of torch's SGD, Adam and AdamW, is known from their rules; of others that have
-    a method ``state_bytes``, from it; of those with a ``history_size``, from that. Of all others, one of the same class
-    and options is made on the meta device and stepped there once; where that fails, the state that the optimizer has
-    is measured, and where it has none, it is an estimate.
+    The state's size is known from the rules of our optimizers and of torch's SGD, Adam and AdamW. Other optimizers may
+    have a method ``state_bytes`` or an option ``history_size`` that tells it. For all others, an optimizer of the same
+    class and options is made on the meta device and stepped there once. If that fails, the state that the optimizer has
+    is measured; if it has none, the size is an estimate.
 
     Args:
         model: The module, or its parameters. They may be on the meta device, and sharded (DTensors).
-        optimizer: Of its parameters; or what makes one from parameters, such as a class or a ``functools.partial``.
+        optimizer: The optimizer of these parameters, or a callable that makes one from parameters, such as a class or
+            a ``functools.partial``.
         master_dtype: Type of the detached step's masters: float32 or float64.
 
     Raises:
-        ValueError: Another type of masters; or no parameter is trained.
+        ValueError: ``master_dtype`` is another type, or no parameter is trained.
 
     >>> from lightning_optim import AdamW
     >>> layer = nn.Linear(1000, 1000, bias=False, dtype=torch.bfloat16, device="meta")
@@ -128,7 +129,7 @@ def footprint(
     copies = sum(bytes_of(p) for p, master in masters if p.dtype != master.dtype)
     sizes = Sizes(made, dict(masters))
     history = option_of(made, "history_size")
-    # What SAM and its like keep while the weights are elsewhere.
+    # Optimizers such as SAM keep a copy of the weights while these are perturbed.
     perturbed = sum(map(bytes_of, trained)) if callable(getattr(made, "perturb", None)) else 0
     matrices, workspace = sizes.matrices()
     notes = []
@@ -150,7 +151,7 @@ def footprint(
         master_state=sizes.state(on_masters=True),
         traffic=sizes.traffic(on_masters=False),
         master_traffic=sizes.traffic(on_masters=True) + copies,
-        # Directions of all matrices at once; a detached step has those of one bucket.
+        # In graph, the directions of all matrices exist at once; in a detached step, those of one bucket.
         workspace=perturbed + workspace,
         detached_workspace=perturbed,
         history=0 if history is None else int(history),
@@ -174,7 +175,7 @@ def _made(model: nn.Module | Iterable[Tensor], make: Maker) -> Optimizer:
     if not pairs:
         raise ValueError("footprint: no parameter requires a gradient")
     stand_ins = [(name, nn.Parameter(torch.empty_like(p, device="meta"))) for name, p in pairs]
-    # Ours may tell parameters apart by their names.
+    # Our optimizers may tell parameters apart by their names.
     return make(stand_ins if ours and isinstance(model, nn.Module) else [p for _, p in stand_ins])
 
 

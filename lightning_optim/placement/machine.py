@@ -16,14 +16,14 @@ from lightning_optim.engines.host.threads import thread_count
 from lightning_optim.engines.host_memory import host_memory
 from lightning_optim.placement.step_time import BUCKET_BYTES
 
-#: What one transfer over the link is when it is timed.
+#: Bytes of one transfer over the link when it is timed.
 TRANSFER = BUCKET_BYTES
 
-#: Two arrays of this size are added when host memory is timed, and one is copied when the device's is. Together they
-#: must not fit in the last cache: 96 MB on most servers, 50 MB on an H200.
+#: Bytes of each of the two arrays that are added to time host memory, or copied to time device memory. Together they
+#: must not fit in the last-level cache: 96 MB on most servers, 50 MB on an H200.
 STREAM = 128 * 2**20
 
-#: How often each of these is done; the fastest counts, since whatever else runs can only slow it down.
+#: How often each measurement is repeated; the fastest counts, since whatever else runs can only slow it down.
 REPEATS = 5
 
 
@@ -34,18 +34,18 @@ class Machine:
     Attributes:
         device: Type of the device that computes gradients, ``"cuda"`` or ``"cpu"``. On a CPU there is no device
             beside the host: the memories are one, and a copy in memory stands for the link.
-        name: Of the device, for people.
+        name: The device's name, for people.
         devices: How many such devices the machine has.
         device_free: Bytes that one device has free.
         host_free: Bytes that the host has free, for all processes on it together.
         link_to_host: Bytes per second from the device to pinned host memory.
-        link_to_device: Bytes per second back.
+        link_to_device: Bytes per second from pinned host memory to the device.
         host_bandwidth: Bytes per second that all threads together read and write in host memory.
         device_bandwidth: Bytes per second read and written by a copy on the device.
-        notes: How these were found, in words.
+        notes: How these numbers were found, in words.
 
     Raises:
-        ValueError: A number that is not positive, or another device type.
+        ValueError: A number is out of its range, or the device type is another.
     """
 
     device: str
@@ -83,7 +83,7 @@ class Machine:
             device: Default: the current CUDA device if there is one, else the CPU.
 
         Raises:
-            ValueError: Another type of device.
+            ValueError: The device is of another type.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,7 +97,7 @@ class Machine:
             name, devices, free = "CPU", 1, memory.free
         else:
             name, devices = torch.cuda.get_device_name(index), torch.cuda.device_count()
-            # What torch's allocator holds without using it is free as well.
+            # Memory that torch's allocator holds without using it is free as well.
             idle = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
             free = torch.cuda.mem_get_info(index)[0] + idle
         limit = f"free host memory: {memory.source}"
@@ -105,13 +105,13 @@ class Machine:
 
     @classmethod
     def weakest(cls, machines: Sequence[Machine]) -> Machine:
-        """What all of several machines have at least: for processes that must choose alike.
+        """A machine with the least that any of several machines has, for processes that must choose alike.
 
         Args:
-            machines: As each process has measured its own; of one type of device.
+            machines: The machines as measured by each process, all with the same device type.
 
         Raises:
-            ValueError: None, or several types of devices.
+            ValueError: There is no machine, or there are several device types.
 
         >>> a, b = (Machine("cuda", "a card", 1, free, 10**11, 2e10, 2e10, 6e10, 9e11) for free in (7 * 10**9, 10**9))
         >>> Machine.weakest([a, b]).device_free
@@ -128,18 +128,18 @@ class Machine:
         return replace(machines[0], **least)
 
     def to_json(self) -> str:
-        """As JSON: see :meth:`from_json`."""
+        """The machine as JSON, for :meth:`from_json`."""
         return json.dumps(asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Machine:
-        """A machine from its JSON: another one's, or one that is yet to be bought.
+        """A machine from its JSON: it may have been measured elsewhere, or be one that is yet to be bought.
 
         Args:
-            text: An object with the attributes by name; ``notes`` may be left out.
+            text: A JSON object with the attributes by name; ``notes`` may be left out.
 
         Raises:
-            ValueError: No JSON object, a name that is missing or unknown, or a value that is not valid.
+            ValueError: ``text`` is no JSON object, a name is missing or unknown, or a value is not valid.
 
         >>> laptop = Machine("cuda", "RTX 4090", 1, 24 * 10**9, 60 * 10**9, 2.4e10, 2.4e10, 6e10, 9e11)
         >>> Machine.from_json(laptop.to_json()) == laptop
@@ -196,7 +196,7 @@ def _device_bandwidth() -> float:
 
 
 def _host_bandwidth() -> float:
-    """An in-place addition: of each three bytes, two are read and one is written, much as in an optimizer's step."""
+    """Measure an in-place addition: it reads two bytes for each one it writes, much as an optimizer's step does."""
     threads = torch.get_num_threads()
     size = min(STREAM, host_memory().free // 8)
     try:
@@ -208,8 +208,8 @@ def _host_bandwidth() -> float:
 
 
 def _fastest(run: Callable[[], object]) -> float:
-    """Seconds."""
-    run()  # memory is only there once it was touched
+    """Seconds of the fastest run, by the host's clock."""
+    run()  # memory is only allocated when it is first touched
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
@@ -219,7 +219,7 @@ def _fastest(run: Callable[[], object]) -> float:
 
 
 def _fastest_on_device(run: Callable[[], object]) -> float:
-    """Seconds."""
+    """Seconds of the fastest run, by CUDA events."""
     run()
     times = []
     for _ in range(REPEATS):

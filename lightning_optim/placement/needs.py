@@ -18,11 +18,11 @@ from lightning_optim.placement.step_time import (
     Stages,
 )
 
-#: On the device, in its queue; or on the host, with masters and state in host memory.
+#: Where the step runs: on the device, in its queue; or on the host, with masters and state in host memory.
 Placement = Literal["in_graph", "detached"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
-#: How replicas share: each has all of the model (DDP), or its part of it (FSDP2).
+#: How processes share the model: each has all of it (DDP), or its part of it (FSDP2).
 Sharding = Literal["ddp", "fsdp2"]
 SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
 
@@ -32,9 +32,9 @@ SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
 #: `gpu_memory_utilization=0.9` leaves as much for the same.
 MARGIN = 0.10
 
-#: Share of free device memory that is kept for activations where nobody says how large they are. A choice, too, and a
-#: small one on purpose: a plan that is too hopeful runs out of memory once and falls back to `detached`, which costs
-#: one step; one that is too careful costs time at every step.
+#: Share of free device memory that is kept for activations if their size is not given. It is a choice, too, and small
+#: on purpose: a plan that is too hopeful runs out of memory once and falls back to `detached`, which costs one step;
+#: one that is too careful costs time at every step.
 ACTIVATION_RESERVE = 0.10
 
 _RANGES = {
@@ -54,18 +54,18 @@ class Conditions:
     Attributes:
         ranks: Number of processes, one for each device.
         local_ranks: How many of them share one host; None: as many as it has devices.
-        sharding: What they divide among themselves, see :data:`Sharding`.
-        clips: Whether gradients are clipped by their global norm, or checked for infinite ones, by others than the
-            optimizer itself.
+        sharding: What the processes divide among themselves, see :data:`Sharding`.
+        clips: Whether something other than the optimizer clips gradients by their global norm, or checks them for
+            infinite values.
         accumulates: Whether a step is for several backward passes, whose gradients a detached step sums on the host.
         activation_bytes: Device memory of everything that is not weights, gradients or state, at its peak; None: not
             known.
         backward_seconds: Time of the backward pass behind which a detached step can hide; None: not known.
-        resident_bytes: What of the weights and gradients is on the device already, and so is not in its free memory.
-        bucket_bytes: Of gradients that are moved at a time.
+        resident_bytes: Bytes of weights and gradients that are on the device already, and so not in its free memory.
+        bucket_bytes: Bytes of gradients that are moved at a time.
 
     Raises:
-        ValueError: A value out of its range.
+        ValueError: A value is out of its range.
     """
 
     ranks: int = 1
@@ -97,16 +97,16 @@ class Needs:
     """What one placement needs, for each process.
 
     Attributes:
-        placement: Which.
+        placement: The placement.
         device: Bytes of device memory, by what they are for.
         host: Bytes of host memory, by what they are for.
-        device_room: Bytes of device memory that there are for it.
-        host_room: Bytes of host memory that there are for it.
+        device_room: Bytes of device memory that are available.
+        host_room: Bytes of host memory that are available.
         shares_memory: Whether the device's memory is the host's.
         step_seconds: Estimated time of a step that nothing hides.
-        exposed_seconds: By clip mode that it may have, the estimated time that remains visible behind the backward
-            pass; in_graph has no modes, and nothing is hidden. None: the backward pass's time is not known.
-        arithmetic: The estimates, as they were reckoned.
+        exposed_seconds: For each possible clip mode, the estimated time that the backward pass does not hide. A step in
+            graph has no modes, and none of it is hidden. None: the backward pass's time is not known.
+        arithmetic: The calculation of the estimates, in words.
     """
 
     placement: Placement
@@ -121,19 +121,19 @@ class Needs:
 
     @property
     def device_bytes(self) -> int:
-        """All of the device's."""
+        """All device memory that it needs."""
         return sum(self.device.values())
 
     @property
     def host_bytes(self) -> int:
-        """All of the host's."""
+        """All host memory that it needs."""
         return sum(self.host.values())
 
     @property
     def lacks(self) -> str | None:
         """Which memory is too small, with the numbers; None if it fits."""
         if self.shares_memory:
-            # One memory, for both.
+            # Device and host share one memory.
             needed = self.device_bytes + self.host_bytes
             both = {**self.device, **self.host}
             return None if needed <= self.host_room else _too_much("memory", both, needed, self.host_room)
@@ -145,7 +145,7 @@ class Needs:
 
     @property
     def fits(self) -> bool:
-        """Whether there is room."""
+        """Whether there is enough memory."""
         return self.lacks is None
 
 
@@ -155,14 +155,14 @@ def needs(
     """What a placement needs of a machine.
 
     Args:
-        placement: Which.
-        footprint: Of the training.
-        machine: To run it on.
-        conditions: How it is run.
-        clip: How a detached step clips: ``"speculative"`` has masters and state twice.
+        placement: The placement.
+        footprint: The footprint of the training.
+        machine: The machine to run it on.
+        conditions: How the training is run.
+        clip: How a detached step clips: ``"speculative"`` keeps masters and state twice.
 
     Raises:
-        ValueError: No such placement.
+        ValueError: There is no such placement.
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"placement={placement!r}; valid: {', '.join(PLACEMENTS)}")
@@ -173,7 +173,7 @@ def needs(
     fsdp = conditions.sharding == "fsdp2"
     whole = ranks if fsdp else 1  # in how many parts weights and gradients are divided
     if not (fsdp or footprint.in_buckets):
-        ranks = 1  # a step of its own is for all masters
+        ranks = 1  # an optimizer's own step needs all masters
     device = {
         "weights": _part(footprint.weights, whole),
         "gradients": _part(footprint.gradients, whole),
@@ -216,9 +216,9 @@ def needs(
 
 
 def clip_modes(footprint: Footprint, conditions: Conditions) -> tuple[ClipMode, ...]:
-    """How a detached step of this training may clip.
+    """The clip modes that a detached step of this training may have.
 
-    Between several processes gradients are reduced first, so that nothing is done before the last one is there.
+    Several processes reduce gradients first, so that the step cannot begin before the last gradient is there.
     """
     if conditions.ranks > 1 or not footprint.in_buckets:
         return ("exact",)
@@ -292,7 +292,7 @@ def _combined(stages: Stages, clip: ClipMode) -> str:
 
 
 def _gradients(footprint: Footprint) -> int:
-    """Of what the optimizer steps: in the weights' own type."""
+    """Bytes of the gradients that the optimizer steps with, in the weights' own type."""
     return footprint.trained
 
 
@@ -305,7 +305,7 @@ def _too_much(what: str, parts: Mapping[str, int], needed: int, room: int) -> st
 
 
 def summed(parts: Mapping[str, int]) -> str:
-    """A sum in words.
+    """The sum of some sizes, in words.
 
     >>> summed({"weights": 2**30, "state": 3 * 2**29})
     'weights 1.0 + state 1.5'
@@ -314,7 +314,7 @@ def summed(parts: Mapping[str, int]) -> str:
 
 
 def gibibytes(size: float) -> str:
-    """Memory, in the unit of ``nvidia-smi`` and the system.
+    """A memory size as text, in the unit of ``nvidia-smi`` and the system.
 
     >>> gibibytes(80 * 2**30), gibibytes(5 * 2**20)
     ('80.0 GiB', '0.005 GiB')
@@ -324,12 +324,12 @@ def gibibytes(size: float) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """Bytes that are moved, in the unit of bandwidths."""
+    """An amount of bytes that are moved, as text, in the unit of bandwidths."""
     return f"{_three_digits(size / 1e9)} GB"
 
 
 def speed(rate: float) -> str:
-    """A bandwidth.
+    """A bandwidth as text.
 
     >>> speed(4.3e12), speed(1.25e10)
     ('4300 GB/s', '12.5 GB/s')
@@ -338,7 +338,7 @@ def speed(rate: float) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """A time."""
+    """A time as text."""
     return f"{_three_digits(seconds * 1e3)} ms"
 
 

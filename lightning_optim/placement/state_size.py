@@ -1,4 +1,4 @@
-"""How large an optimizer's state is, beside weights or beside their masters."""
+"""How large an optimizer's state is, for a step on the weights or on their masters."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class KnowsItsState(Protocol):
     """An optimizer outside of this package's rules that can say how large its state will be."""
 
     def state_bytes(self, params: Sequence[Tensor]) -> int:
-        """Bytes of state after some steps, if its parameters were these (which may be on the meta device)."""
+        """Bytes of the state that it would have for these parameters (perhaps meta tensors) after some steps."""
 
 
 @dataclass(frozen=True)
 class State:
-    """The size of an optimizer's state, and where that is known from.
+    """The size of an optimizer's state, and how that is known.
 
     Attributes:
-        bytes: All of it, step counters included.
-        values: How many floating-point numbers of it there are for weights, whatever their storage type.
-        known_by: In words.
-        exact: Whether it is what a step will allocate, rather than an estimate.
+        bytes: Bytes of the whole state, step counters included.
+        values: How many floating-point numbers it holds for weights, whatever their storage type.
+        known_by: How the size is known, in words.
+        exact: Whether the size is what a step will allocate, rather than an estimate.
     """
 
     bytes: int
@@ -46,15 +46,15 @@ class State:
 
 
 class Sizes:
-    """The state of an optimizer beside its weights or its masters.
+    """How large an optimizer's state is, and how much its step moves, on its weights or on their masters.
 
     Args:
         optimizer: The optimizer.
-        masters: By parameter, a tensor on the meta device for its master.
+        masters: For each parameter, a tensor on the meta device that stands for its master.
     """
 
     def __init__(self, optimizer: Optimizer, masters: dict[Tensor, Tensor]) -> None:
-        # A wrapper shares param groups and state with the optimizer in it, whose rule it is.
+        # A wrapper shares param groups and state with the optimizer in it, and that one has the rule.
         while isinstance(inner := getattr(optimizer, "base", None), Optimizer):
             optimizer = inner
         self.optimizer = optimizer
@@ -79,17 +79,17 @@ class Sizes:
         return self.by_rule
 
     def undoable(self, master_dtype: torch.dtype) -> bool:
-        """Whether a detached step can be taken back."""
+        """Whether a detached step can be undone."""
         optimizer = self.optimizer
         if isinstance(optimizer, RuleOptimizer):
-            # A step of matrices cannot be taken back, nor one whose state is wider than what it is computed in.
+            # A step of whole matrices cannot be undone, nor one whose state is wider than the masters' type.
             state = optimizer.options.state_dtype or master_dtype
             fits = torch.promote_types(state, master_dtype) == master_dtype
             return self.in_buckets() and type(optimizer._stepper) is Stepper and fits
         return self.by_rule
 
     def state(self, *, on_masters: bool) -> State:
-        """The state beside the weights, or beside the masters."""
+        """The size of the state for the weights, or for the masters."""
         if self._planner_of is not None:
             return self._by_rule(self._planner_of, on_masters)
         optimizer, name = self.optimizer, name_of(self.optimizer)
@@ -98,18 +98,18 @@ class Sizes:
             return State(optimizer.state_bytes(params), 0, f"{name}.state_bytes")
         history = option_of(optimizer, "history_size")
         if history is not None:
-            # Two for each past step; and the weights, the direction, gradients and results of the line search, which
-            # are seven in torch's L-BFGS and eight in ours.
+            # Two vectors for each past step; and the weights, the direction, and the line search's gradients and
+            # results, which are seven in torch's L-BFGS and eight in ours.
             vectors = 2 * int(history) + 8
             total = vectors * sum(map(bytes_of, params))
             return State(total, vectors * numbers_in(params), f"{vectors} vectors for history_size={history}", False)
         dry = _dry_step(optimizer, dict(zip(self.masters, params, strict=True)))
-        # What it has may be but the beginning: some make a part of their state when they are made.
+        # The state that it has may be incomplete: some optimizers make a part of their state in the constructor.
         has_state = any(optimizer.state.get(p) for p in self.masters)
         return self._measured(on_masters) if has_state and not dry.exact else dry
 
     def traffic(self, *, on_masters: bool) -> int:
-        """Bytes that one step moves, without the copies."""
+        """Bytes that one step moves, without the copies of new weights."""
         if self._planner_of is None:
             state = self.state(on_masters=on_masters)
             weights = sum(bytes_of(self._stepped(p, on_masters)) for p in self.masters)
@@ -124,7 +124,7 @@ class Sizes:
 
     def _by_rule(self, planner_of: Callable[[dict[str, Any], Tensor], Planner], on_masters: bool) -> State:
         total = values = 0
-        shared: set[str] = set()  # which all parameters have once
+        shared: set[str] = set()  # slots that exist once, for all parameters
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 if p not in self.masters:
@@ -152,12 +152,12 @@ class Sizes:
         return State(total, values, "measured: the state that it has")
 
     def _stepped(self, p: Tensor, on_masters: bool) -> Tensor:
-        """The tensor that is stepped, as far as its shape and type matter."""
+        """A meta tensor of the shape and type of what is stepped: the master, or this process's part of the weight."""
         return self.masters[p] if on_masters else torch.empty_like(local(p), device="meta")
 
 
 def _planners(optimizer: Optimizer) -> Callable[[dict[str, Any], Tensor], Planner] | None:
-    """What knows the slots of a param group's parameters, if our engines can step them."""
+    """A function that gives the planner of a group's parameter; None if our engines cannot step the optimizer."""
     if isinstance(optimizer, RuleOptimizer):
         return optimizer._stepper.planner_of
     if why_not_adopted(optimizer) is None:
@@ -173,21 +173,21 @@ def _moved(planner: Planner, group: dict[str, Any], p: Tensor, stepped: Tensor) 
     for slot in slots:
         numbers = planner.slot(slot).shape_for(stepped.shape).numel()
         size[slot] = planner.slot_dtype(stepped, slot).itemsize * numbers
-    # In the policy, the weight is also read where the rule does not; and Kahan's slot is read and written.
+    # Under a policy, the weight is read even if the rule does not read it, and Kahan's slot is read and written.
     read = [
         {node.attr("name") for node in map(program.nodes.__getitem__, sweep.elements) if node.op == "load"}
         for sweep in program.passes
     ]
     read[-1] |= {"p", *slots}
-    before = [set(phase.program.loads) for phase in program.phases]  # what is summed over all parameters
+    before = [set(phase.program.loads) for phase in program.phases]  # read earlier, for sums over all parameters
     return sum(size[name] for names in (*before, *read) for name in names) + sum(size[name] for name in ("p", *slots))
 
 
 def _dry_step(optimizer: Optimizer, stepped: dict[Tensor, Tensor]) -> State:
-    """What an optimizer of the same class and options allocates in a step on the meta device, where none is."""
+    """The state that an optimizer of the same class and options makes in a step on the meta device."""
     name, options = name_of(optimizer), _options(optimizer)
     weights = sum(map(bytes_of, stepped.values()))
-    # Adam's, the most common: to be told apart from nothing by its words alone.
+    # If that fails, the guess is Adam's state, the most common one.
     guess = partial(State, 2 * weights, 2 * numbers_in(stepped.values()), exact=False)
     try:
         groups = [
@@ -196,7 +196,7 @@ def _dry_step(optimizer: Optimizer, stepped: dict[Tensor, Tensor]) -> State:
         ]
         groups = [group for group in groups if group["params"]]
         copy: Any = type(optimizer)(groups, **_settings(optimizer.defaults, options))
-    except Exception as error:  # a constructor of anybody's
+    except Exception as error:  # anybody's constructor may raise anything
         return guess(f"an estimate, two slots as in Adam: {name} could not be made on the meta device ({error})")
     params = [p for group in copy.param_groups for p in group["params"]]
     for p in params:
@@ -205,7 +205,7 @@ def _dry_step(optimizer: Optimizer, stepped: dict[Tensor, Tensor]) -> State:
     try:
         with torch.no_grad():
             copy.step()
-    except Exception as error:  # a step of anybody's
+    except Exception as error:  # as may anybody's step
         stopped = str(error).partition("\n")[0]
     if stopped is not None and not all(copy.state.get(p) for p in params):
         return guess(f"an estimate, two slots as in Adam: a dry step of {name} failed ({stopped})")
@@ -220,7 +220,7 @@ def _options(optimizer: Optimizer) -> set[str]:
 
 
 def _settings(group: dict[str, Any], options: set[str]) -> dict[str, Any]:
-    # Switches of the implementation would ask for devices that the meta device is not.
+    # Some options choose an implementation that the meta device does not have.
     return {
         name: value
         for name, value in group.items()
@@ -237,7 +237,7 @@ def option_of(optimizer: Optimizer, name: str) -> Any:
 
 
 def name_of(optimizer: Optimizer) -> str:
-    """The name under which users know an optimizer; of a wrapper, with that of what is in it."""
+    """The name under which users know an optimizer; a wrapper's has the name of the optimizer in it."""
     if isinstance(inner := getattr(optimizer, "base", None), Optimizer):
         return f"{type(optimizer).__name__}({name_of(inner)})"
     if callable(public := getattr(type(optimizer), "public_name", None)):
@@ -247,11 +247,11 @@ def name_of(optimizer: Optimizer) -> str:
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """What this process has of a tensor."""
+    """Bytes of this process's part of a tensor."""
     tensor = local(tensor)
     return tensor.numel() * tensor.element_size()
 
 
 def numbers_in(tensors: Iterable[Tensor]) -> int:
-    """Of what this process has, the real numbers: two for a complex one."""
+    """How many real numbers this process's part of some tensors holds; a complex number counts as two."""
     return sum(local(t).numel() * (2 if t.is_complex() else 1) for t in tensors)

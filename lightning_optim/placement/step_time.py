@@ -7,31 +7,31 @@ from typing import Literal, get_args
 
 from lightning_optim.checks import NONNEGATIVE, check_choice, check_number
 
-#: How a detached step clips: by the exact norm, after the last bucket; during the backward pass, undone when the norm
-#: demands it; or not at all.
+#: How a detached step clips: by the exact norm, after the last bucket; speculatively, with updates during the backward
+#: pass that are undone when the norm demands it; or not at all.
 ClipMode = Literal["exact", "speculative", "none"]
 CLIP_MODES: tuple[ClipMode, ...] = get_args(ClipMode)
 
-#: The buckets that the detached pipeline has by default: large enough for a link's full speed, small enough to start
+#: Bytes of a bucket in the detached pipeline by default: large enough for a link's full speed, small enough to start
 #: early.
 BUCKET_BYTES = 32 * 10**6
 
-#: A host pass that writes masters and state to a second place, so that it can be undone, against one in place:
-#: 1.36 ns for 0.78 ns a weight (AdamW, 1e8 weights, two cores with AVX-512). More than its bytes: what a pass in place
-#: has read is in the cache when it is written.
+#: Time of a host pass that can be undone, which writes masters and state to a second place, relative to one in place:
+#: 1.36 ns to 0.78 ns per weight (AdamW, 1e8 weights, two cores with AVX-512). The ratio is larger than that of the
+#: bytes, because a pass in place writes what it has just read into the cache.
 SPECULATIVE_FACTOR = 1.75
 
 
 @dataclass(frozen=True)
 class Stages:
-    """The three stages of a detached step, each in seconds for the whole model, in so many buckets.
+    """The three stages of a detached step, each in seconds for the whole model.
 
     Attributes:
-        to_host: Gradients over the link.
-        on_host: The optimizer's pass over host memory.
-        to_device: Weights over the link.
+        to_host: Seconds to move the gradients over the link.
+        on_host: Seconds of the optimizer's pass over host memory.
+        to_device: Seconds to move the weights over the link.
         buckets: Number of buckets.
-        whole: Whether the host's pass is one, of everything: it begins after the last gradient, and no weight leaves
+        whole: Whether the host makes one pass over everything: it begins after the last gradient, and no weight leaves
             before its end.
 
     >>> stages = Stages(to_host=0.02, on_host=0.08, to_device=0.02, buckets=8)
@@ -47,12 +47,12 @@ class Stages:
 
     @property
     def serial(self) -> float:
-        """Seconds of the three, one after the other."""
+        """Seconds of the three stages, one after the other."""
         return self.to_host + self.on_host + self.to_device
 
     @property
     def pipelined(self) -> float:
-        """Seconds with all gradients there at the start: the slowest stage, and one bucket's time in the others."""
+        """Seconds if all gradients are there at the start: the slowest stage, plus one bucket's time in the others."""
         if self.whole:
             return self.serial
         slowest = max(self.to_host, self.on_host, self.to_device)
@@ -69,7 +69,7 @@ class Stages:
             backward: Seconds of the backward pass; 0: nothing is hidden.
 
         Raises:
-            ValueError: Another mode, or one that a whole pass does not have, or a negative time.
+            ValueError: The mode is unknown, or not possible in one whole pass; or the time is negative.
         """
         check_choice("", "clip", clip, CLIP_MODES)
         if self.whole and clip != "exact":
@@ -84,5 +84,5 @@ class Stages:
         return self._late(slowest, backward) + stages.serial / self.buckets
 
     def _late(self, stage: float, backward: float) -> float:
-        """How far a stage is behind when the last bucket comes, if buckets come faster than it takes them."""
+        """Seconds that a stage lags behind when the last bucket comes, if buckets come faster than it takes them."""
         return (self.buckets - 1) * max(0.0, stage - backward) / self.buckets

@@ -1,7 +1,7 @@
-"""Counting steps in float32, as state dicts have it, beyond the 2²⁴ that float32 can count to.
+"""Step counters in float32, their type in state dicts, beyond the 2²⁴ that float32 can count to.
 
-Further on, a counter goes to the next number that float32 has, so that no two steps have the same one: what rounding
-noise is made from. As the number of steps it is then too high, which nothing notices where it is used as such: bias
+From there on, a counter advances to the next number that float32 has, so that no two steps have the same counter:
+rounding noise is made from it. The counter is then larger than the number of steps, which does no harm: bias
 corrections have long gone to 1.
 """
 
@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-#: From here on float32 does not have every whole number.
+#: From here on float32 cannot represent every whole number.
 COUNTABLE = float(1 << 24)
 
 
@@ -25,7 +25,7 @@ def float_bits(x: float) -> int:
 
 
 def next_step(step: float) -> float:
-    """The counter after ``step``, a number of float32.
+    """The counter that follows ``step``; both are numbers that float32 has.
 
     >>> next_step(3.0), next_step(2.0**24), next_step(2.0**25)
     (4.0, 16777218.0, 33554436.0)
@@ -48,7 +48,7 @@ def previous(counter: Tensor) -> Tensor:
 
 
 def advancing(counters: Sequence[Tensor]) -> list[Callable[[], object]]:
-    """The calls that count one more step, in counters in host memory; each may be made again if it was cut short."""
+    """Calls that advance counters in host memory by one step; a call that was interrupted may be repeated."""
     steps = [counter.item() for counter in counters]
     if max(steps, default=0.0) < COUNTABLE:
         return [partial(torch._foreach_add_, list(counters), 1)] if counters else []
@@ -56,5 +56,5 @@ def advancing(counters: Sequence[Tensor]) -> list[Callable[[], object]]:
 
 
 def step_word(step: float) -> int:
-    """32 bits that tell a step from all others: its number, or where float32 no longer counts, its bits."""
+    """A 32-bit word that differs for all steps: the step's number or, where float32 no longer counts, its bits."""
     return int(step) if step < COUNTABLE else float_bits(step)

@@ -1,7 +1,7 @@
-"""Programs on tensors: what engines do that compile nothing, node by node, as printers print it.
+"""The interpreter: runs a Program on tensors, node by node as printed code does, for engines that compile nothing.
 
-Running the rule's own function on tensors would be shorter, and would differ: Python raises where C divides by zero, a
-scalar that comes from a reduction would be as narrow as the tensors, and a number that float32 does not hold an error.
+Running the rule's own function on tensors would be shorter but would differ: Python raises where C divides by zero, a
+scalar from a reduction would be as narrow as the tensors, and a number that float32 cannot hold would be an error.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def interpret(
 
     Args:
         program: The Program.
-        tensors: Those that it loads, in the math type: tensors, or operands that stand for several.
+        tensors: The tensors that it loads, by name and in the math type; an operand may stand for several tensors.
         scalars: Its scalar inputs: numbers, or 0-dim tensors on a device.
         dtype: The math type.
         each: Applies a function of tensors to an operand; default: to a tensor.
 
     Returns:
-        By name, an operand of the same kind, or a number if all elements are to be the same.
+        For each stored name an operand of the same kind, or a number if all elements get the same value.
 
     >>> from lightning_optim.rules.trace import trace
     >>> program = trace(lambda p, g, lr: {"p": p - lr * g}, tensors=("p", "g"), scalars=("lr",), name="sgd")
@@ -59,7 +59,7 @@ def interpret_results(
     dtype: torch.dtype,
     each: Each = lambda function, tensor: function(tensor),
 ) -> list[Any]:
-    """The results of a Program, as :func:`interpret` has its stores: scalars, in float64."""
+    """The results of a Program: scalars in float64. The arguments are those of :func:`interpret`."""
     run = _evaluated(program, tensors, scalars, dtype, each)
     return [run.values[index] for index in program.results]
 
@@ -115,12 +115,12 @@ class _Run:
         return apply(node.op, *operands, **dict(node.attrs))
 
     def element(self, index: int) -> Any:
-        """A value for use with elements: a scalar is rounded to the math type then, as where kernels read it."""
+        """The value of a node as an operand of element-wise operations: scalars are rounded to the math type."""
         node, value = self.program.nodes[index], self.values[index]
         if node.rate > Rate.SCALAR or self.program.kind(node) == "key":
             return value
         if isinstance(value, int | float):
-            # What float32 does not hold is infinite: torch refuses such numbers in some of its functions.
+            # A number that is too large for float32 becomes infinite: some of torch's functions refuse such numbers.
             return ctypes.c_float(value).value if self.dtype == torch.float32 else float(value)
         if index not in self._narrow:
             self._narrow[index] = self.each(lambda tensor: tensor.to(self.dtype), value)
@@ -138,7 +138,7 @@ class _Run:
         return apply("where", apply("le", condition, 0.0), at_most, a)
 
     def _counted(self, index: int, value: Any, node: Node) -> Any:
-        """A comparison counts as 0 or 1."""
+        """An operand as a number: the result of a comparison becomes 0 or 1."""
         if self.program.kind(self.program.nodes[index]) != "bool":
             return value
         if isinstance(value, int | float):

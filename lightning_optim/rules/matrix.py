@@ -1,9 +1,9 @@
-"""Rules of matrices: element-wise rules, and what is done to whole matrices between them.
+"""Matrix rules: element-wise rules with a transform of whole matrices between them.
 
 The language has no products of matrices. A matrix rule is a chain: a rule that turns the gradient into a direction; a
-*transform* of whole matrices, in plain torch; perhaps a rule that works on what the transform has made, and the way
-back; and a rule that moves the weight. The rules are Programs like any other, for any engine. The transform is given
-all matrices of one shape at once, stacked.
+*transform* of whole matrices, in plain torch; optionally a rule that works on the transformed direction, and the
+transform back; and a rule that moves the weight. The rules are Programs like any other, for any engine. The transform
+is given all matrices of one shape at once, stacked.
 
 ======== =================== ================ =================== ====================
 rule     direction           transform        within              back
@@ -26,19 +26,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.rules.rule import Rule
+from lightning_optim.rules.rule import UPDATES, Rule
 from lightning_optim.rules.slots import Slot
 
 Group = dict[str, Any]
 
 
 def follow(p: Any, g: Any) -> Any:
-    """The rule by which a weight moves along what it is given, as far as that goes."""
+    """The rule of a move whose update is the direction itself, without a factor."""
     return g
 
 
 def identity(p: Any, g: Any) -> Any:
-    """The rule of a direction that is the gradient itself: unscaled, clipped, and with L2 decay."""
+    """The rule of a direction that is the gradient itself, after unscaling, clipping and L2 decay."""
     return g
 
 
@@ -47,13 +47,13 @@ FOLLOW, GRADIENT = Rule(follow), Rule(identity)
 
 @dataclass
 class Stack:
-    """Matrices of one shape, and what is known of them: what a transform works on.
+    """What a transform knows about a stack of matrices of one shape.
 
     Attributes:
-        constants: What the transform said that they have in common.
+        constants: What :meth:`Transform.constants` returned for all of them.
         due: Whether this is a step at which the state is renewed.
-        read: The value of one slot, of all of them; in the type of the matrices.
-        new: Where the transform puts new values of slots. They are written when all are computed.
+        read: Returns the values of a slot for all matrices, in the type of the matrices.
+        new: New values of slots by name, put here by the transform. They are written when all are computed.
     """
 
     constants: Any
@@ -63,16 +63,16 @@ class Stack:
 
 
 class Transform:
-    """What is done to whole matrices, in plain torch; a subclass has the mathematics.
+    """A transform of whole matrices, in plain torch; a subclass has the mathematics.
 
     No method may change what it is given, or wait for the device.
 
     Attributes:
-        any_order: Whether it comes to the same for a matrix's transpose, and for columns in another order, and reads no
-            slots. Then weights that lie in memory so are not copied.
-        most: Of how many numbers a stack of several matrices may be; None: of any. What is stacked is copied, so this
-            bounds the memory that a step takes for a while.
-        workspace: About how many bytes a step takes for a while for each number of a matrix, on a device.
+        any_order: Whether the transform commutes with transposing a matrix and with reordering its columns, and reads
+            no slots. Then weights that lie transposed or reordered in memory are not copied.
+        most: The most elements that a stack of several matrices may have; None: any number. Stacking copies, so this
+            bounds the temporary memory of a step.
+        workspace: About how many bytes of temporary device memory a step needs for each element of a matrix.
     """
 
     any_order: ClassVar[bool] = False
@@ -80,7 +80,7 @@ class Transform:
     workspace: ClassVar[int] = 4
 
     def shape(self, group: Group, p: Tensor) -> tuple[int, ...] | None:
-        """As how many matrices a weight is stepped, and of which shape; None for one that stays as it is.
+        """How many matrices a weight is stepped as, and their shape: ``(matrices, *shape)``; None: its update is zero.
 
         Args:
             group: The weight's param group.
@@ -89,39 +89,39 @@ class Transform:
         raise NotImplementedError
 
     def constants(self, group: Group, shape: tuple[int, ...]) -> Hashable:
-        """What of a group's options it depends on; matrices of one stack are those for which this is the same.
+        """The values that the transform depends on, from a group's options; they are equal for all matrices of a stack.
 
         Args:
             group: The param group.
-            shape: From :meth:`shape`.
+            shape: The shape of a matrix, from :meth:`shape`.
         """
         raise NotImplementedError
 
     def dtype(self, p: Tensor) -> torch.dtype:
-        """What it computes in."""
+        """The type that the transform computes in."""
         return torch.float64 if p.dtype == torch.float64 else torch.float32
 
     def forth(self, x: Tensor, stack: Stack) -> Tensor:
-        """What the rule within, or the move, is given.
+        """Transform directions; the result is the input of the rule within or, without one, of the move.
 
         Args:
             x: The directions, ``(matrices, *shape)``.
-            stack: What else is known of them.
+            stack: What else is known about them.
         """
         raise NotImplementedError
 
     def back(self, x: Tensor, given: Tensor, stack: Stack) -> Tensor:
-        """What the move is given.
+        """Transform back; the result is the input of the move.
 
         Args:
-            x: From the rule within.
+            x: The update of the rule within.
             given: The directions that :meth:`forth` was given.
-            stack: What else is known of them; slots of the rule within are as it has left them.
+            stack: What else is known about them; the slots of the rule within have their new values.
         """
         raise NotImplementedError
 
     def begin(self, x: Tensor, stack: Stack) -> None:
-        """Make the first state from the first directions, where these are no step; see ``begins`` of a MatrixRule."""
+        """Make the first state from the first directions, at which no weight is stepped: ``begins`` of a MatrixRule."""
         raise NotImplementedError
 
 
@@ -130,13 +130,13 @@ class MatrixRule:
     """An update rule for weights that are stepped as whole matrices.
 
     Args:
-        direction: From the gradient to what is transformed.
-        transform: What is done to whole matrices.
-        within: A rule for what the transform has made, which is then transformed back; None: the move comes next.
-        move: How a weight follows what comes out. Weight decay and rounding are here.
-        slots: What is kept beside the slots of the rules, for the transform.
+        direction: The rule that makes a direction from the gradient.
+        transform: The transform of whole matrices.
+        within: A rule for the transformed direction, whose update is transformed back; None: the move comes next.
+        move: The rule that moves the weight. Weight decay and rounding are applied here.
+        slots: The transform's own slots, besides those of the rules.
         begins: Whether a weight's first gradient only makes its state.
-        interval: The option that says after how many steps the state is renewed; None: none is.
+        interval: The option that says after how many steps the state is renewed; None: it never is.
     """
 
     direction: Rule
@@ -149,7 +149,7 @@ class MatrixRule:
 
     @cached_property
     def state(self) -> Rule:
-        """All that is kept for a weight, as the slots of one rule, which no engine runs."""
+        """A rule that has all slots that are kept for a weight; no engine runs it."""
         rules = [rule for rule in (self.direction, self.within, self.move) if rule is not None]
         if not self.slots and not any(rule.slots for rule in rules[1:]):
             return self.direction
@@ -168,6 +168,6 @@ class MatrixRule:
         return Rule(kept, slots=slots)
 
     def due(self, group: Mapping[str, Any]) -> bool:
-        """Whether the next step of a group renews the state: the first step of all never does."""
-        done = int(group.get("updates", 0))
+        """Whether the next step of a group renews the state; the group's very first step never does."""
+        done = int(group.get(UPDATES, 0))
         return self.interval is not None and done > 0 and done % int(group[self.interval]) == 0

@@ -136,12 +136,12 @@ def sum(x: Value, over: str | None = None) -> Value:
 
 
 def norm(x: Value, over: str | None = None) -> Value:
-    """Euclidean norm over the elements of one parameter tensor: ends a pass over memory; ``over`` as of :func:`sum`."""
+    """Euclidean norm over the elements of one parameter tensor: ends a pass over memory; ``over`` as in :func:`sum`."""
     return _reduced("norm", x, over)
 
 
 def mean(x: Value, over: str | None = None) -> Value:
-    """Mean over the elements of one parameter tensor (0 if it has none): ends a pass; ``over`` as of :func:`sum`."""
+    """Mean over the elements of one parameter tensor (0 if it has none): ends a pass; ``over`` as in :func:`sum`."""
     return _reduced("mean", x, over)
 
 

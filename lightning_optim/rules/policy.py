@@ -24,9 +24,9 @@ Rounding = Literal["nearest", "stochastic", "kahan"]
 DECAYS: tuple[Decay, ...] = ("none", "l2", "decoupled", "after", "proximal")
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "kahan")
 KAHAN_SLOT = "kahan_compensation"
-#: Before a tensor's name: the tensor that gets its old value, if a step is to be taken back.
+#: Prefix of a tensor's name: names the tensor that gets the old value, so that the step can be undone.
 UNDO = "undo_"
-#: Before a name: the tensor of one number that gets what a rule observes.
+#: Prefix of an observation's name: names the one-number tensor that gets the observed value.
 OBSERVED = "observed_"
 
 # The floor of the cautious mask's mean, as in the authors' code (kyleliang919/C-Optim): a tensor in which almost
@@ -45,7 +45,7 @@ class Policy:
             :class:`~lightning_optim.rules.rule.Step`, its size stands for ``lr``.
         cautious: Zero the update where its sign disagrees with the gradient's, and rescale the rest by the inverse
             of the kept share (Cautious Optimizers, arXiv:2411.16085).
-        maximize: Ascend.
+        maximize: Negate the gradient, so that the objective is maximized.
         scaled: Multiply the gradient by the scalar ``grad_scale`` (unscaling and clipping; the gradient in memory
             is not changed).
         rounding: How a weight stored in fewer bits than the math is written: ``"nearest"``; ``"stochastic"``
@@ -54,8 +54,8 @@ class Policy:
         low_precision_slots: The slots stored as bfloat16.
         copy: Also write the new weight to a tensor named ``copy``, rounded to its storage type.
         undo: Also write the old values of the weight and of each slot to tensors named ``undo_p``, ``undo_<slot>``.
-        direction: Write the rule's update to ``copy`` instead, and leave the weight alone: what a whole matrix is
-            needed for comes next, and another rule after it.
+        direction: Write the rule's update to ``copy`` instead, and leave the weight alone: a transform of whole
+            matrices and another rule come next.
         observe: Write what the rule observes to tensors named ``observed_<name>``, one number each.
 
     Raises:
@@ -93,7 +93,7 @@ class Update:
 
     Attributes:
         rule: The mathematics.
-        policy: What is around it.
+        policy: What happens around the rule.
         flags: Values of the rule's flags, as sorted pairs.
     """
 
@@ -121,7 +121,7 @@ class Update:
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the tensors that come from outside, beside the gradient."""
+        """Names of the tensors that come from outside, besides the gradient."""
         return self.rule.inputs_under(dict(self.flags))
 
     @property
@@ -141,7 +141,7 @@ class Update:
         return tuple(OBSERVED + name for name in self.rule.observe) if self.policy.observe else ()
 
     def slot(self, name: str) -> Slot:
-        """What a slot is."""
+        """The declaration of a slot."""
         return self.rule.slots.get(name, _PLAIN)
 
     def is_elementwise(self, tensor: str) -> bool:
@@ -149,7 +149,7 @@ class Update:
         return tensor not in self.observations and self.slot(tensor.removeprefix(UNDO)).is_plain
 
     def shape_of(self, tensor: str, weight: torch.Size) -> torch.Size:
-        """The shape of a tensor of the calling convention, beside a weight of this shape."""
+        """The shape of a tensor of the calling convention, for a weight of this shape."""
         return torch.Size(()) if tensor in self.observations else self.slot(tensor.removeprefix(UNDO)).shape_for(weight)
 
     @cached_property
@@ -167,7 +167,7 @@ class Update:
             shared=self.rule.shared,
         )
         if "step" not in program.scalars and (self.rule.counts_steps or program.counts_steps):
-            # Only totals need the counter, or nothing does, as in some of torch's classes: it goes on all the same.
+            # Only totals need the counter, or nothing does (as in some of torch's classes): it advances all the same.
             return replace(program, scalars=(*program.scalars, "step"))
         return program
 
@@ -186,7 +186,7 @@ class Update:
             for name in self.rule.positional
             if name in self.slots or name in self.shared_slots or name in self.inputs
         }
-        # First: an engine whose values are the tensors themselves must save them before it overwrites them.
+        # This comes first: an engine whose values are the tensors themselves must save them before it overwrites them.
         old = {UNDO + name: values[name] for name in ("p", *self.slots)} if policy.undo else {}
         shrinks = policy.decay in ("decoupled", "after", "proximal")
         shrink = values["lr"] * values["weight_decay"] if shrinks else 0.0
@@ -198,8 +198,8 @@ class Update:
             base = p * (1 - shrink) if policy.decay == "decoupled" else p
             update, observed = update.size * update.direction, update.observe
         if policy.cautious:
-            # A product, not a selection: a NaN must not become a harmless zero. And one of signs, since that of the
-            # numbers may be too small for float32.
+            # A product, not a selection, so that a NaN does not become a harmless zero; and a product of signs, since
+            # that of the numbers may be too small for float32.
             kept = maximum(sign(update) * sign(g), 0.0)
             update = update * kept / maximum(mean(kept), _CAUTION_FLOOR)
         if policy.direction:

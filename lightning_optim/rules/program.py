@@ -1,4 +1,4 @@
-"""Programs: what a traced rule is, whatever it was traced from and whoever runs it."""
+"""Programs: the traced form of rules, which all engines run."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ class Node:
 
     @property
     def is_scalar(self) -> bool:
-        """Whether it is evaluated once per tensor, or for all tensors, and not a constant."""
+        """Whether the node is evaluated once per tensor, or once for all tensors, and is not a constant."""
         return self.rate in (Rate.SHARED, Rate.SCALAR)
 
     @property
     def reduces(self) -> bool:
-        """Whether it makes fewer values out of more."""
+        """Whether the node is a reduction, which makes fewer values out of more."""
         return self.op in OPS and OPS[self.op].result == "reduction"
 
 
@@ -92,11 +92,11 @@ class Pass:
 
 @dataclass(frozen=True)
 class Phase:
-    """What must be known of all tensors before a Program can go on.
+    """Totals over all tensors that must be known before a Program can run.
 
     Attributes:
-        names: Of the totals, which are scalars of the Programs after it.
-        program: Its results, one for each total, are to be added up over all tensors.
+        names: Names of the totals, which are scalar inputs of the Programs after this phase.
+        program: The Program whose results, one for each total, are added up over all tensors.
     """
 
     names: tuple[str, ...]
@@ -108,15 +108,15 @@ class Program:
     """A traced rule: straight-line code over the elements of one tensor, in one or more passes.
 
     Attributes:
-        name: For reading and for the names of generated functions.
+        name: The rule's name, for people who read the Program or generated code.
         tensors: Names of the tensors of a parameter, in the order of the calling convention.
         scalars: Names of the scalar inputs that are read.
-        nodes: In an order in which each comes after its operands.
+        nodes: The nodes, each after its operands.
         stores: ``(tensor name, node)`` pairs, written in the last pass.
         results: Scalar nodes returned for each tensor (a reduction's value, say).
-        phases: What comes before it, in order.
-        shared: The Program of what all tensors share: it has no tensors to load, and its stores are shared slots.
-        scalar_tensors: Names of those tensors that are one number each.
+        phases: The phases that come before this Program, in order.
+        shared: The Program that updates the shared slots, if there are any; it loads no tensors.
+        scalar_tensors: Names of the tensors that are one number each.
     """
 
     name: str
@@ -136,11 +136,11 @@ class Program:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all that the Program says: equal for equal rules, whatever process traced them."""
+        """Hash of the Program's text: equal for equal rules, whatever process traced them."""
         return hashlib.sha256(str(self).encode()).hexdigest()
 
     def kind(self, node: Node) -> Kind:
-        """What the value of one of the nodes is.
+        """The kind of a node's value.
 
         - ``"number"``: float64 as a scalar, the math type as an element;
         - ``"bool"``: a comparison, which rules also use as a number, 0 or 1;
@@ -154,7 +154,7 @@ class Program:
 
     @cached_property
     def counts_steps(self) -> bool:
-        """Whether it, or what comes before it, reads the counter of steps."""
+        """Whether the Program or one of its phases reads the step counter."""
         return any("step" in program.scalars for program in (self, *(phase.program for phase in self.phases)))
 
     @property
@@ -164,7 +164,7 @@ class Program:
 
     @property
     def adds_up(self) -> bool:
-        """Whether the results of a tensor's parts, added up, are those of the whole: sums times numbers are such."""
+        """Whether the results of a tensor's parts add up to those of the whole, as sums times numbers do."""
         return all(map(self._adds_up, self.results))
 
     def _adds_up(self, index: int) -> bool:
@@ -179,12 +179,12 @@ class Program:
 
     @property
     def has_sides(self) -> bool:
-        """Whether there are values of rows or columns, so that tensors are no flat arrays."""
+        """Whether there are values per row or column, so that tensors cannot be treated as flat arrays."""
         return any(node.rate in (Rate.ROW, Rate.COLUMN) for node in self.nodes)
 
     @property
     def element_stores(self) -> tuple[tuple[str, int], ...]:
-        """Those of :attr:`stores` that are no single numbers."""
+        """Those of :attr:`stores` that are not single numbers."""
         return tuple((tensor, index) for tensor, index in self.stores if tensor not in self.scalar_tensors)
 
     @property
@@ -220,7 +220,7 @@ def _split(program: Program) -> tuple[Pass, ...]:
         if stage == last:
             roots += [index for _, index in program.element_stores]
         elements = _elements(nodes, roots)
-        # What the loop or a store reads of scalars; constants are printed in place.
+        # The scalars that the loop or a store reads; constants are printed in place.
         read = {arg for i in elements for arg in nodes[i].args} | set(roots)
         passes.append(
             Pass(

@@ -1,4 +1,4 @@
-"""An update rule: a pure function, what can be read off its signature, and what it declares beside it."""
+"""Update rules: a pure function, what its signature says, and what is declared besides."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from lightning_optim.rules.slots import Slot
+
+#: The param group's key for the number of steps so far, if a rule does something at every n-th step.
+UPDATES = "updates"
 
 
 @dataclass(frozen=True)
@@ -46,16 +49,17 @@ class Rule:
 
     Args:
         function: The mathematics, in the operations of :mod:`lightning_optim.rules.ops`.
-        slots: What slots are, where they are not zeros of the weight's shape that always exist.
-        inputs: Tensors of the weight's shape that come from outside of the rule, each with the flag that it comes with.
-        every: Flags that are set at every n-th step of the optimizer, each with the option that has n.
-        shared: Scalars that are the first param group's for all parameters: those from which shared slots are made.
-        evaluate: The weight to evaluate the model with, from ``p``, slots and scalars, if it is another one.
-        train: From that, the weight to train with.
-        observe: Names of what its Steps observe.
+        slots: Declarations of slots; a slot without one always exists, and starts as zeros of the weight's shape.
+        inputs: Tensors of the weight's shape that come from outside of the rule, each with the flag under which it is
+            given.
+        every: Flags that are set at every n-th step of the optimizer, each with the option that holds n.
+        shared: Scalars whose value is the first param group's for all parameters: those that shared slots depend on.
+        evaluate: Computes the weight to evaluate the model with from ``p``, slots and scalars; None: it is ``p``.
+        train: The inverse of ``evaluate``: computes the weight to train with from that weight.
+        observe: Names of the numbers that its Steps observe.
 
     Raises:
-        TypeError: The signature does not begin with ``(p, g)``, or a declaration names something it does not have.
+        TypeError: The signature does not begin with ``(p, g)``, or a declaration has a name that the signature lacks.
 
     >>> from lightning_optim.rules.ops import lerp, sign
     >>> def signum(p, g, momentum_buffer, *, lr, momentum):
@@ -126,6 +130,10 @@ class Rule:
         """Whether all parameters have slots in common."""
         return any(slot.rate == "shared" for slot in self.slots.values())
 
+    def due(self, group: Mapping[str, Any], flag: str) -> bool:
+        """Whether a flag that is set at every n-th step is set at a param group's next step."""
+        return bool(group.get(UPDATES, 0) % max(int(group[self.every[flag]]), 1) == 0)
+
     def slots_under(self, flags: Mapping[str, bool]) -> tuple[str, ...]:
         """The slots that exist under ``flags``."""
         return tuple(name for name, slot in self.slots.items() if slot.exists(flags))
@@ -142,13 +150,13 @@ class Rule:
         Args:
             p: The weight.
             g: The gradient.
-            tensors: By name, the slots and inputs that exist; for the others the function gets None.
-            scalars: By name.
-            flags: By name.
+            tensors: The slots and inputs that exist, by name; for the others the function gets None.
+            scalars: The scalars by name.
+            flags: The flags by name.
 
         Raises:
-            TypeError: The function returned another number of values than an update and its slots, or observes
-                something else than was declared.
+            TypeError: The function returned another number of values than an update and its slots, or its Step
+                observes other names than were declared.
         """
         given = dict.fromkeys(self.positional) | dict(tensors)
         result = self.function(p, g, **given, **{name: scalars[name] for name in self.scalars}, **flags)

@@ -1,4 +1,4 @@
-"""Slots: what a rule keeps from one step to the next, declared where it is not plain zeros of the weight's shape."""
+"""Slots: the named pieces of state that a rule keeps from one step to the next."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 #: all weights of the optimizer share.
 SlotRate = Literal["element", "row", "column", "scalar", "shared"]
 SLOT_RATES: tuple[SlotRate, ...] = ("element", "row", "column", "scalar", "shared")
-#: Sides of a matrix, of which the shape of a slot may be made.
+#: The sides of a matrix, by which the shape of a slot may be declared.
 SIDES = ("rows", "columns")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """What one slot of a rule is.
+    """The declaration of one slot of a rule.
 
     Args:
         init: Its value before the first step: a number; ``"p"``, a copy of the weight; or the name of an option.
         rate: How many numbers it has.
         when: It exists only where the flag of this name is set.
         unless: It exists only where the flag of this name is not set.
-        shape: Of a rule for matrices: its shape, in the words ``"rows"`` and ``"columns"``, or in numbers of the
-            weight's dimensions; None: as its rate says.
+        shape: Only in a matrix rule: the slot's shape, as a tuple of ``"rows"``, ``"columns"`` and indices of the
+            weight's dimensions; None: the shape that the rate implies.
 
     Raises:
         ValueError: An unknown rate or side, or an ``init`` that a slot of this rate cannot have.
@@ -55,28 +55,28 @@ class Slot:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it has one number for each element of its weight."""
+        """Whether the slot has one number for each element of its weight."""
         return self.rate == "element" and self.shape is None
 
     @property
     def is_scalar(self) -> bool:
-        """Whether it is one number."""
+        """Whether the slot is a single number."""
         return self.rate in ("scalar", "shared")
 
     def exists(self, flags: Mapping[str, bool]) -> bool:
-        """Whether a weight has it under these flags."""
+        """Whether a weight has the slot under these flags."""
         return (self.when is None or flags[self.when]) and (self.unless is None or not flags[self.unless])
 
     @property
     def is_optional(self) -> bool:
-        """Whether it depends on a flag."""
+        """Whether the slot's existence depends on a flag."""
         return self.when is not None or self.unless is not None
 
     def shape_for(self, weight: torch.Size) -> torch.Size:
-        """Its shape, beside a weight of this shape.
+        """The slot's shape for a weight of this shape.
 
         Raises:
-            ValueError: Rows and columns of a weight with fewer than two dimensions.
+            ValueError: The slot has rows or columns, but the weight has fewer than two dimensions.
         """
         if self.is_plain:
             return weight

@@ -53,7 +53,7 @@ def _tensor_binary(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[An
 def _tensor_pow(a: Any, b: Any) -> Tensor:
     if isinstance(b, Tensor) or abs(b) != 0.5:
         return a**b
-    # torch takes square roots there, which of -inf and -0 are others than powers.
+    # For these exponents torch takes square roots, which differ from powers at -inf and -0.
     return torch.where(a == -math.inf, math.inf**b, (a + 0.0) ** b)
 
 
@@ -82,7 +82,7 @@ def _tensor_lerp(a: Any, b: Any, weight: Any) -> Tensor:
 
 
 def _ieee(scalar: Callable[..., float], tensor: Callable[..., Tensor]) -> Callable[..., float]:
-    """Python's function, but where it raises, the infinity or NaN that tensors and C have.
+    """Python's function, which gives the infinity or NaN of tensors and C where it would raise.
 
     A rule may divide by a zero that a ``where`` discards.
     """
@@ -133,11 +133,11 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(widest(tensor.device))
 
 
-#: What a reduction over rows or columns sums along: a matrix is the last two dimensions of a tensor.
+#: The dimension that a reduction over rows or columns sums along; a matrix is the last two dimensions of a tensor.
 DIMENSION = {"rows": -2, "columns": -1}
 
-# Reductions of a tensor are of its own type, or, where engines ask for it, as wide as scalars are. What is left after
-# one over rows or columns keeps the dimension, so that it goes with the elements.
+# A reduction has its tensor's type or, where engines ask for it, the type of scalars. A reduction over rows or columns
+# keeps the dimension, so that the result broadcasts with the elements.
 
 
 def _tensor_sum(x: Tensor, wide: bool = False, over: str | None = None) -> Tensor:

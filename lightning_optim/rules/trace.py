@@ -27,7 +27,7 @@ __all__ = ["Node", "Program", "Rate", "trace"]
 
 
 class Graph:
-    """Nodes under construction; equal ones are one (common subexpressions cost nothing)."""
+    """A graph under construction; equal nodes are merged (common subexpressions cost nothing)."""
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
@@ -49,7 +49,7 @@ class Graph:
         """The symbol of an operation on nodes.
 
         Raises:
-            TypeError: Its operands have rates that it is not for.
+            TypeError: The operation does not take operands of these rates.
         """
         op = OPS[name]
         nodes = [self.nodes[index] for index in args]
@@ -80,7 +80,7 @@ def _reduced_rate(name: str, rate: Rate, over: str | None) -> Rate:
         return left
     if rate != along:
         raise TypeError(f"{name}() over {over} reduces elements or one number for each of the {over}; not a {rate}")
-    return along  # of each matrix, one number: it goes with rows and columns alike
+    return along  # one number per matrix, which broadcasts with rows and columns alike
 
 
 class Symbol(Operand):
@@ -116,15 +116,15 @@ def trace(
             tensor of this list that is not read (a second copy of the weight, say).
         scalars: Names of the scalar arguments.
         name: Name of the Program; default ``function.__name__``.
-        rates: Of those tensors that do not have one number for each element.
-        shared: Names of those scalars that are the same for all tensors.
+        rates: Rates of the tensors that do not have one number for each element.
+        shared: Names of the scalars that are the same for all tensors.
 
     Returns:
         The Program; scalars and loads that nothing depends on are left out of its nodes, as are stores of what was
         loaded from the same place.
 
     Raises:
-        TypeError: The rule branches on a value, or gives an operation or a store what it is not for.
+        TypeError: The rule branches on a value, or gives an operation or a store a value of the wrong rate.
         ValueError: A store names an unknown tensor.
     """
     tensors, scalars, rates = tuple(tensors), tuple(scalars), dict(rates or {})
@@ -179,7 +179,7 @@ class _Phases:
         return self._cut(self.name, own, results, tuple(phases), shared)
 
     def _in_order(self, roots: Sequence[int]) -> list[list[int]]:
-        """The totals that roots depend on: first those that depend on no other one."""
+        """The totals that roots depend on, level by level: first those that depend on no other total."""
         depth: dict[int, int] = {}  # how many totals there are on the longest path to a node, itself included
         needed = _needed(self.nodes, roots)
         for index in sorted(needed):
@@ -197,7 +197,7 @@ class _Phases:
         phases: tuple[Phase, ...] = (),
         shared: Program | None = None,
     ) -> Program:
-        """The Program of stores and results, in which totals that are known are scalars, as shared slots are."""
+        """The Program of some stores and results, in which known totals and shared slots are scalar inputs."""
         graph, new = Graph(), dict[int, int]()
         for index in sorted(_needed(self.nodes, [i for _, i in stores] + list(results), self.totals)):
             node = self.nodes[index]
@@ -224,7 +224,7 @@ class _Phases:
 
 
 def _needed(nodes: Sequence[Node], roots: Iterable[int], known: Collection[int] = ()) -> set[int]:
-    """The nodes that ``roots`` depend on, but for what known ones depend on."""
+    """The nodes that ``roots`` depend on, without those that only known nodes depend on."""
     needed: set[int] = set()
     stack = list(roots)
     while stack:

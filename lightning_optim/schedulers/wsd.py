@@ -51,7 +51,7 @@ def wsd_factor(
         return warmup_ramp(step, warmup_steps, warmup_start)
     if decay_steps == 0:
         return 1.0
-    # The warmup goes first where the two overlap: rounded fractions may, and a fraction beside a count.
+    # Where warmup and decay overlap, the warmup goes first. Rounded fractions may overlap, or a fraction and a count.
     decay_begin = max(warmup_steps, total_steps - decay_steps)
     if step < decay_begin and step < total_steps:
         return 1.0
@@ -154,7 +154,7 @@ class WSD(Schedule):
         )
 
     def _misfit(self, total: int) -> str | None:
-        # Only what is given in steps has to fit: of a fraction, wsd_factor uses what there is room for.
+        # Only phases given in steps have to fit: where a fraction makes them overlap, wsd_factor shortens the decay.
         counts = {"warmup_steps": self.warmup_steps, "decay_steps": self.decay_steps}
         counts = {name: steps for name, steps in counts.items() if isinstance(steps, int)}
         if sum(counts.values()) > total:

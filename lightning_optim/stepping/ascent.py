@@ -34,8 +34,8 @@ class _Slope:
     Attributes:
         param: The parameter.
         rho: Length of the perturbation of all parameters together.
-        grad: What this process has of the gradient.
-        adaptive: Whether T is its size rather than 1.
+        grad: This process's part of the gradient.
+        adaptive: Whether the factor T of the gradient is the size of the weights (ASAM) rather than 1.
     """
 
     param: Tensor
@@ -45,11 +45,11 @@ class _Slope:
 
     @property
     def weight(self) -> Tensor:
-        """What this process has of the parameter."""
+        """This process's part of the parameter."""
         return local(self.param)
 
     def scaled(self, weight: Tensor, times: int) -> Tensor:
-        """T of a weight times the gradient, once or twice, in float32 (float64 for float64 weights)."""
+        """The gradient times T of a weight, or times T² with ``times=2``, in float32 (float64 for float64 weights)."""
         grad = self.grad.to(torch.promote_types(weight.dtype, torch.float32))
         if not self.adaptive:
             return grad
@@ -58,14 +58,14 @@ class _Slope:
 
 
 class Ascent:
-    """Where in its step an optimizer is, and the way back.
+    """How far SAM's step has come, and the old weights.
 
-    An object of its own that is only changed, never replaced: Lightning's wrapper of an optimizer reads attributes of
-    the optimizer, but swallows those that are set.
+    It is an object of its own that is only changed, never replaced: Lightning's wrapper of an optimizer reads the
+    optimizer's attributes, but attributes that are set on the wrapper do not reach the optimizer.
 
     Attributes:
         perturbed: Whether weights are perturbed now.
-        done: Whether the gradients are those of weights that were perturbed, and are to be stepped with.
+        done: Whether the gradients are those at the perturbed weights, ready for the base optimizer's step.
     """
 
     def __init__(self) -> None:
@@ -75,8 +75,8 @@ class Ascent:
     def ascend(self, groups: Iterable[dict[str, Any]], loss_scale: float | Tensor | None) -> None:
         """Move weights along their gradients, to a distance of ``sam_rho`` from where they are.
 
-        Where any gradient is not finite, they stay. Nothing is read back from the device. Whatever is raised, weights
-        are where they were.
+        If any gradient is not finite, they stay. Nothing is read back from the device. If an exception is raised, the
+        weights are where they were.
 
         Args:
             groups: Param groups, with SAM's options.
@@ -87,7 +87,7 @@ class Ascent:
         """
         slopes = list(_slopes(groups))
         factor = _factor(slopes, loss_scale) if slopes else None
-        # All are copied before any is moved: of weights that share memory, each copy is of what was there then.
+        # All weights are copied before any is moved, so that the copies of weights that share memory are right.
         self._old = [(slope.param, slope.weight.clone()) for slope in slopes]
         self.perturbed, self.done = True, False
         try:
@@ -160,7 +160,7 @@ def _is_bias(p: Tensor, name: str | None) -> bool:
 
 
 def _factor(slopes: Iterable[_Slope], loss_scale: float | Tensor | None) -> Tensor:
-    """What scaled gradients are to be multiplied by to have a norm of 1, all together; 0 if that is not finite."""
+    """The factor by which all scaled gradients together get a norm of 1; 0 if their norm is not finite."""
     squares: LocalSquares = {}
     for slope in slopes:
         part = slope.scaled(slope.weight, times=1)

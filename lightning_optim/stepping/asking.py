@@ -1,4 +1,4 @@
-"""Optimizers whose rule takes more than gradients, which whoever trains with them evaluates."""
+"""Optimizers whose rule needs more than gradients, which a strategy or the training loop evaluates."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.rules.rule import Rule
+from lightning_optim.rules.rule import UPDATES, Rule
 from lightning_optim.stepping.evaluations import Evaluator, LossEvaluator, Request
-from lightning_optim.stepping.method import UPDATES, Group, Inputs, is_due
+from lightning_optim.stepping.method import Group, Inputs
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Due:
     Attributes:
         param: The parameter.
         number: Its number in the optimizer.
-        updates: The number of the steps before.
+        updates: How many steps its param group has made.
         group: Its param group.
     """
 
@@ -33,9 +33,9 @@ class Due:
 
 
 class AsksForInputs:
-    """To come before :class:`~lightning_optim.optimizers.base.RuleOptimizer`, where the rule has ``inputs``.
+    """Base class for optimizers whose rule has ``inputs``, to be named before ``RuleOptimizer`` among the bases.
 
-    A subclass says by :attr:`request` what it asks for, and by :meth:`evaluated` what its rule is given.
+    A subclass says what it asks for by :attr:`request`, and computes its rule's inputs in :meth:`evaluated`.
     """
 
     request: ClassVar[Request]
@@ -44,11 +44,11 @@ class AsksForInputs:
     _inputs: Inputs | None = None  # for the step to come; not part of any state
 
     def evaluated(self, due: list[Due], evaluator: Evaluator) -> Inputs:
-        """What the rule is given at this step.
+        """The rule's inputs at this step.
 
         Args:
-            due: The parameters that need it.
-            evaluator: Evaluates.
+            due: The parameters that need inputs.
+            evaluator: Evaluates the loss again.
         """
         raise NotImplementedError
 
@@ -58,28 +58,28 @@ class AsksForInputs:
         return any(map(self._is_due, self.param_groups))
 
     def ask(self, evaluator: Evaluator) -> None:
-        """Have evaluated what the next step needs; see :mod:`lightning_optim.stepping.evaluations`."""
+        """Evaluate the inputs of the next step; see :mod:`lightning_optim.stepping.evaluations`."""
         self._inputs = self.evaluated(list(self._due()), evaluator)
 
     def abandon(self) -> None:
-        """Forget what was evaluated for a step that does not come."""
+        """Forget the inputs of a step that does not take place."""
         self._inputs = None
 
     def asked_for(self, evaluate: Callable[[], Tensor] | None) -> Inputs | None:
-        """What the step that is going on is given.
+        """The inputs of the current step; None if it needs none.
 
         Args:
-            evaluate: As of ``step``.
+            evaluate: As in ``step``.
 
         Raises:
-            RuntimeError: Nobody has evaluated what it needs.
+            RuntimeError: The step needs inputs, and nobody has evaluated them.
         """
         inputs, self._inputs = self._inputs, None
         if inputs is not None or not self.asks:
             return inputs
         if evaluate is not None:
             return self.evaluated(list(self._due()), LossEvaluator(self, evaluate))  # type: ignore[arg-type] # it is one
-        # torch.distributed.checkpoint has optimizers make such a step to allocate their state.
+        # torch.distributed.checkpoint makes a step with lr=0 so that optimizers allocate their state.
         if all("lr" in group and float(group["lr"]) == 0 for group in self.param_groups):
             return {name: {due.param: _unknown(due.param) for due in self._due()} for name in self.rule.inputs}
         name: Any = type(self).__name__
@@ -90,7 +90,7 @@ class AsksForInputs:
         )
 
     def _is_due(self, group: Group) -> bool:
-        return any(is_due(self.rule, group, flag) for flag in self.rule.inputs.values())
+        return any(self.rule.due(group, flag) for flag in self.rule.inputs.values())
 
     def _due(self) -> Iterator[Due]:
         numbers = count()
@@ -103,5 +103,5 @@ class AsksForInputs:
 
 @torch.no_grad()
 def _unknown(p: Tensor) -> Tensor:
-    """An estimate that leaves everything as it is."""
+    """An estimate of NaN, which leaves the average of estimates as it is."""
     return torch.full_like(p, torch.nan, requires_grad=False)

@@ -16,8 +16,8 @@ def can_capture(plan: Sequence[Planned], groups: Sequence[Group], grads: Mapping
     """Whether the planned step can be recorded as a CUDA graph; warns if not.
 
     Args:
-        plan: Its buckets.
-        groups: The optimizer's.
+        plan: The buckets of the step.
+        groups: The optimizer's param groups.
         grads: Gradients by parameter; None: each parameter's ``grad``.
 
     Raises:

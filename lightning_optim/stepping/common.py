@@ -13,13 +13,13 @@ from lightning_optim.stepping.options import TORCH_SWITCHES
 
 
 class CommonOfMatrices(TypedDict, total=False):
-    """What can be asked of every optimizer, of those too that step whole matrices.
+    """The options of every optimizer, also of those that step whole matrices.
 
     A constructor takes these as ``**common: Unpack[CommonOfMatrices]``: editors, mypy, jsonargparse and
     ``inspect.signature`` see each of them by its name.
 
     Args:
-        maximize: Ascend instead of descending; default False.
+        maximize: Maximize instead of minimizing; default False.
         engine: ``"auto"`` (the default: the fastest that supports the parameters), ``"eager"``, ``"foreach"``,
             ``"host"`` or ``"triton"``; the environment variable ``LIGHTNING_OPTIM_ENGINE`` overrides it.
             ``engine_report()`` of the optimizer says what runs.
@@ -40,7 +40,7 @@ class CommonOfMatrices(TypedDict, total=False):
 
 
 class Common(CommonOfMatrices, total=False):
-    """What can be asked of every optimizer that steps element by element.
+    """The options of every optimizer that does not step whole matrices.
 
     A constructor takes these as ``**common: Unpack[Common]``.
 
@@ -51,10 +51,10 @@ class Common(CommonOfMatrices, total=False):
     cautious: bool
 
 
-# A TypedDict does not inherit documentation, and those who read one look for all of its keys there.
+# A TypedDict does not inherit documentation, but its readers look for all of its keys there.
 Common.__doc__ = (Common.__doc__ or "").rstrip() + (CommonOfMatrices.__doc__ or "").partition("Args:")[2]
 
-#: By the name in the annotation of ``**common``.
+#: The options with their types, by the name in the annotation of ``**common``.
 _FORMS = {form.__name__: form.__annotations__ for form in (Common, CommonOfMatrices)}
 
 #: The defaults, which a TypedDict cannot declare.
@@ -67,7 +67,7 @@ COMMON_DEFAULTS: Mapping[str, Any] = {
     "max_grad_norm": None,
 }
 
-#: Those of them that param groups may set.
+#: The common options that param groups may set.
 OF_GROUPS = ("maximize", "cautious")
 
 
@@ -98,12 +98,12 @@ def resolved(cls: type, name: str, common: Mapping[str, Any]) -> dict[str, Any]:
     """The common options of an optimizer that is being made: what was given, and the defaults of the others.
 
     Args:
-        cls: Its class. What neither its constructor nor one that it inherits from takes its rule cannot do.
+        cls: Its class. Options of ``OF_GROUPS`` are valid only if the constructor of the class or of a base has them.
         name: Its name, for the error.
-        common: What was given.
+        common: The options that were given.
 
     Raises:
-        TypeError: Something that is no option.
+        TypeError: A name that is no option.
     """
     shown = [option for base in cls.__mro__ if "__signature__" in base.__dict__ for option in _options(base)]
     taken = [option for option in COMMON_DEFAULTS if option not in OF_GROUPS or option in shown]
@@ -115,16 +115,16 @@ def resolved(cls: type, name: str, common: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _options(cls: type) -> list[str]:
-    """The options by the names that a constructor's signature has for them, without torch's switches."""
+    """The names of the options in a constructor's signature, without torch's switches."""
     unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     _, *parameters = inspect.signature(cls).parameters.values()
     return [p.name for p in parameters if p.kind not in unnamed and p.name not in TORCH_SWITCHES]
 
 
 def declared_defaults(cls: type, options: Iterable[str]) -> dict[str, Any]:
-    """The defaults in a constructor's signature: what type an option has, whatever value was given."""
+    """The defaults in the constructors' signatures, which tell an option's type whatever value was given."""
     parameters: dict[str, inspect.Parameter] = {}
-    for base in reversed(cls.__mro__):  # one that passes everything on has none of its own
+    for base in reversed(cls.__mro__):  # a constructor that passes everything on has no defaults of its own
         if "__signature__" in base.__dict__:
             parameters |= inspect.signature(base).parameters
     declared = {name: parameters[name].default for name in options if name in parameters}
@@ -132,7 +132,7 @@ def declared_defaults(cls: type, options: Iterable[str]) -> dict[str, Any]:
 
 
 def _common(parameter: inspect.Parameter) -> Mapping[str, Any] | None:
-    """The options, with their types, for which a parameter ``**common: Unpack[Common]`` stands; None for another."""
+    """The options that a parameter ``**common: Unpack[Common]`` stands for, with their types; None for another one."""
     if parameter.kind is not parameter.VAR_KEYWORD:
         return None
     written = str(parameter.annotation).removesuffix("]").rpartition("[")

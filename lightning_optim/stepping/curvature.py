@@ -1,6 +1,6 @@
 """Estimates of the Hessian's diagonal from products of the Hessian with random directions.
 
-Neutral: a loss, parameters, and whoever evaluates.
+Nothing here knows an optimizer: it takes a loss, parameters, and a function that evaluates products.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 from lightning_optim.rules.rounding import noise_key
 from lightning_optim.stepping.shards import is_distributed
 
-#: Of the generators of directions. The same in all processes: replicas must take the same direction.
+#: The seed of the directions' generators. It is the same in all processes: replicas must take the same direction.
 SEED = 0.0
-#: What tells this noise from that of stochastic rounding.
+#: Makes these random numbers differ from those of stochastic rounding.
 _SALT = 0x48757463
 
 Products = Callable[[Mapping[Tensor, Tensor]], Mapping[Tensor, Tensor]]
@@ -24,12 +24,12 @@ Products = Callable[[Mapping[Tensor, Tensor]], Mapping[Tensor, Tensor]]
 def hessian_vector(loss: Tensor, directions: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     """The products of a loss's Hessian with a direction that has one part for each parameter.
 
-    Hooks of backward passes are not called, and gradients stay as they are. Of a complex parameter, real and imaginary
-    parts are two variables.
+    Gradients stay as they are, and hooks on their accumulation (DDP's, say) are not called; hooks of tensors and of
+    modules are. The real and the imaginary part of a complex parameter are two variables.
 
     Args:
         loss: One number, with its graph, which is used up.
-        directions: By parameter, a tensor of its shape and type.
+        directions: For each parameter, a tensor of its shape and type.
 
     Raises:
         RuntimeError: The loss cannot be differentiated twice; the message says what can be done.
@@ -70,8 +70,8 @@ def hutchinson(directions: Mapping[Tensor, Tensor], products: Products) -> dict[
     Its expectation is the diagonal.
 
     Args:
-        directions: By parameter, of :func:`normal_direction`; they are overwritten.
-        products: Gives the products of the Hessian with a direction, by parameter.
+        directions: For each parameter, a direction from :func:`normal_direction`; they are overwritten.
+        products: Returns the products of the Hessian with a direction, by parameter.
 
     References:
         Liu et al., Sophia, arXiv:2305.14342, algorithm 1.
@@ -92,13 +92,13 @@ def hutchinson(directions: Mapping[Tensor, Tensor], products: Products) -> dict[
 def normal_direction(p: Tensor, number: int, step: int) -> Tensor:
     """Independent normal numbers for each element of a parameter (two, if it is complex).
 
-    They depend on the two numbers alone, and so are the same in all processes, and in a run that is resumed; no
-    generator that others use is read or moved.
+    They depend on ``number`` and ``step`` alone, and so are the same in all processes and in a resumed run. No shared
+    random generator is read or advanced.
 
     Args:
-        p: The parameter, of whose shape, type and device they are.
-        number: Of the parameter in its optimizer.
-        step: Of the optimizer.
+        p: The parameter, whose shape, type and device they have.
+        number: The parameter's number in its optimizer.
+        step: The number of the optimizer's step.
     """
     generator = torch.Generator(p.device)
     generator.manual_seed(int(noise_key(SEED, number, step, _SALT)))

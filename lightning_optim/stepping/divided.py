@@ -1,11 +1,11 @@
-"""Optimizers that somebody makes for a part of a model's parameters, so that a norm over theirs is not the model's."""
+"""Refusing what needs all of a model's parameters in an optimizer that is made for only a part of them."""
 
 from __future__ import annotations
 
 import sys
 from types import FrameType
 
-#: Modules that make optimizers so, and what each of these then has.
+#: Modules that make such optimizers, and how each divides the parameters, in words.
 _MAKERS = {
     "torch.distributed.optim.zero_redundancy_optimizer": "ZeroRedundancyOptimizer gives each process a part of them",
     "torch.distributed.optim.apply_optimizer_in_backward": "_apply_optimizer_in_backward makes one for each of them",
@@ -14,14 +14,14 @@ _MAKERS = {
 
 
 def refuse_a_part(optimizer: str, option: str) -> None:
-    """Refuse an option that is about all parameters together where the optimizer is made for some of them.
+    """Refuse an option that is about all parameters together, if the optimizer is made for some of them.
 
     Args:
         optimizer: The optimizer's name.
-        option: What needs all of them.
+        option: The option (or another thing) that needs all of them.
 
     Raises:
-        ValueError: Whoever calls the constructor divides the parameters.
+        ValueError: The constructor was called by a module that divides the parameters.
     """
     if (maker := divided_by()) is not None:
         raise ValueError(
@@ -31,7 +31,7 @@ def refuse_a_part(optimizer: str, option: str) -> None:
 
 
 def divided_by() -> str | None:
-    """Who divides a model's parameters over several optimizers, one of which is just being made; None: nobody."""
+    """How the caller divides a model's parameters over several optimizers, in words; None if it does not."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if (maker := _MAKERS.get(frame.f_globals.get("__name__", ""))) is not None:

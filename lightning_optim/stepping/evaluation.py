@@ -22,9 +22,9 @@ TRAINS = "train_mode"
 
 
 class EvaluatesElsewhere:
-    """What such an optimizer has: :meth:`eval` puts the weights where they are to be evaluated, :meth:`train` back.
+    """The methods of such optimizers: :meth:`eval` sets the weights of evaluation, :meth:`train` those of training.
 
-    Put it before :class:`~lightning_optim.optimizers.base.RuleOptimizer` among the bases of a class, whose rule has
+    Put it before :class:`~lightning_optim.optimizers.base.RuleOptimizer` among the bases of a class whose rule has
     ``evaluate`` and ``train``, and whose defaults have ``train_mode``.
     """
 
@@ -36,12 +36,12 @@ class EvaluatesElsewhere:
     _aside: Mapping[Tensor, tuple[Tensor, int]] = MappingProxyType({})
 
     def eval(self) -> None:
-        """Put the weights where the model is to be evaluated, exported or published; again, it does nothing.
+        """Set the weights with which the model is evaluated, exported or published; a second call does nothing.
 
         The weights of training are kept aside meanwhile, in memory of the same size.
         """
         self._aside = kept = dict(self._aside)
-        with torch.inference_mode(False), torch.no_grad():  # as validation often is, of which nothing here is a part
+        with torch.inference_mode(False), torch.no_grad():  # validation often calls this in inference mode
             for group in self.param_groups:
                 if group[TRAINS]:
                     for p, new in self._moved(group, self.rule.evaluate):
@@ -52,10 +52,10 @@ class EvaluatesElsewhere:
                     group[TRAINS] = False
 
     def train(self) -> None:
-        """Put the weights back to where they are trained, bit for bit; again, it does nothing.
+        """Set the weights of training again, bit for bit; a second call does nothing.
 
-        Weights that somebody has changed meanwhile (of a checkpoint that was saved after :meth:`eval`, say) are moved
-        as the algorithm has it, to rounding.
+        Weights that were changed meanwhile (loaded from a checkpoint that was saved after :meth:`eval`, say) are
+        computed by the algorithm's formula, and so exact up to rounding.
         """
         with torch.inference_mode(False), torch.no_grad():
             for group in self.param_groups:
@@ -71,7 +71,7 @@ class EvaluatesElsewhere:
         """See :meth:`~lightning_optim.optimizers.base.RuleOptimizer.asked_for`; before a step, weights must be back.
 
         Raises:
-            RuntimeError: They are where the model is evaluated.
+            RuntimeError: They are the weights of evaluation.
         """
         if not all(group[TRAINS] for group in self.param_groups):
             raise RuntimeError(
@@ -85,7 +85,7 @@ class EvaluatesElsewhere:
         self._aside = MappingProxyType({})
 
     def _moved(self, group: Group, function: Callable[..., Any]) -> Iterable[tuple[Tensor, Tensor]]:
-        """The parameters of a group that have been stepped, with where they go."""
+        """The parameters of a group that have been stepped, each with its new weight."""
         program = _traced(function, self.rule.all_slots)
         scalars = self.scalars(group)
         for p in group["params"]:

@@ -1,7 +1,7 @@
-"""What a step asks to have evaluated, and who answers: one protocol for SAM, line searches and curvature.
+"""How a step asks for further evaluations of the loss: one protocol for SAM, line searches and curvature.
 
-An optimizer says what it is going to ask for (:func:`request_of`) and whether its next step does (:func:`asks`). Who
-trains with it answers by an :class:`Evaluator`: a strategy evaluates the window of the step again, a plain loop calls a
+An optimizer says what it may ask for (:func:`request_of`) and whether its next step asks (:func:`asks`). The training
+code answers with an :class:`Evaluator`: a strategy evaluates the window of the step again; a plain loop calls a
 function that returns the loss (:class:`LossEvaluator`, which ``step(evaluate=...)`` makes).
 """
 
@@ -29,7 +29,7 @@ REQUESTS: tuple[Request, ...] = get_args(Request)
 class Evaluator(Protocol):
     """Evaluates the loss of a whole step again, at the weights as they are when it is called.
 
-    Every evaluation is of the same function: the same batches, the same noise where that can be had.
+    Every evaluation is of the same function: the same batches and, where possible, the same noise.
     """
 
     @property
@@ -45,7 +45,8 @@ class Evaluator(Protocol):
     def hessian_vector(self, directions: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """The products of the loss's Hessian with a direction that has one part for each parameter, by parameter.
 
-        Without a loss scale; gradients stay as they are. Zeros, where the gradient does not depend on the weights.
+        The products have no loss scale in them, and are zeros where the gradient does not depend on the weights. The
+        gradients in ``p.grad`` stay as they are.
         """
 
 
@@ -54,19 +55,20 @@ class Asking(Protocol):
 
     @property
     def asks(self) -> bool:
-        """Whether the next step does."""
+        """Whether the next step asks for an evaluation."""
 
     def ask(self, evaluator: Evaluator) -> None:
-        """Have evaluated what the next step needs: after the backward passes, before clipping and the step."""
+        """Evaluate what the next step needs; called after the backward passes, before clipping and the step."""
 
     def abandon(self) -> None:
-        """Forget what was evaluated for a step that does not come."""
+        """Forget what was evaluated for a step that does not take place."""
 
 
 def request_of(optimizer: Optimizer) -> Request | None:
     """What an optimizer asks for in some of its steps; None if it steps by the gradient alone.
 
-    It says so by an attribute ``request``. Those that say ``needs_closure = True``, and ``torch.optim.LBFGS``, search.
+    Its attribute ``request`` says so. Without one, an optimizer with ``needs_closure = True``, or a
+    ``torch.optim.LBFGS``, is taken to search along a line.
 
     >>> import lightning_optim
     >>> weight = torch.nn.Parameter(torch.ones(2))
@@ -94,8 +96,8 @@ class LossEvaluator:
     """Answers by calling a function that runs the forward passes of a step and returns the loss.
 
     Args:
-        optimizer: Whose gradients are zeroed before each new one.
-        evaluate: Returns the loss, and does not call ``backward()``: with gradient accumulation, that of all batches.
+        optimizer: The optimizer whose gradients are zeroed before each new evaluation.
+        evaluate: Returns the loss without calling ``backward()``; with gradient accumulation, that of all batches.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     >>> evaluator = LossEvaluator(torch.optim.SGD([weight]), lambda: (weight**3).sum())
@@ -141,8 +143,8 @@ class ClosureEvaluator:
     """Answers by a closure that runs forward and backward.
 
     Args:
-        optimizer: Whose gradients are zeroed before each new one.
-        closure: As of ``optimizer.step(closure)``.
+        optimizer: The optimizer whose gradients are zeroed before each new evaluation.
+        closure: As in ``optimizer.step(closure)``.
     """
 
     loss_scale = None
@@ -154,7 +156,7 @@ class ClosureEvaluator:
         """See :meth:`Evaluator.gradient`. There must be gradients already.
 
         Raises:
-            RuntimeError: The closure computes none.
+            RuntimeError: The closure computes no gradients.
         """
         params = [p for group in self._optimizer.param_groups for p in group["params"]]
         came: list[Tensor] = []
@@ -163,7 +165,7 @@ class ClosureEvaluator:
             self.loss_and_gradient()
         finally:
             seen.remove()
-        # A closure that came to gradients, and dropped them, is another thing.
+        # A closure that computed gradients, and dropped them, is no error.
         if not came and all(p.grad is None for p in params):
             raise RuntimeError(
                 f"{type(self._optimizer).__name__}: the closure computed no gradients when it was called a second "
@@ -178,7 +180,7 @@ class ClosureEvaluator:
             return self._closure()
 
     def hessian_vector(self, directions: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """See :meth:`Evaluator.hessian_vector`: a closure has used its graph up.
+        """See :meth:`Evaluator.hessian_vector`; a closure cannot answer, since its ``backward()`` frees the graph.
 
         Raises:
             RuntimeError: Always.

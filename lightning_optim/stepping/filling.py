@@ -34,7 +34,7 @@ from lightning_optim.stepping.sight import as_seen
 from lightning_optim.stepping.tensors import usable_counter
 from lightning_optim.stepping.undo import UndoBuffers, undo_name
 
-#: Errors that are no statement about the tensors that were given.
+#: Errors that say nothing about the tensors that were given.
 _OF_THE_DEVICE = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 
@@ -47,16 +47,16 @@ def fill(
     inputs: Inputs,
     observed: Observed,
 ) -> bool:
-    """Gather the tensors of one step; False if one no longer is what the plan was made for.
+    """Gather the tensors of one step; False if a tensor no longer is what the plan was made for.
 
     Args:
         planned: The bucket.
-        state: The optimizer's.
-        gradients: Of all parameters that have one.
+        state: The optimizer's state.
+        gradients: The gradients of all parameters that have one.
         copies: For each parameter, where the new weight is written too.
         undo: Where old values are kept.
-        inputs: What rules need beside gradients.
-        observed: Where what they observe is kept.
+        inputs: What the rule needs besides gradients.
+        observed: Where the numbers that the rule observes are kept.
     """
     bucket, params = planned.bucket, planned.params
     update = bucket.update
@@ -96,7 +96,7 @@ def fill(
         reading = planned.engine.read(every) if planned.strict else read_any(every)
     except _OF_THE_DEVICE:
         raise
-    except (KeyError, RuntimeError, TypeError, AttributeError):  # no tensor at all, or one of quite another kind
+    except (KeyError, RuntimeError, TypeError, AttributeError):  # no tensor, or one of an unexpected kind
         return False
     if not _as_planned(planned, tensors, steps, reading):
         return False
@@ -109,7 +109,7 @@ def fill(
 
 
 def _divided_as_planned(planned: Planned, tensors: Mapping[str, list[Tensor]]) -> bool:
-    """Whether all these are divided over processes, as each other and as they were; a copy may be of a part alone."""
+    """Whether parameters are sharded as planned, and tensors like their parameters; a copy may be the local part."""
     return all(shards_of(p) == planned.shards for p in planned.params if hasattr(p, "placements")) and all(
         same_parts(t, p) or (name == "copy" and not is_distributed(t))
         for name, column in tensors.items()
@@ -119,10 +119,10 @@ def _divided_as_planned(planned: Planned, tensors: Mapping[str, list[Tensor]]) -
 
 
 def _as_planned(planned: Planned, tensors: Mapping[str, list[Tensor]], steps: list[Tensor], reading: Reading) -> bool:
-    """Whether all tensors are what they must be for the plan, where they must be.
+    """Whether all tensors have the forms and places in memory that the plan needs.
 
-    What is read of them at every step leaves nothing to ask about tensors that are where they were. Gradients may be
-    elsewhere at every step, and must not be where something is written.
+    If the reading is the same as at the last step, nothing else is checked. Gradients may be elsewhere at every step,
+    but must not overlap memory that is written.
     """
     seen, here, count = planned.reading, reading.addresses, len(planned.params)
     if seen is not None and reading.forms == seen.forms:
@@ -167,7 +167,7 @@ def _can_count(planned: Planned, steps: list[Tensor]) -> bool:
 
 
 def _keep_apart(planned: Planned, tensors: Mapping[str, list[Tensor]], steps: list[Tensor], reading: Reading) -> bool:
-    """Whether tensors share memory only if the plan is for such; keeps what the next step's are compared with."""
+    """Whether tensors share memory only if the plan is for such tensors; keeps the reading for the next step."""
     here, count = reading.addresses, len(planned.params)
     every = [*chain.from_iterable(tensors.values()), *steps]
     lengths = array("q", [extent(t) if has_address(t) else 0 for t in every])
@@ -175,7 +175,7 @@ def _keep_apart(planned: Planned, tensors: Mapping[str, list[Tensor]], steps: li
     writes = ranges(here[:count] + here[2 * count :], lengths[:count] + lengths[2 * count :])
     if writes is not None and _meet(writes, here[gradients], lengths[gradients]):
         writes = None
-    # A new plan may be for memory that is shared where it is not, as counters are moved apart after it is made.
+    # A new plan may be for shared memory although nothing is shared any more: making it moves counters apart.
     if (writes is None) != planned.bucket.aliased and (writes is None or planned.reading is not None):
         return False
     planned.reading, planned.writes, planned.lengths = reading, writes, lengths[gradients]

@@ -1,4 +1,4 @@
-"""Which keys a param group may have beside its optimizer's options."""
+"""Which keys a param group may have besides its optimizer's options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from lightning_optim.stepping.ascent import ADAPTIVE, RHO
 from lightning_optim.stepping.options import KNOWN_STRANGERS, TORCH_SWITCHES, known_options
 
-#: What options are called elsewhere. Under these names they would be ignored, where nobody expects it.
+#: Names of options in other libraries. Under these names they would silently be ignored.
 SYNONYMS = {
     "learning_rate": "lr",
     "epsilon": "eps",
@@ -18,11 +18,11 @@ SYNONYMS = {
 
 
 def check_switches(optimizer: str, switches: Mapping[str, Any]) -> None:
-    """Check torch's switches, which its call sites may pass on: None and False ask for nothing.
+    """Check torch's switches, which callers of torch's classes may pass: None and False ask for nothing.
 
     Raises:
-        ValueError: One is switched on; with what there is in its place.
-        TypeError: It is no switch's value.
+        ValueError: A switch is on; the message says what to use instead.
+        TypeError: A switch is neither None nor a bool.
 
     >>> check_switches("AdamW", {"fused": False, "foreach": None})
     """
@@ -40,9 +40,9 @@ def check_keys(
 ) -> None:
     """Check that no key of a group is an option that would be ignored.
 
-    Keys that the optimizer does not know travel along, as in ``torch.optim``: wrappers and trainers keep what is
-    theirs in the groups (``rho``, ``lr_scale``, ``layer_id``). Not so a slip of the pen in an option's name, an option
-    of another optimizer, or one of the constructor's, unless it says what the constructor said.
+    Unknown keys are kept, as in ``torch.optim``: wrappers and trainers store values of their own in the groups
+    (``rho``, ``lr_scale``, ``layer_id``). An error is a misspelled option, an option of another optimizer, or an option
+    of the constructor whose value is not the constructor's.
 
     Args:
         optimizer: The optimizer's name, for messages.
@@ -51,7 +51,7 @@ def check_keys(
         constructor: The constructor's other options, with their values.
 
     Raises:
-        ValueError: Such a key, and what is valid.
+        ValueError: Such a key; the message says what is valid.
         TypeError: A key that is no string.
     """
     defaults = list(defaults)
@@ -80,11 +80,11 @@ def check_keys(
 
 
 def near_miss(key: str, options: Iterable[str]) -> str | None:
-    """The option that a key is a slip of, if it is one.
+    """The option that a key misspells, or is a synonym of; None if there is none.
 
-    A slip differs in capitals or separators only, or by one stroke for every five letters (a letter more, less or
-    another one, or two in the wrong order), and is no more than one letter longer or shorter: what is longer says more
-    (``lr_scale``, ``no_weight_decay``). Or it is another name for the option.
+    A misspelling differs in capitals or separators only, or by one stroke for every five letters (a letter added,
+    missing or replaced, or two exchanged), and is at most one letter longer or shorter: a longer key means something
+    else (``lr_scale``, ``no_weight_decay``).
 
     >>> [near_miss(key, ["lr", "weight_decay"]) for key in ("weight_deacy", "Lr", "lr_scale", "learning_rate")]
     ['weight_decay', 'lr', None, 'lr']

@@ -1,4 +1,4 @@
-"""The rules of an optimizer that tells matrices from the rest, each as a Method of its own."""
+"""The rules of an optimizer that steps matrices and other parameters differently, each as a Method of its own."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Rest:
 
     Attributes:
         rule: The rule.
-        name: Of it, for reports.
-        flags: Values of its flags that are no options of the optimizer.
+        name: The rule's name, for reports.
+        flags: Values of the rule's flags that are not options of the optimizer.
     """
 
     rule: Rule
@@ -31,7 +31,7 @@ class Rest:
 
 
 class RoutedMethod(Method, Protocol):
-    """What an optimizer class with a matrix rule says about itself."""
+    """The interface of an optimizer class with a matrix rule."""
 
     matrix_rule: MatrixRule
     rest: Rest
@@ -41,13 +41,13 @@ class RoutedMethod(Method, Protocol):
 
 
 class Link:
-    """One rule of several by which an optimizer steps, as a Method.
+    """One of several rules by which an optimizer steps, as a Method.
 
     Args:
         method: The optimizer.
         rule: The rule.
-        name: Of it, for reports; None: it is what the optimizer is named after.
-        flags: Values of its flags that are no options of the optimizer.
+        name: The rule's name, for reports; None: the optimizer's own name.
+        flags: Values of the rule's flags that are not options of the optimizer.
     """
 
     def __init__(

@@ -14,10 +14,9 @@ from torch import Tensor
 from lightning_optim.engines.memory import is_dense
 from lightning_optim.primitives import primitive
 from lightning_optim.rules.policy import KAHAN_SLOT
-from lightning_optim.rules.rule import Rule
+from lightning_optim.rules.rule import UPDATES, Rule
 from lightning_optim.rules.slots import Slot
 from lightning_optim.stepping.group_keys import near_miss
-from lightning_optim.stepping.method import UPDATES
 from lightning_optim.stepping.names import by_name
 from lightning_optim.stepping.options import UNDECLARED, Declared, check_option, known_options
 from lightning_optim.stepping.preparing import zeros_for
@@ -26,18 +25,18 @@ if TYPE_CHECKING:
     from lightning_optim.stepping.method import Group
     from lightning_optim.stepping.plan import Planner
 
-#: Options that every saved state of an optimizer has that knows them.
+#: Options that must be in the saved state of every optimizer that has them.
 OF_ANY_STATE = ("lr", "betas", "eps", "momentum", "dampening", "nesterov", "weight_decay", UPDATES)
 
 #: Options that optimizers of several kinds have, or all of them.
 _GENERAL = {*OF_ANY_STATE, "amsgrad", "maximize", "cautious", "decoupled_weight_decay", "train_mode"}
 
-#: Above it, not every whole number of steps is a floating-point number.
+#: Above this, a float64 cannot represent every whole number of steps.
 _MOST_STEPS = 2**53
 
 
 def readable(optimizer: str, groups: Sequence[Group], state_dict: Any) -> dict[str, Any]:
-    """A ``state_dict`` that has the form of one, with the parameters of each group in this optimizer's order.
+    """Check the form of a ``state_dict``, and return it with the parameters of each group in this optimizer's order.
 
     Args:
         optimizer: The optimizer's name, for messages.
@@ -46,7 +45,7 @@ def readable(optimizer: str, groups: Sequence[Group], state_dict: Any) -> dict[s
 
     Raises:
         TypeError: It is no dict.
-        ValueError: It lacks something, its groups or the numbers in them are no such, or names do not match
+        ValueError: It lacks a key, its groups or the numbers in them have a wrong form, or names do not match
             (:func:`~lightning_optim.stepping.names.by_name`).
     """
     if not isinstance(state_dict, Mapping):
@@ -90,10 +89,10 @@ def load_groups(
         check: The optimizer's own check of a group's options together.
         required: Options that any state of this kind of optimizer has.
         constructor: The constructor's other options.
-        declared: What its class declares of the options.
+        declared: What its class declares about the options.
 
     Raises:
-        ValueError: Other groups, other numbers of parameters, a parameter twice, or another optimizer's options.
+        ValueError: Groups of other sizes, a parameter twice, or another optimizer's options.
         TypeError: An option of the wrong type.
     """
     saved = state_dict["param_groups"]
@@ -118,7 +117,7 @@ def load_groups(
             raise ValueError(
                 f"{where} has no {', '.join(sorted(telling))}: the state of another optimizer? It has {sorted(new)}"
             )
-        # Only what is known as another optimizer's option: a key of the user's own must not make a run lose its state.
+        # Only known options of other optimizers are an error: a user's own key must not make a run lose its state.
         others = known_options() - {*defaults, *constructor, *group}
         if foreign := sorted(set(new) & others):
             raise ValueError(
@@ -139,13 +138,13 @@ def load_groups(
 
 
 def _own_option(where: str, key: Any, value: Any) -> Any:
-    """A copy of a group's value, which is then nobody else's."""
+    """A copy of a group's value that is shared with nobody."""
     if not isinstance(key, str):
         raise ValueError(f"{where} has the key {key!r}, a {type(key).__name__}; valid: strings")
     try:
         with torch.inference_mode(False):
             return value.detach().clone() if isinstance(value, Tensor) else deepcopy(primitive(value))
-    except Exception as error:  # whatever an object of any kind does when it is copied
+    except Exception as error:  # copying an arbitrary object may raise anything
         raise ValueError(f"{where}: {key}: a {type(value).__name__} that cannot be copied ({error})") from error
 
 
@@ -162,8 +161,8 @@ def load_state(
         optimizer: The optimizer's name, for messages.
         groups: From :func:`load_groups`.
         state_dict: What was saved, as :func:`readable` returns it.
-        planner_of: What knows the state of a group's parameter.
-        rules: All by which this optimizer may have stepped a parameter.
+        planner_of: Returns the planner that knows the state of a group's parameter.
+        rules: All rules by which this optimizer may have stepped a parameter.
 
     Raises:
         ValueError: A parameter's state is another optimizer's, has another shape, or lacks something.
@@ -193,11 +192,11 @@ def load_state(
 def _load_one(
     where: str, group: Group, p: Tensor, values: Mapping[Any, Any], planner: Planner, rules: Sequence[Rule]
 ) -> dict[str, Any]:
-    """One parameter's state, if it is what this optimizer may have left.
+    """One parameter's state, if this optimizer may have saved it.
 
-    Options that were switched on since the parameter's last step have left no slot yet: the next step makes these of
-    zeros. So each rule whose slots are there must have all that do not depend on an option; and if the group's own
-    rule has such and none is there, another rule of this optimizer must have stepped the parameter.
+    The slots of an option that was switched on since the parameter's last step are missing; the next step makes them.
+    So if any slot of a rule is there, all its slots that do not depend on an option must be. If the group's own rule
+    has such slots and none is there, another rule of this optimizer must have stepped the parameter.
     """
     known = {"step": None, KAHAN_SLOT: None} | {slot: None for rule in rules for slot in rule.all_slots}
     always = {rule: {name for name, slot in rule.slots.items() if not slot.is_optional} for rule in rules}
@@ -223,11 +222,11 @@ def _load_one(
 
 
 def _come_together(rule: Rule, there: Collection[Any], own: Collection[str]) -> set[str]:
-    """The optional slots that must be there, as others are: those of one flag, or those that are there in its place.
+    """The optional slots that are needed because slots of one flag, or slots of its absence, exist only together.
 
     Args:
         rule: The rule.
-        there: What is there.
+        there: Names of the values that were saved.
         own: The slots that the parameter has now.
     """
     needed: set[str] = set()
@@ -256,7 +255,7 @@ def _load_slot(where: str, p: Tensor, value: Any, dtype: torch.dtype, slot: Slot
     if value.is_complex() != is_complex or not (value.is_complex() or value.is_floating_point()):
         raise ValueError(f"{where} has dtype {value.dtype}; valid: what can be stored as {dtype}")
     memory_format = torch.preserve_format if is_dense(p) else torch.contiguous_format
-    # Whatever is the mode of the moment, steps will write to it.
+    # Also in inference mode it must be a normal tensor, since steps will write to it.
     with torch.inference_mode(False), torch.no_grad():
         if slot.is_plain:
             own = torch.empty_like(p, dtype=dtype, memory_format=memory_format, requires_grad=False)

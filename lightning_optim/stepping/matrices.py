@@ -1,4 +1,4 @@
-"""Where matrices of one shape lie side by side during a step, and how they come there and back."""
+"""Batches, in which matrices of one shape lie side by side during a step, and the way into them and back."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Kind(NamedTuple):
     """What the matrices of a batch have in common.
 
     Attributes:
-        shape: Of each, as it lies in memory.
-        dtype: What they are stored in.
-        device: Where.
+        shape: The shape of each, as it lies in memory.
+        dtype: The type that the transform computes in.
+        device: Their device.
         constants: What the transform depends on.
-        due: Whether their state is renewed.
-        begins: Whether their state is only made.
+        due: Whether this step renews their state.
+        begins: Whether this step only makes their first state.
     """
 
     shape: tuple[int, ...]
@@ -40,12 +40,12 @@ class Batch:
 
     Attributes:
         kind: What they have in common.
-        any_order: Whether transposed matrices, and such with columns in another order, are as good.
-        weights: The parameters, with the number of matrices that each is.
-        directions: Of all of them, one after the other.
-        staged: The parameters whose directions must be copied there, by their place among ``weights``.
-        given: The directions that were transformed, where they are needed again.
-        stack: What the transform knows; None before it.
+        any_order: Whether matrices may be transposed, or have their columns in another order.
+        weights: The parameters, each with the number of matrices that it is.
+        directions: The directions of all of them, one after the other.
+        staged: Directions that must be copied into ``directions``, by their parameter's place among ``weights``.
+        given: The directions before the transform, if they are needed again.
+        stack: What the transform knows; None before the transform.
     """
 
     kind: Kind
@@ -62,7 +62,7 @@ class Batch:
         return sum(count for _, count in self.weights)
 
     def room_for(self, count: int, most: int | None) -> bool:
-        """Whether so many more matrices fit, if a stack of several may have so many numbers."""
+        """Whether ``count`` more matrices fit, if a stack of several may have at most ``most`` elements."""
         if most is None or not self.weights:
             return True
         size = count + self.count
@@ -71,7 +71,7 @@ class Batch:
         return size <= most
 
     def allocate(self) -> dict[Tensor, Tensor]:
-        """Memory for the directions, and where in it each parameter's one goes."""
+        """Allocate memory for the directions; returns where each parameter's direction is to be written."""
         kind = self.kind
         self.directions = torch.empty(self.count, *kind.shape, dtype=kind.dtype, device=kind.device)
         self.staged = {}
@@ -85,7 +85,7 @@ class Batch:
         return places
 
     def collected(self) -> Tensor:
-        """The directions, also of those weights that are divided over processes or lie otherwise in memory."""
+        """The directions, after those of sharded weights, or of weights in another memory order, are copied in."""
         assert self.directions is not None  # noqa: S101
         parts = self.parts(self.directions)
         for place, direction in self.staged.items():
@@ -93,14 +93,14 @@ class Batch:
         return self.directions
 
     def divided(self, x: Tensor) -> dict[Tensor, Tensor]:
-        """What a transform has made of the directions, by parameter: of its shape, and divided as it is."""
+        """The transformed directions by parameter, each with its parameter's shape and sharding."""
         return {
             p: _scattered(part.reshape(p.shape), p) if place in self.staged else _like(part, p)
             for place, ((p, _), part) in enumerate(zip(self.weights, self.parts(x), strict=True))
         }
 
     def stacked(self, slot: str, state: Mapping[Tensor, Mapping[str, Tensor]]) -> Tensor:
-        """The values of a slot, in the type of the matrices."""
+        """The values of a slot for all matrices, in the type of the matrices."""
         values = []
         for p, count in self.weights:
             value = _whole(state[p][slot]).to(self.kind.dtype)
@@ -112,36 +112,36 @@ class Batch:
         return values[0] if len(values) == 1 else torch.cat(values)
 
     def let_go(self) -> None:
-        """Free what has been needed."""
+        """Free the directions."""
         self.directions = self.given = None
 
     def parts(self, x: Tensor) -> list[Tensor]:
-        """What is each parameter's, by its place among ``weights``."""
+        """Each parameter's part of a batch, in the order of ``weights``."""
         return list(x.split([count for _, count in self.weights]))
 
 
 def lies_transposed(p: Tensor) -> bool:
-    """Whether a weight's first dimension is the innermost in memory, and it is one matrix."""
+    """Whether a weight is one matrix whose transpose is contiguous in memory."""
     return not is_distributed(p) and p.ndim == 2 and not p.is_contiguous() and p.t().is_contiguous()
 
 
 def as_weight(g: Tensor, p: Tensor) -> Tensor:
-    """A gradient divided over processes as its weight is."""
+    """A gradient with the sharding of its weight."""
     if is_distributed(p) and is_distributed(g) and not same_parts(p, g):
         return g.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined] # of a DTensor
     return g
 
 
 def as_slot(value: Tensor, slot: Tensor) -> Tensor:
-    """What this process has of a slot's new value, which every process has as a whole."""
+    """A slot's new value, which every process has as a whole, with the slot's shape and sharding."""
     return _scattered(value.reshape(slot.shape), slot) if is_distributed(slot) else value.reshape(slot.shape)
 
 
 def _is_matrix_in_memory(p: Tensor, count: int, any_order: bool) -> bool:
     """Whether a weight's memory, read in order, is a matrix that can be transformed in the weight's place.
 
-    Where the order does not matter, that may be its transpose, or it with its columns in another order, as in a
-    convolution's kernel that lies ``channels_last``: they have the same singular vectors up to their order.
+    If the order does not matter, that matrix may be the transpose, or have its columns in another order, as for a
+    convolution's kernel in ``channels_last``: the singular vectors are the same up to their order.
     """
     if is_distributed(p) or not is_dense(p):
         return False
@@ -167,7 +167,7 @@ def _whole(slot: Tensor) -> Tensor:
 
 
 def _gathered(direction: Tensor, p: Tensor) -> Tensor:
-    """The whole of a direction, from all processes that have a part of it."""
+    """A whole direction, gathered from all processes that have a part of it."""
     if not is_distributed(p):
         return direction
     from torch.distributed.tensor import DTensor
@@ -178,7 +178,7 @@ def _gathered(direction: Tensor, p: Tensor) -> Tensor:
 
 
 def _scattered(update: Tensor, p: Tensor) -> Tensor:
-    """This process's part of an update that all of them have."""
+    """An update that all processes have as a whole, with the sharding of its parameter."""
     if not is_distributed(p):
         return update
     from torch.distributed.tensor import DTensor, Replicate

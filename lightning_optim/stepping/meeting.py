@@ -1,4 +1,4 @@
-"""What must be known of all parameters before any of them is updated, and the slots that all of them share."""
+"""Totals that must be known of all parameters before any is updated, and the slots that all parameters share."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from lightning_optim.engines.progress import Progress, Write
 from lightning_optim.engines.scaling import Scaling
 from lightning_optim.rules.interpret import interpret
 from lightning_optim.rules.program import Program
+from lightning_optim.rules.rule import UPDATES
 from lightning_optim.rules.table import widest
-from lightning_optim.stepping.method import UPDATES, Group
+from lightning_optim.stepping.method import Group
 from lightning_optim.stepping.plan import Planned, Planner
 from lightning_optim.stepping.shards import Shards, totals
 
 
 class Meeting:
-    """Where the buckets of a step meet: totals over all of them become scalars of the Programs that run then.
+    """The meeting point of a step's buckets: totals over all of them become scalars of the Programs that run next.
 
     Args:
         planner: Knows the param groups and their state.
@@ -30,10 +31,10 @@ class Meeting:
             left out there.
 
     Attributes:
-        progress: The writes of what all parameters have in common, to be finished when the buckets have run.
-        restores: The writes that take these back.
+        progress: The writes of shared slots and step counts, to be finished when the buckets have run.
+        restores: The writes that undo these.
 
-    Nothing is written yet, and nothing is read back from a device.
+    The constructor does not write to weights or state, and reads nothing back from a device.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Meeting:
         shared = first.program.shared
         new = {} if shared is None else self._evaluated(shared)
         if scaling is not None and scaling.loss is not None and all(one.engine.controls_on_device for one in plan):
-            left_out = scaling.loss.found_inf != 0  # which no one waits for
+            left_out = scaling.loss.found_inf != 0  # stays on the device, without waiting
             new = {name: torch.where(left_out.to(slots[name].device), slots[name], x) for name, x in new.items()}
         writes: list[Write] = [partial(slots[name].copy_, value) for name, value in new.items()]
         self.restores: list[Write] = [partial(slots[name].copy_, slots[name].clone()) for name in new]
@@ -71,8 +72,8 @@ class Meeting:
         """The param groups that are stepped, if their steps are counted."""
         if not self._planner.method.rule.every:
             return []
-        rows = sorted({row for planned in self._plan for row in planned.bucket.rows})
-        return [self._planner.owner.param_groups[row] for row in rows]
+        numbers = sorted({number for planned in self._plan for number in planned.bucket.groups})
+        return [self._planner.owner.param_groups[number] for number in numbers]
 
     def _shared_slots(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The slots that all parameters have in common: each is one tensor."""
@@ -83,17 +84,18 @@ class Meeting:
         """Put scalars into all tables."""
         for planned, table in zip(self._plan, self._tables, strict=True):
             device = planned.bucket.device
-            # On the CPU a number costs nothing; on a device it stays there, and where an engine decides as on one.
+            # On the CPU, reading a number costs nothing. For another device, or an engine that decides on the device,
+            # it stays a tensor.
             reads = device.type == "cpu" and not planned.engine.controls_on_device
             here = {
                 name: value.item() if reads and value.device.type == "cpu" else value.to(device, non_blocking=True)
                 for name, value in scalars.items()
             }
-            for row in table:
-                row.update(here)  # type: ignore[attr-defined] # a dict, made for this step
+            for group in table:
+                group.update(here)  # type: ignore[attr-defined] # a dict, made for this step
 
     def _evaluated(self, shared: Program) -> dict[str, Tensor]:
-        """The new values of shared slots: 0-dim, as wide as scalars are."""
+        """The new values of shared slots: 0-dim tensors in the type of scalars."""
         dtype = widest(self._plan[0].bucket.device)
         values = interpret(shared, {}, self._tables[0][0], dtype)
         return {

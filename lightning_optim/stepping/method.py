@@ -1,4 +1,4 @@
-"""What steppers are told of an optimizer: its rule, its param groups, and what holds for all of them."""
+"""What steppers know about an optimizer: its rule, its param groups, and the options that hold for all of them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,16 @@ from lightning_optim.rules.rule import Rule
 
 Group = dict[str, Any]
 
-#: The key of a param group under which the steps are counted of a rule that does something at every n-th one.
-UPDATES = "updates"
-
-#: What of an update a Program does: all of it; its direction alone; a second direction, from what has been made of the
-#: first; or the move along a direction that is given in place of the gradient.
+#: Which part of an update a Program does: all of it; the direction alone; a second direction, computed from the
+#: transformed first one; or the move along a direction that is given in place of the gradient.
 Part = Literal["all", "direction", "within", "move"]
 
-#: What a rule needs beside gradients: by name, a tensor of each parameter's shape.
+#: What a rule needs besides gradients: for each name and parameter, a tensor of the parameter's shape.
 Inputs = Mapping[str, Mapping[Tensor, Tensor]]
 
 
 class Method(Protocol):
-    """What an optimizer class says about itself: see :class:`~lightning_optim.optimizers.base.RuleOptimizer`."""
+    """The interface of an optimizer class: see :class:`~lightning_optim.optimizers.base.RuleOptimizer`."""
 
     rule: Rule
 
@@ -52,17 +49,12 @@ class Owner(Protocol):
 
     @property
     def state(self) -> Any:
-        """By parameter, a dict of slots."""
-
-
-def is_due(rule: Rule, group: Group, flag: str) -> bool:
-    """Whether a flag that is set at every n-th step is so at a param group's next one."""
-    return bool(group.get(UPDATES, 0) % max(int(group[rule.every[flag]]), 1) == 0)
+        """For each parameter, a dict of its slots."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What holds for all parameters of one optimizer.
+    """The options that hold for all parameters of one optimizer.
 
     Attributes:
         engine: Name of the engine, or ``"auto"``.

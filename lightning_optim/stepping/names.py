@@ -1,4 +1,4 @@
-"""Which saved parameter is which: by name where both sides know names, else by position."""
+"""Matching saved parameters to an optimizer's: by name where both sides know names, else by position."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def by_name(optimizer: str, groups: Sequence[Group], state_dict: Mapping[str, An
     """A ``state_dict`` with the parameters of each group in this optimizer's order.
 
     Names are compared without what DDP, ``torch.compile``, FSDP and checkpointing put into them. The groups themselves
-    go by position, as their options and all schedules do: within a group the order does not matter, but a name that
-    was saved in another group is an error. A state without names, or for an optimizer without, is returned as it is.
-    Else the names in it are then this optimizer's.
+    are matched by position, as their options and schedules are: within a group the order does not matter, but a name
+    that was saved in another group is an error. If the state or the optimizer has no names, the state is returned as
+    it is. Otherwise the returned names are this optimizer's.
 
     Args:
         optimizer: The optimizer's name, for messages.
@@ -26,14 +26,14 @@ def by_name(optimizer: str, groups: Sequence[Group], state_dict: Mapping[str, An
         state_dict: What was saved, with ``"param_groups"`` in which each ``"params"`` is a list.
 
     Raises:
-        ValueError: Names do not match, with a list of those that are missing and those too many.
+        ValueError: Names do not match; the message lists missing and unexpected ones.
     """
     saved = state_dict["param_groups"]
     theirs = _all_known(_saved_names(optimizer, index, group) for index, group in enumerate(saved))
     ours = _all_known(map(_own_names, groups))
     if ours is None or theirs is None or ours == theirs:
         return dict(state_dict)
-    # `torch.distributed.checkpoint` has the names for numbers, and brings these alone into the optimizer's order.
+    # `torch.distributed.checkpoint` has names in place of numbers, and brings only these into the optimizer's order.
     numbers = [list(group["params"]) for group in saved]
     if all(isinstance(number, str) for group in numbers for number in group):
         theirs = [list(map(own_name, group)) for group in numbers]

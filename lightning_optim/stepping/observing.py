@@ -1,4 +1,4 @@
-"""Numbers that rules observe: written by their own kernels, read by whoever looks."""
+"""Numbers that rules observe: kernels write them, and users read them when they want."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from lightning_optim.rules.policy import OBSERVED
 
 
 class Observed:
-    """For each parameter and each name, a number that a step writes. Nothing is read back before somebody looks."""
+    """For each parameter and each name, a number that a step writes. Nothing is read back from a device here."""
 
     def __init__(self) -> None:
         self._places: dict[str, dict[Tensor, Tensor]] = {}
 
     def place(self, name: str, p: Tensor) -> Tensor:
-        """Where a number goes.
+        """The tensor that a number is written to.
 
         Args:
-            name: Of the tensor, in the Program.
+            name: The tensor's name in the Program.
             p: The parameter.
         """
         places = self._places.setdefault(name.removeprefix(OBSERVED), {})
@@ -28,5 +28,5 @@ class Observed:
 
     @property
     def numbers(self) -> dict[str, dict[Tensor, Tensor]]:
-        """By name and parameter, the numbers of the last step in which the parameter was: 0-dim, on its device."""
+        """The numbers of each parameter's last step, by name and parameter: 0-dim tensors on the parameter's device."""
         return {name: dict(places) for name, places in self._places.items()}

@@ -23,12 +23,11 @@ from lightning_optim.checks import (
     whole,
 )
 from lightning_optim.engines.base import math_dtype
-from lightning_optim.stepping.method import UPDATES
+from lightning_optim.rules.rule import UPDATES
 from lightning_optim.stepping.tensors import problem_of_weight
 from lightning_optim.warnings import warn_user
 
-#: Switches of torch's own optimizers, which ask for nothing where they are None or False, and what there is in place
-#: of True.
+#: Switches of torch's own optimizers, and what to use in place of True. None and False ask for nothing.
 TORCH_SWITCHES: dict[str, str] = {
     "foreach": "engine='foreach', or 'auto', which takes the fastest engine",
     "fused": "engine='auto', which takes the fastest engine, a fused one if there is one",
@@ -50,10 +49,10 @@ RANGES: Mapping[str, Range] = {
 
 @dataclass(frozen=True)
 class Declared:
-    """What the options of a class may be, as it declares them.
+    """The valid values of a class's options, as it declares them.
 
     Attributes:
-        ranges: Of numbers, and of each number in a tuple. A number without a range may be any finite one.
+        ranges: The ranges of numbers, and of each number in a tuple. A number without a range may be any finite one.
         choices: The valid words of options that are words.
     """
 
@@ -62,7 +61,7 @@ class Declared:
 
     @classmethod
     def of(cls, optimizer: type) -> Declared:
-        """What a class and those that it inherits from declare as ``ranges`` and ``choices``."""
+        """The ``ranges`` and ``choices`` that a class and its bases declare."""
         ranges, choices = dict(RANGES), dict[str, tuple[str, ...]]()
         for base in reversed(optimizer.__mro__):
             ranges |= base.__dict__.get("ranges", {})
@@ -73,24 +72,24 @@ class Declared:
 #: What holds for classes that declare nothing.
 UNDECLARED = Declared()
 
-#: Options by which one optimizer's saved groups are told from another's: those of every class there is.
+#: Options of all classes, by which one optimizer's saved groups are told from another's.
 _KNOWN: set[str] = {"max_grad_norm"}
 
-#: Options that are also keys of groups which wrappers and trainers in wide use keep there for themselves.
+#: Options whose names are also keys that widely used wrappers and trainers put into param groups.
 KNOWN_STRANGERS = frozenset({"beta", "rho", "adaptive", "d", "d0", "k", "r", "weight_lr_power", "train_mode"})
 
 
-#: Options that tell no optimizer from another: torch's AdamW saves its form of decay, which it cannot be given.
+#: Options that do not tell optimizers apart: torch's AdamW saves its form of decay, though it has no such option.
 _OF_SEVERAL = frozenset({"decoupled_weight_decay"})
 
 
 def make_known(options: Iterable[str]) -> None:
-    """Have options be known as an optimizer's, so that no other one ignores them in a group or a state."""
+    """Register options as some optimizer's, so that other optimizers refuse them in a group or a state."""
     _KNOWN.update(set(options) - KNOWN_STRANGERS - _OF_SEVERAL - TORCH_SWITCHES.keys())
 
 
 def known_options() -> frozenset[str]:
-    """The options of all optimizers, but for those that all have in common."""
+    """The options that :func:`make_known` has registered, for all optimizers together."""
     return frozenset(_KNOWN)
 
 
@@ -134,9 +133,9 @@ def check_options(
 
 
 def each_once(group: dict[str, Any]) -> None:
-    """Take a parameter that is in a param group twice once, with the warning that torch gives for it.
+    """Remove duplicate parameters from a param group, with a warning like torch's.
 
-    What torch refuses (a set, what is no tensor) is left for it to refuse.
+    Values that torch refuses (a set, say) are left for torch to refuse.
     """
     params = group.get("params")
     if isinstance(params, Tensor | set) or not isinstance(params, Iterable):
@@ -166,7 +165,7 @@ class Need:
     """What a rule needs of every parameter.
 
     Attributes:
-        holds: Whether a parameter has it.
+        holds: Whether a parameter meets the need.
         words: What is valid, in words.
     """
 
@@ -196,8 +195,8 @@ def check_parameters(
 
     Raises:
         TypeError: A parameter of a type that has no gradient.
-        ValueError: A parameter that cannot be written element by element, or of a type that the rounding or the state's
-            type do not go with, or without what the optimizer needs.
+        ValueError: A parameter that cannot be written element by element, whose type does not go with the rounding or
+            the state's type, or that does not meet a need of the optimizer.
     """
     for index, p in enumerate(group["params"]):
         wide = math_dtype(p.dtype) == torch.float64

@@ -1,4 +1,4 @@
-"""An optimizer's own code is no part of anyone's graph, while the closure that it calls is as compiled as it was."""
+"""Keeping an optimizer's own code out of ``torch.compile``'s graphs, while the closure that it calls stays compiled."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 
 def stay_outside(*modules: str) -> None:
-    """Have ``torch.compile`` leave the functions of some modules as they are; not what they call.
+    """Make ``torch.compile`` skip the functions of some modules, but not the functions that these call.
 
-    To be called by a function of theirs, which costs next to nothing where nobody compiles. A decorator would have
-    every step import dynamo, and would have closures run uncompiled.
+    A function of these modules calls this, which costs next to nothing if nobody compiles. With a decorator, any step
+    would import dynamo, and closures would run uncompiled.
 
     Args:
         modules: Names of imported modules.
@@ -26,9 +26,9 @@ def stay_outside(*modules: str) -> None:
 
 @torch._disable_dynamo
 def _mark(modules: tuple[str, ...]) -> None:
-    try:  # it takes a second; where someone compiles, it is there
+    try:  # this import takes a second, but it is done already if someone compiles
         from torch._dynamo.decorators import skip, skip_code
-    except ImportError:  # of a torch that has them elsewhere: it compiles what it can of our code, which is as right
+    except ImportError:  # another torch has them elsewhere: then it compiles what it can of our code, which is correct
         return
     for name in modules:
         for function in _functions(sys.modules[name]):
@@ -38,7 +38,7 @@ def _mark(modules: tuple[str, ...]) -> None:
 
 
 def _inner(code: CodeType) -> Iterator[CodeType]:
-    """Of comprehensions and functions in a function."""
+    """The code objects of comprehensions and functions inside a function."""
     for part in code.co_consts:
         if isinstance(part, CodeType):
             yield part

@@ -1,4 +1,4 @@
-"""A step that can be taken back."""
+"""A step that can be undone."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lightning_optim.stepping.undo import UndoBuffers
 
 @dataclass(frozen=True)
 class Past:
-    """What a step has written.
+    """What a step has written, and how to undo it.
 
     Attributes:
-        written: The buckets.
-        states: Of each parameter, as it was then.
-        new: What of it the step has made.
-        undo: Where the old values are.
-        restores: The writes that take back what all parameters have in common.
-        progress: How far they are back.
+        written: The buckets that were written.
+        states: For each parameter, the state that the step wrote to.
+        new: The part of the state that was made for the step.
+        undo: The buffers with the old values.
+        restores: The writes that undo shared slots and step counts.
+        progress: How far the undo has come.
     """
 
     written: list[Planned]
@@ -37,10 +37,10 @@ class Past:
     progress: Progress = field(default_factory=Progress)
 
     def take_back(self, current: Mapping[Any, Any]) -> None:
-        """Give weights and state their old values; once it has begun, it is finished before an interrupt leaves it.
+        """Restore the old values of weights and state; once begun, this is finished even if it is interrupted.
 
         Args:
-            current: The optimizer's state. What was loaded since is left alone.
+            current: The optimizer's state. State that was loaded since the step is left alone.
         """
         carry_through(partial(self._go_on, current), lambda: self.progress.begun)
 
@@ -57,7 +57,7 @@ class Past:
                 yield partial(self.undo.give_back, p, "p", p)
                 state: dict[str, Any] | None = self.states[p]
                 if current.get(p) is not state or state is None:
-                    continue  # another was loaded since
+                    continue  # another state was loaded since
                 for slot in slots:
                     yield partial(self.undo.give_back, p, slot, state[slot])
                 if planned.bucket.update.program.counts_steps:

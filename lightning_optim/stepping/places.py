@@ -1,4 +1,4 @@
-"""Which parameters are the same memory: weights tied through ``.data`` are one variable, whatever objects there are."""
+"""Which parameters are the same memory: weights tied through ``.data`` are one variable in several objects."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lightning_optim.engines.memory import is_plain, overlap, overlaps_itself
 
 
 def owners(name: str, params: Sequence[Tensor]) -> list[int]:
-    """For each parameter, the number of the first one that is the very same memory: mostly its own.
+    """For each parameter, the index of the first one that is the very same memory: usually its own.
 
     Args:
-        name: Of the optimizer, for messages.
+        name: The optimizer's name, for messages.
         params: Parameters with elements, not divided over processes.
 
     Raises:

@@ -25,7 +25,7 @@ from lightning_optim.engines.memory import (
 )
 from lightning_optim.rules.policy import KAHAN_SLOT, Policy, Update
 from lightning_optim.rules.slots import Slot
-from lightning_optim.stepping.method import Group, Inputs, Method, Options, Owner, Part, is_due
+from lightning_optim.stepping.method import Group, Inputs, Method, Options, Owner, Part
 from lightning_optim.stepping.new_state import NewState
 from lightning_optim.stepping.shards import Shards, local, shards_of
 from lightning_optim.stepping.sight import as_seen, share_memory, view_of
@@ -44,7 +44,7 @@ class Member:
     Attributes:
         index: Its place among the gradients of this step.
         param: The parameter.
-        row: The number of its param group.
+        group_number: The number of its param group.
         id: Its number among all parameters of the optimizer.
         fresh: Whether it has no slots yet, and its first update differs from the later ones.
         label: The parameter in words, for messages.
@@ -52,7 +52,7 @@ class Member:
 
     index: int
     param: Tensor
-    row: int
+    group_number: int
     id: int
     fresh: bool
     label: str
@@ -65,17 +65,17 @@ class Planned:
     Attributes:
         bucket: What the engine is given.
         engine: The engine.
-        decision: Why it is this one.
+        decision: Why this engine was chosen.
         params: The bucket's parameters.
         forms: Their sizes, strides, types and devices, as the engine sees them.
-        sources: The place of each one's gradient among those of the step.
+        sources: The place of each parameter's gradient among the gradients of the step.
         view: How the engine must look at the tensors (complex numbers as pairs, a DTensor's shard), or None.
-        shards: Over what the bucket's tensors are divided, if the engine is given their local parts.
-        reorder: Whether gradients lie in memory otherwise than their parameters, and must be copied in order.
+        shards: The mesh dimensions over which the tensors are divided, if the engine is given their local parts.
+        reorder: Whether gradients have another order in memory than their parameters, and must be copied.
         strict: Whether all tensors are torch's own and have addresses.
-        reading: Of all tensors when they were last found to be as planned.
-        writes: The memory that was written then; None if parts of it were written more than once.
-        lengths: Bytes of each gradient.
+        reading: The reading of all tensors when they were last found to be as planned.
+        writes: The ranges of memory that were written then; None if they, or one of them and a gradient, overlap.
+        lengths: The extent of each gradient, in bytes.
     """
 
     bucket: Bucket
@@ -99,9 +99,9 @@ class Planner:
     Args:
         owner: Has ``param_groups`` and ``state``.
         method: The rule, and how a param group's options map to its inputs.
-        options: What holds for all groups.
+        options: The options that hold for all groups.
         native_state: Create slots in the weight's dtype, as torch's own optimizers do.
-        part: What of an update the buckets do.
+        part: Which part of an update the buckets do.
     """
 
     def __init__(self, owner: Owner, method: Method, options: Options, native_state: bool, part: Part = "all") -> None:
@@ -110,25 +110,25 @@ class Planner:
         self.method = method
         self.options = options
         self.native_state = native_state
-        #: The parameters' numbers, for the noise of stochastic rounding; None: as they are counted.
+        #: The parameters' numbers, for the noise of stochastic rounding; None: their order in the param groups.
         self.numbers: Sequence[int] | None = None
 
     def slot(self, name: str) -> Slot:
-        """What a slot is."""
+        """The declaration of a slot."""
         return self.method.rule.slots.get(name, _PLAIN)
 
     def slot_dtype(self, p: Tensor, slot: str) -> torch.dtype:
         """The storage type of a new slot of parameter ``p``."""
         wide = math_dtype(p.dtype)
         declared = self.slot(slot)
-        if declared.rate == "shared":  # one tensor: of the widest that any of them has
+        if declared.rate == "shared":  # one tensor, of the widest math type of any parameter
             every = {math_dtype(q.dtype) for group in self.owner.param_groups for q in group["params"]}
             return torch.float64 if torch.float64 in every else torch.float32
-        if declared.is_scalar or declared.shape is not None:  # matrices are decomposed
+        if declared.is_scalar or declared.shape is not None:  # matrices are decomposed, in this type
             return wide
         if slot == KAHAN_SLOT or self.native_state:
             return p.dtype
-        # What begins as the weight is one: a step that bfloat16 would round away must not be lost in it.
+        # A slot that begins as a copy of the weight is stepped like one: bfloat16 would round small steps away.
         real = wide if declared.init == "p" else self.options.state_dtype or wide
         return real.to_complex() if p.is_complex() else real
 
@@ -150,18 +150,18 @@ class Planner:
         """
         members: list[Member] = []
         places = [
-            (row, group, index)
-            for row, group in enumerate(self.owner.param_groups)
+            (group_number, group, index)
+            for group_number, group in enumerate(self.owner.param_groups)
             for index in range(len(group["params"]))
         ]
-        for number, ((row, group, index), g) in enumerate(zip(places, found, strict=True)):
+        for number, ((group_number, group, index), g) in enumerate(zip(places, found, strict=True)):
             if g is not None:
                 p = group["params"][index]
                 label = f"parameter {number} ({_named(group, index)}shape {tuple(p.shape)}, {p.device})"
                 check_weight(label, p)
                 check_gradient(label, p, g)
                 id = number if self.numbers is None else self.numbers[number]
-                members.append(Member(len(members), p, row, id, self._fresh(group, p), label))
+                members.append(Member(len(members), p, group_number, id, self._fresh(group, p), label))
         return members
 
     def _fresh(self, group: Group, p: Tensor) -> bool:
@@ -171,12 +171,12 @@ class Planner:
         return self.method.flags(group, p, True) != self.method.flags(group, p, False)
 
     def flags(self, group: Group, p: Tensor, fresh: bool) -> dict[str, bool]:
-        """Values of the rule's flags, those included that the number of the step decides."""
+        """Values of the rule's flags, including those that are set at every n-th step."""
         flags = {name: bool(value) for name, value in self.method.flags(group, p, fresh).items()}
-        return flags | {flag: is_due(self.method.rule, group, flag) for flag in self.method.rule.every}
+        return flags | {flag: self.method.rule.due(group, flag) for flag in self.method.rule.every}
 
     def scalars(self, group: Group) -> dict[str, float | Tensor]:
-        """The numbers of a param group by the rule's names; those that all parameters share are the first group's."""
+        """The numbers of a param group by the rule's names; shared scalars are those of the first group."""
         values = self.method.scalars(group)
         if self.method.rule.shared:
             first = self.method.scalars(self.owner.param_groups[0])
@@ -184,7 +184,7 @@ class Planner:
         return values
 
     def static(self, group: Group) -> tuple[Any, ...]:
-        """What of a group's options is compiled in, and may have been changed since the last step."""
+        """The values of a group's options that are compiled in, and may have been changed since the last step."""
         flags = self.flags(group, group["params"][0], False) if group["params"] else {}
         switches = [value for value in group.values() if isinstance(value, bool)]  # a flag may depend on the parameter
         return (self.method.decay(group), *flags.values(), *switches)
@@ -200,7 +200,7 @@ class Planner:
             low = tuple(s for s in rule.slots_under(flags) if self._stored_dtype(p, s) == torch.bfloat16)
         decay = self.method.decay(group)
         if self.part == "within" or (self.part != "all" and (decay == "l2") != (self.part == "direction")):
-            decay = "none"  # L2 is the gradient's, all others are the weight's
+            decay = "none"  # the direction's Program applies L2, the move's all other forms
         policy = Policy(
             decay=decay,
             cautious=bool(group.get("cautious", False)) and self.part == "all",
@@ -242,18 +242,18 @@ class Planner:
         Args:
             members: The parameters.
             gradients: The gradient of each.
-            copies: For each parameter, a tensor to which the new weight is written too, if it is wanted.
+            copies: For each parameter, a tensor to which the new weight is written too; None: there are no copies.
             scaled: Whether gradients are to be multiplied by ``grad_scale``.
             undo: Whether the old values are kept.
-            new: What has been created for them.
-            inputs: What the rule needs beside gradients; in a report, gradients stand for it.
+            new: The record of what has been created for them.
+            inputs: What the rule needs besides gradients; None in a report, where gradients stand in for it.
 
         Raises:
             RuntimeError: The rule needs an input that is not given.
         """
         same: dict[tuple[Any, ...], list[Member]] = {}
         for member, g in zip(members, gradients, strict=True):
-            p, group = member.param, self.owner.param_groups[member.row]
+            p, group = member.param, self.owner.param_groups[member.group_number]
             update = self._update(group, p, fresh=member.fresh, copy=copies is not None, scaled=scaled, undo=undo)
             dtypes = {"p": p.dtype, "g": g.dtype}
             dtypes.update({slot: self._stored_dtype(p, slot) for slot in update.slots})
@@ -270,7 +270,7 @@ class Planner:
                 dtypes=tuple((name, dtype.to_real()) for name, dtype in dtypes.items()),
             )
             seen = p if view is not local else view(p)
-            dense = is_plain(seen) and is_dense(seen)  # of other classes, the order in memory is not seen
+            dense = is_plain(seen) and is_dense(seen)  # other classes do not show their order in memory
             plain = self._plain(p, g if view is not local else view(g), update, copies)
             key = (update, layout, p.device, dense, plain, view, shards)
             same.setdefault(key, []).append(member)
@@ -286,7 +286,7 @@ class Planner:
                 device=device,
                 tensors={"p": weights},
                 steps=None,
-                rows=array("i", [m.row for m in bucket_members]),
+                groups=array("i", [m.group_number for m in bucket_members]),
                 ids=array("i", [m.id for m in bucket_members]),
                 sizes=tuple(p.numel() for p in weights),
                 plain=plain,
@@ -306,16 +306,16 @@ class Planner:
     def _aliased(
         self, params: list[Tensor], update: Update, gradients: list[Tensor], copies: Mapping[Tensor, Tensor] | None
     ) -> bool:
-        states = [self.owner.state.get(p) or {} for p in params]  # none yet, if this is but a report
+        states = [self.owner.state.get(p) or {} for p in params]  # in a report, there may be none yet
         slots = [value for s in states for name in (*update.slots, "step") if isinstance(value := s.get(name), Tensor)]
         return share_memory(params, gradients, slots, [copies[p] for p in params] if copies is not None else [])
 
     def _place_counters(self, params: list[Tensor], device: torch.device, new: NewState) -> None:
         """Move step counters to where the engine keeps them."""
         for p in params:
-            state = self.owner.state.get(p) or {}  # none yet, if this is but a report
+            state = self.owner.state.get(p) or {}  # in a report, there may be none yet
             if isinstance(step := state.get("step"), Tensor) and step.device != device:
-                # To a device without waiting; from one, the host must have waited before it reads.
+                # A copy to a device need not wait; after one to the CPU, the host reads, so it waits.
                 new.replace(p, state, "step", step.to(device, non_blocking=device.type != "cpu"))
 
 

@@ -1,4 +1,4 @@
-"""State as engines expect it: what is missing is made, and what was loaded is brought into form."""
+"""Preparing state for engines: missing slots are made, and loaded ones are brought into the expected form."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def prepare(planner: Planner, members: list[Member], new: NewState) -> None:
     Args:
         planner: Knows the slots.
         members: The parameters.
-        new: Is told of what is created.
+        new: Records what is created.
 
     Raises:
         RuntimeError: State that does not fit its parameter.
@@ -33,10 +33,10 @@ def prepare(planner: Planner, members: list[Member], new: NewState) -> None:
     state = planner.owner.state
     for member in members:
         p, label = member.param, member.label
-        group = planner.owner.param_groups[member.row]
+        group = planner.owner.param_groups[member.group_number]
         slots = planner.slots(group, p)
         if not slots and not planner.counts_steps():
-            continue  # no state, also no empty one: as torch has it
+            continue  # no state, not even an empty dict, as in torch
         values = new.of(state, p)
         if not isinstance(values, dict):
             raise RuntimeError(f"{label}: its state is {values!r}; valid: a dict")
@@ -61,13 +61,13 @@ def prepare(planner: Planner, members: list[Member], new: NewState) -> None:
 
 
 def new_slot(p: Tensor, slot: Slot, dtype: torch.dtype, initial: float | Tensor) -> Tensor:
-    """A slot before the first step.
+    """A slot's tensor before the first step.
 
     Args:
         p: The parameter.
-        slot: What the slot is.
-        dtype: What it is stored in.
-        initial: Its value, where it is a number.
+        slot: The slot's declaration.
+        dtype: Its storage type.
+        initial: Its value, unless it begins as a copy of the weight.
     """
     if slot.init == "p":
         return torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False).copy_(p)
@@ -77,17 +77,17 @@ def new_slot(p: Tensor, slot: Slot, dtype: torch.dtype, initial: float | Tensor)
         zeros = zeros_for(p, slot, dtype)
     if isinstance(initial, Tensor):
         return zeros.copy_(initial)
-    return zeros if initial == 0 else zeros.fill_(initial)  # not from a tensor, which has float32 in it
+    return zeros if initial == 0 else zeros.fill_(initial)  # not through a float32 tensor, which would round it
 
 
 def zeros_for(p: Tensor, slot: Slot, dtype: torch.dtype) -> Tensor:
-    """Zeros of a slot's own shape, divided over processes where the weight is divided along what both have."""
+    """Zeros of a slot's shape, sharded like the weight along the dimensions that both have."""
     shape = slot.shape_for(p.shape)
     if slot.is_scalar or not is_distributed(p):
         return torch.zeros(shape, dtype=dtype, device=p.device)
-    from torch.distributed.tensor import Replicate, zeros  # only who has DTensors needs it
+    from torch.distributed.tensor import Replicate, zeros  # needed for DTensors only
 
-    # A side over which a mean is taken is whole, also where it has one element.
+    # The side over which a mean is taken is not sharded, even if it has one element.
     taken = {"row": p.ndim - 1, "column": p.ndim - 2}.get(slot.rate)
     whole = [
         dimension == taken or dimension >= len(shape) or shape[dimension] != size
@@ -110,18 +110,18 @@ def _initial(planner: Planner, group: Group, slot: Slot) -> float | Tensor:
 
 
 def _formed(value: Tensor, p: Tensor, slot: Slot) -> Tensor:
-    """A slot that was there, in the form that engines expect: the same tensor where that has it."""
+    """An existing slot in the form that engines expect: the same tensor if it has this form."""
     if slot.is_plain and is_plain(local(p)) and is_dense(p):
         value = in_order_of(value, p)
     elif is_lazy(value) or (is_plain(value) and overlaps_itself(value)):
         value = torch.empty_like(value, memory_format=torch.contiguous_format).copy_(value)
     if value.is_inference() and not torch.is_inference_mode_enabled():
-        value = value.clone()  # which can be written here
+        value = value.clone()  # a normal tensor, which can be written here
     return value
 
 
 def _common(planner: Planner, name: str) -> Tensor | None:
-    """The slot that all parameters share, if one has it."""
+    """The slot that all parameters share, if any of them has it."""
     for group in planner.owner.param_groups:
         for p in group["params"]:
             values = planner.owner.state.get(p) or {}
@@ -131,7 +131,7 @@ def _common(planner: Planner, name: str) -> Tensor | None:
 
 
 def _unite(planner: Planner) -> None:
-    """Slots that all parameters share are one tensor, also those that were loaded one by one."""
+    """Make each slot that all parameters share one tensor, also if it was loaded parameter by parameter."""
     for name, slot in planner.method.rule.slots.items():
         if slot.rate == "shared" and (common := _common(planner, name)) is not None:
             for group in planner.owner.param_groups:

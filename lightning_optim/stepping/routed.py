@@ -1,9 +1,9 @@
-"""Steps of optimizers that tell matrices from the rest.
+"""Steps of optimizers that step matrices and other parameters by different rules.
 
-A step of matrices is a chain (see :mod:`lightning_optim.rules.matrix`): a Program that turns gradients into directions
-and writes these where matrices of one shape lie side by side; their transform, a batch at a time; perhaps a Program on
-what comes out, and the way back; and a Program that moves the weights. All other parameters have an element-wise rule
-of their own, in the same step, under the same clipping and loss scale.
+A step of matrices is a chain (see :mod:`lightning_optim.rules.matrix`): a Program turns gradients into directions and
+writes them to batches of matrices of one shape; the transform runs on one batch after the other; optionally a second
+Program runs on the results, which are then transformed back; and a last Program moves the weights. All other parameters
+have an element-wise rule of their own, in the same step, under the same clipping and loss scale.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from lightning_optim.engines.base import Decision
 from lightning_optim.engines.progress import Progress, Write
 from lightning_optim.engines.scaling import LossScale, Scaling
 from lightning_optim.rules.matrix import Stack
-from lightning_optim.rules.rule import Rule
+from lightning_optim.rules.rule import UPDATES, Rule
 from lightning_optim.stepping.links import Link, RoutedMethod
 from lightning_optim.stepping.matrices import Batch, Kind, as_slot, as_weight, lies_transposed
-from lightning_optim.stepping.method import UPDATES, Group, Inputs, Options, Owner, Part
+from lightning_optim.stepping.method import Group, Inputs, Options, Owner, Part
 from lightning_optim.stepping.plan import Planner
 from lightning_optim.stepping.preparing import prepare
 from lightning_optim.stepping.shards import LocalSquares, is_distributed, local, shards_of
@@ -37,8 +37,8 @@ class RoutedStepper(Stepper):
 
     Args:
         owner: Has ``param_groups`` and ``state``.
-        method: The rules, which parameter goes by which, and how a param group's options map to their inputs.
-        options: What holds for all groups.
+        method: The rules, which rule steps which parameter, and how a param group's options map to their inputs.
+        options: The options that hold for all groups.
     """
 
     def __init__(self, owner: Owner, method: RoutedMethod, options: Options) -> None:
@@ -58,18 +58,18 @@ class RoutedStepper(Stepper):
         self._direct = link(rule.direction, None, "direction")
         self._within = None if rule.within is None else link(rule.within, rule.within.name, "within")
         self._move = link(rule.move, "moves", "move")
-        #: What knows all that is kept for a matrix.
+        #: The planner that knows all slots of a matrix.
         self._keeper = self._direct.planner
         if rule.state is not rule.direction:
             self._keeper = Planner(self.owner, Link(method, rule.state), options, native_state=False)
         self._has_rest = self._has_matrices = self._is_within = self._is_moving = self._left_out = False
         self._batches: list[Batch] = []
-        self._turned: dict[Tensor, Tensor] = {}  # of the rule within
-        self._updates: dict[Tensor, Tensor] = {}  # of the moves
+        self._turned: dict[Tensor, Tensor] = {}  # transformed directions, for the rule within
+        self._updates: dict[Tensor, Tensor] = {}  # directions for the moves
         self._copies: Mapping[Tensor, Tensor] | None = None
         self._beginning: dict[Tensor, Tensor] = {}  # the gradients of parameters whose state is only made
         self._counts: list[Write] = []
-        self._written = Progress()  # of the state of matrices, batch after batch, and then of what begins
+        self._written = Progress()  # the state of matrices, batch by batch; then copies of weights, and step counts
 
     def plan(
         self,
@@ -80,14 +80,14 @@ class RoutedStepper(Stepper):
         scaled: bool = False,
         undo: UndoBuffers | None = None,
     ) -> bool:
-        """See :meth:`Stepper.plan`; such a step cannot be taken back."""
+        """See :meth:`Stepper.plan`; such a step cannot be undone."""
         if undo is not None:
             raise ValueError(f"the step of {self.method.public_name()} cannot be taken back; valid: undo=None")
         follow(self.owner.param_groups)
         for stepper in self._links:
             stepper._progress = []
         self._written, self._copies, self._left_out = Progress(), copies, False
-        self.abandon()  # of a plan that was not run: what it has made is no state
+        self.abandon()  # forget the slots that a plan has made which was not run
         self._beginning = self._beginners(grads)
         self._has_rest = super().plan(grads, copies, inputs=inputs, scaled=scaled)
         given, directions = self._lay_out(grads)
@@ -129,13 +129,13 @@ class RoutedStepper(Stepper):
 
     @property
     def _has_begun(self) -> bool:
-        # Directions that keep nothing are written to memory of the step's own.
+        # A direction rule without slots writes only to temporary memory of this step, which does not count.
         kept = self._links if self.rule.direction.all_slots else self._links[1:]
         return super()._has_begun or self._written.begun or any(stepper._has_begun for stepper in kept)
 
     def _start(self, scaling: Scaling | None) -> None:
         self.scaling, self._is_within, self._is_moving = scaling, False, False
-        # Where state is made, the host must know whether it is.
+        # If first state is made, the host must know whether the step is left out.
         begins = bool(self._beginning)
         if self._has_rest:
             self._fresh |= begins
@@ -177,7 +177,7 @@ class RoutedStepper(Stepper):
         self._move._go_on()
 
     def _transform(self, batch: Batch) -> None:
-        """Have the transform see a batch's directions."""
+        """Run the transform on a batch's directions."""
         kind, transform = batch.kind, self.rule.transform
         x = batch.collected()
         stack = Stack(kind.constants, kind.due, partial(batch.stacked, state=self.owner.state))
@@ -203,7 +203,7 @@ class RoutedStepper(Stepper):
         self._within._go_on()
 
     def _renewed(self, batch: Batch) -> list[Write]:
-        """What is left to write for a batch, but for the weights: its state."""
+        """The writes of a batch's new state, after its directions have been transformed back."""
         assert batch.stack is not None  # noqa: S101
         stack, writes = batch.stack, list[Write]()
         if batch.given is not None:
@@ -218,7 +218,7 @@ class RoutedStepper(Stepper):
         return [*writes, partial(batch.let_go)]
 
     def _counting(self) -> list[Write]:
-        """What counts one more step of the groups whose matrices are stepped, if their steps are counted."""
+        """The writes that count a step of the groups whose matrices are stepped, if their steps are counted."""
         if self.rule.interval is None:
             return []
         stepped = {p for batch in self._batches for p, _ in batch.weights}
@@ -226,13 +226,13 @@ class RoutedStepper(Stepper):
         return [partial(group.__setitem__, UPDATES, group.get(UPDATES, 0) + 1) for group in groups]
 
     def _begun(self) -> list[Write]:
-        """What a parameter's first gradient leaves beside its state: a copy is of the weight as it is."""
+        """The writes for parameters whose state is only made: their copies get the weight as it is."""
         if self._copies is None:
             return []
         return [partial(self._copies[p].copy_, _seen(p, self._copies[p])) for p in self._beginning]
 
     def _decided(self) -> Scaling | None:
-        """What tells moves that are decided on the device whether the step is left out, as the kernels before said."""
+        """How later Programs learn on the device that the first one left the step out; None: the host decides."""
         if self.scaling is None or self.scaling.loss is None:
             return None
         if not all(planned.engine.controls_on_device for planned in self._direct._plan):
@@ -244,7 +244,7 @@ class RoutedStepper(Stepper):
             stepper._end()
         super()._end()
         for batch in self._batches:
-            batch.stack = None  # which knows the batch, and the state
+            batch.stack = None  # it refers to the batch and the state
         # Memory is held during a step only.
         self._batches, self._turned, self._updates, self._copies, self._beginning = [], {}, {}, None, {}
 
@@ -281,7 +281,7 @@ class RoutedStepper(Stepper):
 
     @staticmethod
     def _lend_counters(stepper: Stepper, later: Sequence[Stepper | None]) -> None:
-        """Where a later Program of the same parameters counts the step too, let this one count copies."""
+        """Give a stepper copies of the counters if a later Program of the same parameters counts the step too."""
         counted = any(other is not None and other.planner.method.rule.counts_steps for other in later)
         for planned in stepper._plan:
             bucket = planned.bucket
@@ -301,10 +301,10 @@ class RoutedStepper(Stepper):
         return [(group, p) for group in self.owner.param_groups for p in group["params"]]
 
     def _beginners(self, grads: Mapping[Tensor, Tensor] | None) -> dict[Tensor, Tensor]:
-        """The gradients of parameters that have no state, if a first gradient is no step.
+        """The gradients of parameters without state, if a first gradient only makes the state.
 
         Raises:
-            RuntimeError: A parameter has state that was begun by other options.
+            RuntimeError: A parameter has state that was made under other options.
         """
         found: dict[Tensor, Tensor] = {}
         for number, (group, p) in enumerate(self._places() if self.rule.begins else ()):
@@ -325,7 +325,7 @@ class RoutedStepper(Stepper):
         return found
 
     def _prepare(self, given: Mapping[Tensor, Tensor]) -> None:
-        """Make the state that no plan of a Program makes: before anything is written, as theirs."""
+        """Make the state that no Program's plan makes; like theirs, it is made before anything is written."""
         places = self._places()
         if self._keeper is not self._direct.planner:
             prepare(self._keeper, self._keeper.members([given.get(p) for _, p in places]), self._new)
@@ -334,7 +334,7 @@ class RoutedStepper(Stepper):
             prepare(self.planner, self.planner.members(rest), self._new)
 
     def _lay_out(self, grads: Mapping[Tensor, Tensor] | None) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
-        """Batches for all matrices with a gradient; their gradients, and where their directions are written."""
+        """Make batches for all matrices with a gradient; returns the gradients, and where directions are written."""
         self._turned, self._updates, self._batches = {}, {}, []
         rule, transform = self.rule, self.rule.transform
         given: dict[Tensor, Tensor] = {}
@@ -377,5 +377,5 @@ def _double(g: Tensor) -> torch.dtype:
 
 
 def _seen(p: Tensor, copy: Tensor) -> Tensor:
-    """A weight as its copy is: this process's part of it, or all."""
+    """A weight in the form of its copy: the DTensor, or this process's part."""
     return p if is_distributed(copy) else local(p)

@@ -26,7 +26,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def same_parts(a: Tensor, b: Tensor) -> bool:
-    """Whether two DTensors are divided alike, so that what is element-wise can be done part by part."""
+    """Whether two DTensors are divided alike, so that element-wise operations can be done part by part."""
     if not (is_distributed(a) and is_distributed(b)):
         return False
     placements = a.placements  # type: ignore[attr-defined] # of a DTensor
@@ -35,7 +35,7 @@ def same_parts(a: Tensor, b: Tensor) -> bool:
 
 
 def shards_of(tensor: Tensor) -> Shards:
-    """Over what a DTensor is divided; replicas count once."""
+    """The mesh dimensions over which a DTensor is divided, without those over which it is replicated."""
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined] # of a DTensor
     # Not `is_shard()`: the strided shards of FSDP2 over tensor parallelism say no to it.
     return tuple((mesh, dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
@@ -49,11 +49,10 @@ def all_reduced(total: Tensor, shards: Shards) -> Tensor:
 
 
 def totals(local: Mapping[Shards, Sequence[Tensor]]) -> Tensor:
-    """The sums over all processes, on the first one's device.
+    """The sums over all processes, on the first tensor's device.
 
     Args:
-        local: Of this process, by what the tensors are divided over: of each number as many as there are buckets. Not
-            empty.
+        local: This process's sums, by what its tensors are divided over; one 1-dim tensor for each bucket. Not empty.
     """
     sums = []
     for where, parts in local.items():
@@ -63,10 +62,10 @@ def totals(local: Mapping[Shards, Sequence[Tensor]]) -> Tensor:
 
 
 def total_squares(local: LocalSquares) -> Tensor:
-    """The sum of squares over all processes, in parts, on the first one's device.
+    """The sum of squares over all processes, in parts, on the first tensor's device.
 
     Args:
-        local: Of this process; not empty.
+        local: This process's sums; not empty.
     """
     parts: list[Tensor] = []
     for where, sums in local.items():

@@ -16,7 +16,7 @@ View = Callable[[Tensor], Tensor]
 
 
 def view_of(p: Tensor, g: Tensor, update: Update) -> View | None:
-    """How an engine must look at a parameter's tensors."""
+    """The view in which an engine must see a parameter's tensors; None: as they are."""
     if p.is_complex():
         return torch.view_as_real  # real and imaginary parts are updated as two numbers, as in torch.optim
     program = update.program
@@ -30,7 +30,7 @@ def as_seen(view: View | None, name: str, column: list[Tensor]) -> list[Tensor]:
     """The tensors of one name as an engine looks at them.
 
     Raises:
-        RuntimeError: One that is written is lazily conjugated: a copy would be written in its place.
+        RuntimeError: A tensor that is written is lazily conjugated, so that a copy would be written in its place.
     """
     if view is None:
         return column
@@ -45,10 +45,10 @@ def share_memory(
     """Whether two tensors that are written share memory, or one of them with a gradient.
 
     Args:
-        params: Of a bucket.
-        gradients: Of each one; in a report, the parameter itself stands for what is not there yet, also among copies.
-        slots: Of all of them, with counters.
-        copies: Of each one, or none; not there yet where the gradient is not.
+        params: The parameters of a bucket.
+        gradients: The gradient of each; in a report, the parameter itself stands in for a gradient.
+        slots: The slots of all of them, with counters.
+        copies: The copy of each, or an empty list; ignored where the parameter stands in for the gradient.
     """
     real = [g is not p for g, p in zip(gradients, params, strict=True)]
     given, copies = list(compress(gradients, real)), list(compress(copies, real))

@@ -1,4 +1,4 @@
-"""Param groups that an optimizer has split in two: whoever then moves the learning rate of one part means the group."""
+"""Param groups that an optimizer has split in two: a new learning rate of one part is meant for the whole group."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 from torch import Tensor
 
-#: In each part: its learning rate when it was last looked at, and that of the second part for each 1 of the first.
+#: Keys in each part: its learning rate when last seen, and the ratio of the second part's learning rate to the first's.
 SEEN, RATIO = "split_lr", "split_ratio"
 
 Group = dict[str, Any]
 
 
 def tie(first: Group, second: Group) -> None:
-    """Have the learning rates of two parts of a group move together, from what they are now."""
+    """Let the learning rates of two parts of a group move together, in their present ratio."""
     if isinstance(first["lr"], Tensor) or isinstance(second["lr"], Tensor):
-        return  # in the device's memory perhaps, which nobody should wait for
+        return  # it may be on a device, and reading it would wait
     ratio = second["lr"] / first["lr"] if first["lr"] else 1.0
     for part in (first, second):
         part |= {SEEN: part["lr"], RATIO: ratio}
 
 
 def follow(groups: Sequence[Group]) -> None:
-    """Where one part of a group was given another learning rate and the other was not, take it for the whole group's.
+    """If only one part of a group got a new learning rate, apply it to the whole group.
 
     Finetuning callbacks write to ``param_groups[-1]``, the last group that they added, and know of no parts. Schedules
     move all groups, and are left alone.

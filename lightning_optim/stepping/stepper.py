@@ -38,7 +38,7 @@ _grad = attrgetter("grad")
 #: costs milliseconds where a step costs a third of one (200 tensors).
 PLANS = 4
 
-#: Of the noise of stochastic rounding. The same in all processes: replicas must round alike.
+#: The seed of stochastic rounding's noise. It is the same in all processes: replicas must round alike.
 NOISE_SEED = 0.0
 
 
@@ -48,11 +48,11 @@ class Stepper:
     Args:
         owner: Has ``param_groups`` and ``state``.
         method: The rule, and how a param group's options map to its inputs.
-        options: What holds for all groups.
+        options: The options that hold for all groups.
         native_state: Create slots in the weight's dtype, as torch's own optimizers do.
-        part: What of an update is done: see :data:`~lightning_optim.stepping.plan.Part`. Directions are written to
-            the ``copies``.
-        selects: Tells the parameters that are stepped, by their param groups; default: all.
+        part: Which part of an update is done: see :data:`~lightning_optim.stepping.method.Part`. Directions are
+            written to the ``copies``.
+        selects: Whether a parameter of a param group is stepped; default: all are.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class Stepper:
         self._plans: list[tuple[Structure, list[Planned]]] = []  # the last ones, latest first
         self._fresh = False  # whether a first step is planned
         self._new = NewState()
-        self._progress: list[Progress] = []  # of each bucket, since the last plan
-        self._skip, self._tables = False, list[list[Scalars]]()  # of the step that runs
+        self._progress: list[Progress] = []  # one for each bucket of the last plan, once it runs
+        self._skip, self._tables = False, list[list[Scalars]]()  # of the running step
         self._inputs: Inputs = {}
-        self._meeting: Meeting | None = None  # of the parameters, in the step that runs
+        self._meeting: Meeting | None = None  # of the running step, if its parameters meet
         self.observed = Observed()
         self._undo: UndoBuffers | None = None
-        #: What can be taken back; not the plan's, as a norm may be planned between a step and its undoing.
+        #: The step that can be undone; it is no part of the plan, as a norm may be planned between step and undo.
         self._past: Past | None = None
         self._captured: Any = None
 
@@ -98,7 +98,7 @@ class Stepper:
         Args:
             grads: Gradients by parameter; default: each parameter's ``grad``. They are only read.
             copies: For each parameter, a tensor of the same shape to which the new weight is written too.
-            inputs: What the rule needs beside the gradients: by name, a tensor of each parameter's shape.
+            inputs: What the rule needs besides gradients: for each name and parameter, a tensor of its shape.
             loss: What the gradients are to be divided by, and whether the step is to be left out.
             max_grad_norm: Clip the gradients' global norm to this; default: the options' ``max_grad_norm``.
 
@@ -138,7 +138,7 @@ class Stepper:
             copies: As for :meth:`step`.
             inputs: As for :meth:`step`.
             scaled: Whether gradients will be unscaled or clipped.
-            undo: Where old values are kept, so that :meth:`undo` can take the step back.
+            undo: Where old values are kept, so that :meth:`undo` can undo the step.
 
         Returns:
             Whether any parameter has a gradient.
@@ -192,7 +192,7 @@ class Stepper:
     def run(self, scaling: Scaling | None) -> None:
         """Let every bucket's engine run what is planned; the second half of :meth:`step`.
 
-        What is raised here comes before anything is written, or after all of it is: :attr:`has_written` tells.
+        An exception comes either before anything is written or after everything is: :attr:`has_written` tells which.
 
         Raises:
             IncompleteStepError: Only a part could be written.
@@ -221,7 +221,7 @@ class Stepper:
         self._progress = [Progress() for _ in self._plan]
         for planned, progress in zip(self._plan, self._progress, strict=True):
             planned.bucket.progress = progress
-        # A host that must know waits for the device once; the engines that decide on the device come to the same.
+        # If the host must know, it waits for the device once; engines that decide on the device reach the same result.
         on_device = all(planned.engine.controls_on_device for planned in self._plan)
         waits = scaling is not None and not (on_device and not self._fresh)
         self._skip = waits and scaling is not None and scaling.skip()
@@ -245,24 +245,24 @@ class Stepper:
             self._meeting.progress.finish()
 
     def _end(self) -> None:
-        """After a run, or a failed one: keep what undoing needs, and the state that is in use now."""
+        """After a run, also a failed one: keep what an undo needs, and the state that is in use now."""
         if self._undo is not None:
             begun = [planned for planned in self._plan if (p := planned.bucket.progress) is not None and p.begun]
             written = [] if self._skip else begun
             states = {p: self.owner.state.get(p) for planned in written for p in planned.params}
             restores = self._meeting.restores if self._meeting is not None and written else []
             self._past = Past(written, states, self._new, self._undo, restores)
-        self.abandon()  # of a step that was left out: the first one is still to come
+        self.abandon()  # if the step was left out: the first one is still to come
         self._let_go()
 
     def abandon(self) -> None:
-        """Forget what was planned and not run: parameters that had no state have none."""
+        """Forget a plan that was not run: parameters that had no state before it have none again."""
         if not self._has_begun:
             self._new.forget(self.owner.state)
         self._new = NewState()
 
     def undo(self) -> None:
-        """Take the last step back, which was planned with ``undo``: every bit is as before it.
+        """Undo the last step, which must have been planned with ``undo``: every bit is as before it.
 
         Raises:
             RuntimeError: There is no such step.
@@ -277,7 +277,7 @@ class Stepper:
                 self._past = None
 
     def _let_go(self) -> None:
-        """After a step, or a failed one, tensors are their owner's to free or to move."""
+        """Release the tensors after a step, also a failed one: their owner may free or move them."""
         self._inputs, self._meeting = {}, None
         for planned in self._plan:
             planned.bucket.tensors, planned.bucket.steps, planned.bucket.progress = {}, None, None
@@ -285,7 +285,7 @@ class Stepper:
             progress.let_go()
 
     def _count_versions(self) -> None:
-        """Tell autograd of what is going to be written behind torch's back.
+        """Tell autograd about writes that torch will not see.
 
         A later backward through an old weight must fail as after any in-place update.
         """
@@ -309,7 +309,7 @@ class Stepper:
             self._captured = CapturedSteps()
         work: list[Any] = [(planned.engine, planned.bucket) for planned in self._plan]
         self._count_versions()
-        self._new = NewState()  # zeros, with no step counted, are what no state is: no first step is special here
+        self._new = NewState()  # slots of zeros equal no state, since no first step is special here
         self.scaling = self._captured.run(work, lambda bucket: self._table(bucket, None), max_norm, loss)
         self._progress = [Progress()]
         self._progress[0].write([])
@@ -332,23 +332,23 @@ class Stepper:
         return [planned.decision for planned in self._plan]
 
     def planner_of(self, group: Group, p: Tensor) -> Planner:
-        """What knows the state of a param group's parameter."""
+        """The planner that knows the state of a param group's parameter."""
         del group, p
         return self.planner
 
     def number_parameters(self, numbers: Sequence[int]) -> None:
-        """Say which number each parameter has, for the noise of stochastic rounding; default: as they are counted."""
+        """Set each parameter's number, for the noise of stochastic rounding; by default they are counted in order."""
         self.planner.numbers = numbers
 
     def _selected(self, found: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Of one value for each parameter, those of the param groups that are stepped."""
+        """One value for each parameter, with None in place of those of parameters that are not stepped."""
         if self._selects is None:
             return found
         chosen = [self._selects(group, p) for group in self.owner.param_groups for p in group["params"]]
         return [value if mine else None for value, mine in zip(found, chosen, strict=True)]
 
     def _knows(self, structure: Structure, gradients: list[Tensor], copies: Mapping[Tensor, Tensor] | None) -> bool:
-        """Whether there is a plan for this structure and these tensors, which is filled then."""
+        """Whether there is a plan for this structure and these tensors; if so, it is filled."""
         for index, (known, plan) in enumerate(self._plans):
             if known == structure:
                 self._plan = plan
@@ -357,7 +357,7 @@ class Stepper:
                     return True
                 inputs = self._inputs
                 self._let_go()
-                self._inputs = inputs  # the plan that is made now is given them
+                self._inputs = inputs  # for the plan that is made next
         return False
 
     def _fill(self, gradients: list[Tensor], copies: Mapping[Tensor, Tensor] | None) -> bool:
@@ -377,11 +377,11 @@ class Stepper:
         return [{**self.planner.scalars(group), **common} for group in self.owner.param_groups]
 
     def squares(self) -> Tensor:
-        """The sum of squares of all gradients, in parts, on the first one's device: of all shards, if they are such."""
+        """The sum of squares of all gradients, with all their shards, in parts on the first one's device."""
         return total_squares(self.local_squares())
 
     def local_squares(self) -> LocalSquares:
-        """The sums of squares of what this process has of the gradients, by what they are divided over."""
+        """The sums of squares of this process's part of the gradients, by what the gradients are divided over."""
         sums: LocalSquares = {}
         for planned in self._plan:
             sums.setdefault(planned.shards, []).append(planned.engine.sum_of_squares(planned.bucket))

@@ -1,4 +1,4 @@
-"""What every entrance to a step has in common, whoever comes in by it."""
+"""The interface that all ways to make a step have in common."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Steps(Protocol):
         """Update every parameter that has a gradient.
 
         Args:
-            inputs: What the rule needs beside the gradients: by name, a tensor of each parameter's shape.
+            inputs: What the rule needs besides gradients: for each name and parameter, a tensor of its shape.
             loss: How the loss was scaled, and whether the step is to be left out.
             max_grad_norm: Clip the gradients' global norm to this; default: what the options say.
         """

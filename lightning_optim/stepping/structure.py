@@ -1,4 +1,4 @@
-"""What a plan depends on and a step may change, apart from what is read of each tensor."""
+"""What a plan depends on and may change from step to step, apart from the reading of each tensor."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lightning_optim.stepping.plan import Planner
 
 @dataclass(frozen=True)
 class Structure:
-    """Plans may serve another step if this is the same.
+    """The structure of a step; a plan may serve another step if that step's structure is equal.
 
     Attributes:
-        params: By identity: plans keep them alive.
-        sizes: Of the param groups.
+        params: The identities of the parameters, which plans keep alive.
+        sizes: The numbers of parameters in the param groups.
         absent: Which parameters have no gradient; empty if all have one.
-        static: What of each group's options is compiled in.
-        copies, scaled, undo: Of the call.
-        inference: Whether tensors are made that cannot be written later.
+        static: The values of each group's options that are compiled in.
+        copies, scaled, undo: As in :func:`describe`.
+        inference: Whether inference mode is on, in which new tensors cannot be written later.
     """
 
     params: list[int]
@@ -51,8 +51,8 @@ def describe(
         planner: Knows the groups.
         params: All parameters.
         found: The gradient or None of each.
-        gradients: Those that are there.
-        copies: Whether there are any.
+        gradients: The gradients that are not None.
+        copies: Whether new weights are also written to copies.
         scaled: Whether gradients are multiplied by something.
         undo: Whether old values are kept.
     """

@@ -1,4 +1,4 @@
-"""Whether tensors are such that a step can read and write them."""
+"""Checks that a step can read and write tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_weight(label: str, p: Tensor) -> None:
     """Check the weight that is to be stepped now.
 
     Raises:
-        RuntimeError: It cannot be.
+        RuntimeError: It cannot be stepped.
     """
     problem = problem_of_weight(p) or _problem_of_memory(p)
     if problem is None and p.is_inference() and not torch.is_inference_mode_enabled():
@@ -58,10 +58,10 @@ def check_gradient(label: str, p: Tensor, g: Tensor) -> None:
 
 
 def check_slot(label: str, p: Tensor, name: str, value: Any, slot: Slot) -> None:
-    """Check what a parameter's state has as a slot.
+    """Check the value of a slot in a parameter's state.
 
     Raises:
-        RuntimeError: It does not fit the parameter.
+        RuntimeError: The value does not fit the parameter.
     """
     problem = None
     if not isinstance(value, Tensor):
@@ -93,10 +93,10 @@ def usable_counter(step: Any) -> bool:
 
 
 def counted(label: str, step: Any) -> float:
-    """The number that a state has as its step.
+    """The step of a parameter's state as a number.
 
     Raises:
-        RuntimeError: It is none.
+        RuntimeError: The step is not a number.
     """
     try:
         return float(step)

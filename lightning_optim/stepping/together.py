@@ -15,7 +15,7 @@ from lightning_optim.stepping.method import Group, Method
 
 
 class Ruled(Method, Protocol):
-    """What an optimizer class says of all its rules."""
+    """The interface of an optimizer class that tells all its rules."""
 
     matrix_rule: MatrixRule | None
 
@@ -31,7 +31,7 @@ def plain_update(method: Method, group: Group, p: Tensor, *, fresh: bool, due: b
         group: The param group.
         p: The parameter.
         fresh: Whether it has had no step yet.
-        due: Whether the step does what is done at every n-th one.
+        due: Whether the flags that are set at every n-th step are set.
     """
     flags = dict.fromkeys(method.rule.every, due) | method.flags(group, p, fresh)
     return Update(method.rule, Policy(), tuple(sorted(flags.items())))
@@ -49,7 +49,7 @@ def programs(method: Method, groups: Iterable[Group]) -> list[Program]:
 
 
 def why_one_whole(method: Ruled, groups: Sequence[Group]) -> str | None:
-    """Why another result would come of stepping a part of the parameters, however often that is done; or None.
+    """Why stepping the parameters in parts would give another result, or None if it would not.
 
     Args:
         method: The optimizer's class.
@@ -63,7 +63,7 @@ def why_one_whole(method: Ruled, groups: Sequence[Group]) -> str | None:
 
 
 def why_together(method: Ruled, groups: Sequence[Group]) -> str | None:
-    """Why a step must be one of all parameters that have a gradient; None: each can be stepped by itself.
+    """Why all parameters that have a gradient must be stepped together; None: each can be stepped by itself.
 
     Args:
         method: The optimizer's class.

@@ -1,4 +1,4 @@
-"""Taking a step back: where a step keeps what it overwrites."""
+"""Undo buffers, in which a step keeps the values that it overwrites."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from lightning_optim.rules.policy import UNDO
 
 
 class UndoBuffers:
-    """For each weight and slot, memory of the same form that a step writes the old value to, as it goes.
+    """For each weight and slot, a buffer of the same form to which a step writes the old value.
 
-    The bits come back, whatever happened in between. (An update is never inverted by algebra: after a spike of 1e4
-    that makes variances negative.) Buffers are made when they are first needed, and kept.
+    An undo restores every bit. (It never inverts an update by algebra, which would make variances negative after a
+    spike of 1e4.) Buffers are made when they are first needed, and kept.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[Tensor, str], Tensor] = {}
 
     def buffer(self, p: Tensor, name: str, like: Tensor) -> Tensor:
-        """Where the old value of tensor ``name`` of parameter ``p`` goes.
+        """The buffer for the old value of tensor ``name`` of parameter ``p``.
 
         Args:
             p: The parameter.
             name: ``"p"`` or a slot.
-            like: The tensor.
+            like: The tensor whose form the buffer has.
         """
         key = (p, name)
         found = self._buffers.get(key)
@@ -40,7 +40,7 @@ class UndoBuffers:
 def _fits(found: Tensor, like: Tensor) -> bool:
     if (found.shape, found.dtype, found.device) != (like.shape, like.dtype, like.device):
         return False
-    return found.stride() == like.stride() or not is_dense(like)  # which no copy has the order of
+    return found.stride() == like.stride() or not is_dense(like)  # no copy has the strides of a tensor with gaps
 
 
 def undo_name(name: str) -> str:

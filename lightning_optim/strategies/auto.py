@@ -1,4 +1,4 @@
-"""``optim_auto``: the placement that the golden rule gives, and another one when the device runs out of memory."""
+"""``optim_auto``: the placement that the golden rule gives, and detached if the device runs out of memory."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ from lightning_optim.warnings import warn_once
 
 
 class Auto(OnOneDevice, DetachedBase):
-    """Chooses between in_graph and detached when a fit starts, and once more if the device runs out of memory.
+    """Chooses between in graph and detached when a fit starts, and once more if the device runs out of memory.
 
     Args:
-        device: As of Lightning's strategy.
-        accelerator: As of Lightning's strategy.
-        checkpoint_io: As of Lightning's strategy.
-        precision_plugin: As of Lightning's strategy.
+        device: See Lightning's strategy.
+        accelerator: See Lightning's strategy.
+        checkpoint_io: See Lightning's strategy.
+        precision_plugin: See Lightning's strategy.
         activation_gb: Gigabytes (1e9 bytes) of device memory that activations need; None: a reserve is kept.
-        master_dtype: As of the detached strategy.
-        clip: As of the detached strategy, or ``"auto"``.
-        bucket_mb: As of the detached strategy.
-        engine: As of both strategies.
-        undo: As of both strategies.
+        master_dtype: See the detached strategy.
+        clip: See the detached strategy, or ``"auto"``.
+        bucket_mb: See the detached strategy.
+        engine: See both strategies.
+        undo: See both strategies.
 
     Raises:
-        ValueError: An option that is none.
+        ValueError: An option is not valid.
     """
 
     gradients_are_local = True
@@ -97,7 +97,7 @@ class Auto(OnOneDevice, DetachedBase):
         try:
             return evaluate()
         except torch.OutOfMemoryError as error:
-            failed = error.with_traceback(None)  # whose frames would keep activations alive
+            failed = error.with_traceback(None)  # its frames would keep activations alive
         self._fall_back(failed)
         again()
         return evaluate()
@@ -112,11 +112,11 @@ class Auto(OnOneDevice, DetachedBase):
                 raise
             failed = error.with_traceback(None)
         if not closure_loss._is_view():
-            closure_loss.detach_()  # who called holds it, and by its graph the activations of the pass that failed
+            closure_loss.detach_()  # the caller holds it, and its graph has the activations of the pass that failed
         self._fall_back(failed)
         for one in self.optimizers:
             self._forget_gradients(stepped(one))
-        assert optimizer is not None  # noqa: S101 # of automatic optimization
+        assert optimizer is not None  # noqa: S101 # automatic optimization gives one
         with muted(self.lightning_module, "log", "log_dict"):
             window.replay(partial(self._backward_again, optimizer=optimizer), nullcontext)
         closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)  # calls hooks
@@ -128,7 +128,7 @@ class Auto(OnOneDevice, DetachedBase):
     def report(self) -> str:
         """The plan, and which engine steps which optimizer."""
         report = super().report()
-        # After a training it is what was kept, with the plan in it.
+        # After a training, the report is the one that was kept, and contains the plan.
         told = self.plan is None or self._drives is None
         return report if told else f"{self.strategy_name}: {self.plan}\n{report}"
 
@@ -136,12 +136,12 @@ class Auto(OnOneDevice, DetachedBase):
         self.plan = self._choose(optimizer, trainer)
         if self.plan.placement == "detached":
             if self._chooses_clip:
-                # Where the plan has "none": a backward pass that is not always the same would stop the run.
+                # The plan's "none" becomes "exact": with it, a backward pass that is not always the same stops the run.
                 clip: Clip = "exact" if self.plan.clip == "none" else self.plan.clip
                 self.options = replace(self.options, clip=clip)
             super()._take_over(optimizer, trainer)
         else:
-            if not self._chooses_clip:  # what could not be served after a fall-back is refused now
+            if not self._chooses_clip:  # refuse now what would fail after a fall-back
                 self._check_clip(trainer)
                 Placement(optimizer, self.options, None, None)
             self._drive(optimizer)
@@ -162,7 +162,7 @@ class Auto(OnOneDevice, DetachedBase):
         if self.plan is None or self.plan.placement == "detached":
             return super()._new_drive(optimizer)
         if why_own_step(optimizer) == REPLACED:
-            return Drive(optimizer, self.engine)  # by someone who knows where it may run
+            return Drive(optimizer, self.engine)  # whoever replaced the step knows where it may run
         drive = DetachedDrive(optimizer, self.engine, self._expectation)
         drive.rescue = self._fall_back
         return drive
@@ -176,12 +176,12 @@ class Auto(OnOneDevice, DetachedBase):
         return self._may_fall_back() or super()._is_recording()
 
     def _before_an_evaluation(self) -> Callable[[], None] | None:
-        """What puts back what an evaluation changes; None if it would not be made again."""
+        """A function that puts back what an evaluation changes; None if the evaluation would not be repeated."""
         if not self._may_fall_back() or self._is_replaying:
             return None
         module = self.lightning_module
         noise, state = RandomStates({self.root_device}), ModuleState(module, metrics=True)
-        results = self._trainer._results  # what `log` is adding up: metrics, by name
+        results = self._trainer._results  # the metrics that `log` adds up, by name
         logged = {name: ModuleState(metric, metrics=True) for name, metric in results.items()}
 
         def again() -> None:
@@ -200,7 +200,7 @@ class Auto(OnOneDevice, DetachedBase):
         Raises:
             PlacementError: The host has no room for them.
         """
-        assert self.plan is not None  # noqa: S101 # of `_may_fall_back`
+        assert self.plan is not None  # noqa: S101 # `_may_fall_back` has checked
         self.plan = fall_back(self.plan, error)
         _free(self.root_device)
         for optimizer in map(stepped, self.optimizers):
@@ -208,7 +208,7 @@ class Auto(OnOneDevice, DetachedBase):
             if isinstance(drive, DetachedDrive) and drive.detached is None:
                 drive.attach(optimizer, self._detached(optimizer))
         if not super()._is_recording():
-            self._window = None  # nothing is going to be done again: its batches are not kept
+            self._window = None  # nothing is going to be repeated any more: batches need not be kept
         _free(self.root_device)
         warn_once(f"{self.strategy_name}: {self.plan.reason}", key=f"{self.strategy_name} falls back")
 

@@ -1,4 +1,4 @@
-"""Steps in the backward pass under a Lightning Trainer: what they can serve, said before the first step."""
+"""Steps in the backward pass under a Lightning Trainer, whose settings are checked before the first step."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch.optim import Optimizer
 from lightning_optim.control.step_in_backward import CLIPS, StepInBackward
 from lightning_optim.warnings import warn_once
 
-#: Whether to, and if so how gradients are clipped.
+#: Whether to step in the backward pass; a string also says how gradients are clipped.
 StepsInBackward = bool | Literal["per_tensor", "previous_norm"]
 
 
 def in_backward(
     optimizer: Optimizer, trainer: Any, how: StepsInBackward, is_stock: Callable[[Any, str], bool]
 ) -> StepInBackward:
-    """Have backward passes step an optimizer's parameters.
+    """Make backward passes step an optimizer's parameters.
 
     Args:
         optimizer: The optimizer.
-        trainer: Lightning's.
+        trainer: The Lightning Trainer.
         how: True, or how gradients are clipped.
-        is_stock: Whether a module has Lightning's own hook of a name.
+        is_stock: Tells whether a module's hook of a name is Lightning's own.
 
     Raises:
         TypeError: The optimizer is not one of ours that steps parameter by parameter.
-        ValueError: The Trainer does what needs all gradients at once.
+        ValueError: The training needs all gradients at once.
     """
     name, module = f"step_in_backward={how!r}", trainer.lightning_module
     off = "valid: step_in_backward=False"

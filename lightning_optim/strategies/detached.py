@@ -1,4 +1,4 @@
-"""The logic of the detached strategies, for either root of Lightning: over :mod:`lightning_optim.offload`."""
+"""The logic of the detached strategies, for either root of Lightning, based on :mod:`lightning_optim.offload`."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from lightning_optim.strategies.driven import Driven, OnOneDevice, Sharded
 from lightning_optim.strategies.replicated import Replicated
 from lightning_optim.warnings import warn_once
 
-#: The key of a checkpoint under which masters are that have more bits than their weights.
+#: The key in a checkpoint for masters that have more bits than their weights.
 MASTERS = "detached_masters"
 
-#: Hooks that come after a step, and before the strategy hears of it.
+#: Hooks at the ends of epochs and trainings, which Lightning calls before it tells the strategy of the end.
 END_HOOKS = ("on_train_epoch_start", "on_train_epoch_end", "on_train_end")
 
-#: In the names of those of Lightning's own callbacks that look at weights, or call what their user gives them.
+#: Words in the names of Lightning's own callbacks that look at weights, or call what their user gives them.
 LOOKERS = ("Averag", "Lambda", "Pruning")
 
 
@@ -37,12 +37,12 @@ class DetachedBase(Driven):
     """Steps optimizers from masters in host memory.
 
     Args:
-        *args: Of the Lightning strategy.
+        *args: Arguments of the Lightning strategy.
         options: See :class:`~lightning_optim.offload.options.DetachedOptions`.
-        **kwargs: Of the Lightning strategy, and ``undo``.
+        **kwargs: Arguments of the Lightning strategy, and ``undo``.
 
     Raises:
-        ValueError: An option that is none.
+        ValueError: An option is not valid.
     """
 
     #: Whether gradients are final as soon as the backward pass has accumulated them.
@@ -51,17 +51,17 @@ class DetachedBase(Driven):
     def __init__(self, *args: Any, options: DetachedOptions, **kwargs: Any) -> None:
         super().__init__(*args, engine=options.engine, **kwargs)
         self.options = options
-        self._ended: WeakKeyDictionary[Optimizer, Detached] | None = None  # of the last training, for who saves it
+        self._ended: WeakKeyDictionary[Optimizer, Detached] | None = None  # of the last training, for saving it
 
     def __getstate__(self) -> dict[str, Any]:
-        """What goes into copies and to other processes: neither pipelines, with threads and hooks, nor a window."""
+        """The state for copies and other processes: without pipelines, which have threads and hooks, or a window."""
         return {**super().__getstate__(), "_drives": None, "_ended": None, "_window": None, "_undo": None}
 
     # -- what Lightning calls -----------------------------------------------------------------------------------
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state in the format of always, gathered from all processes that have some of it."""
-        optimizer = getattr(optimizer, "_optimizer", optimizer)  # of a LightningOptimizer
+        """The state in the usual format, gathered from all processes that have some of it."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)  # unwraps a LightningOptimizer
         detached = self._detached_of(optimizer)
         if detached is not None:
             detached.publish()
@@ -70,10 +70,10 @@ class DetachedBase(Driven):
         return super().optimizer_state(optimizer)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load states where the masters are, and the masters, if the checkpoint has some.
+        """Load states for the masters, and the masters if the checkpoint has some.
 
         Raises:
-            ValueError: Masters that cannot be those of the parameters: before anything is loaded.
+            ValueError: The masters do not fit the parameters; this is checked before anything is loaded.
         """
         by_name = dict(self.lightning_module.named_parameters())
         saved = checked_masters(checkpoint[MASTERS], by_name, len(self.optimizers)) if MASTERS in checkpoint else []
@@ -90,14 +90,14 @@ class DetachedBase(Driven):
             self._load_masters(optimizer, masters, by_name)
 
     def on_train_start(self) -> None:
-        """Have masters be those of the weights that were loaded, which does not always leave a trace at the weights."""
+        """Set masters to the weights that were loaded, of which version counters do not always tell."""
         for optimizer in self.optimizers:
             if (detached := self._detached_of(optimizer)) is not None:
                 detached.read_weights()
         super().on_train_start()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Save, with the masters that have more bits than their weights."""
+        """Save the checkpoint, with the masters that have more bits than their weights."""
         found = [self._detached_of(optimizer) for optimizer in self.optimizers]
         if "optimizer_states" in checkpoint and any(found):
             names = {p: name for name, p in self.lightning_module.named_parameters()}
@@ -118,19 +118,19 @@ class DetachedBase(Driven):
         return super().training_step(*args, **kwargs)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Step; where somebody looks at the weights before the next batch, wait for them."""
+        """Step, and wait for the weights if somebody looks at them before the next batch."""
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self.options.wait == "forward" and self._weights_are_seen():
             self._publish()
         return output
 
     def on_validation_start(self) -> None:
-        """Have the weights be those after the last step."""
+        """Wait until the weights are those after the last step."""
         self._publish()
         super().on_validation_start()
 
     def on_train_end(self) -> None:
-        """Have the weights be those after the last step."""
+        """Wait until the weights are those after the last step."""
         self._publish()
         super().on_train_end()
 
@@ -196,7 +196,7 @@ class DetachedBase(Driven):
         return None
 
     def _overlaps(self) -> bool:
-        """Whether gradients may leave their places before the step: nobody looks for them there."""
+        """Whether gradients may leave their places before the step, because nobody looks for them there."""
         trainer, module = self._trainer, self.lightning_module
         hooks = ("on_after_backward", "on_before_zero_grad", "on_before_optimizer_step")
         return (
@@ -212,7 +212,7 @@ class DetachedBase(Driven):
 
     def _weights_are_seen(self) -> bool:
         """Whether a hook between a step and the next batch may look at the weights, or change them."""
-        # Those at the ends of epochs and trainings too: where these end may turn out only after the step.
+        # Hooks at the ends of epochs and trainings are included: only after a step may it turn out to be the last one.
         hooks = ("on_train_batch_end", "on_train_batch_start", "on_validation_start", *END_HOOKS)
         transfers = ("on_before_batch_transfer", "on_after_batch_transfer")
         trainer, module = self._trainer, self.lightning_module
@@ -229,7 +229,7 @@ class DetachedBase(Driven):
         )
 
     def _expectation(self) -> tuple[float | None, float | None]:
-        """What the next step will be given, as far as one knows before it: loss scale and limit of the norm."""
+        """What the next step is expected to be given: the loss scale, and the limit of the norm."""
         scaler = getattr(self.precision_plugin, "scaler", None)
         if self.options.clip == "exact":
             return None, None
@@ -259,7 +259,7 @@ class DetachedBase(Driven):
 
 
 class DetachedOnOneDevice(OnOneDevice, DetachedBase):
-    """As :class:`DetachedBase`, on the one device that the Trainer is given."""
+    """:class:`DetachedBase` on the one device that the Trainer is given."""
 
     gradients_are_local = True
 
@@ -290,7 +290,7 @@ class DetachedOnOneDevice(OnOneDevice, DetachedBase):
 
 
 class DetachedReplicas(Replicated, DetachedBase):
-    """As :class:`DetachedBase`, with masters and state divided over the processes of DDP."""
+    """:class:`DetachedBase` with masters and state divided over the processes of DDP."""
 
     def __init__(
         self,
@@ -306,7 +306,7 @@ class DetachedReplicas(Replicated, DetachedBase):
         super().__init__(*args, options=options, undo=undo, **kwargs)
 
     def pre_backward(self, closure_loss: Tensor) -> None:
-        """Refuse parameters that DDP was told to leave to each process: here all have the same weights."""
+        """Refuse parameters that DDP was told to leave to each process: here all processes have the same weights."""
         if self._unreduced is not None and (names := self._unreduced.ignored(self.optimizers)):
             raise ValueError(
                 f"{self.strategy_name}: DDP was told to leave the gradients of {', '.join(names)} to each process "
@@ -321,7 +321,7 @@ class DetachedReplicas(Replicated, DetachedBase):
 
 
 class DetachedSharded(Sharded, DetachedBase):
-    """As :class:`DetachedBase`, over parameters that are divided, whose masters are divided as they are."""
+    """:class:`DetachedBase` over sharded parameters, whose masters are divided as they are."""
 
     _loads_with_the_model = True
 

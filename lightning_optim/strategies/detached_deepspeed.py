@@ -12,12 +12,12 @@ from lightning_optim.optimizers.base import RuleOptimizer
 
 
 class DetachedDeepSpeed:
-    """Has Lightning's ``DeepSpeedStrategy`` step the optimizer that the module made, and no other in its place.
+    """Makes Lightning's ``DeepSpeedStrategy`` step the optimizer that the module made, and no other in its place.
 
     Args:
-        *args: Of the Lightning strategy.
+        *args: Arguments of the Lightning strategy.
         offload_optimizer: Keep masters and state in host memory, and step there.
-        **kwargs: Of the Lightning strategy.
+        **kwargs: Arguments of the Lightning strategy.
 
     Raises:
         ModuleNotFoundError: DeepSpeed is not installed.
@@ -39,7 +39,7 @@ class DetachedDeepSpeed:
         refuse_its_own_optimizer(self.config)
 
     def _setup_model_and_optimizer(self, model: Any, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Any:
-        """What Lightning calls when the optimizer is there, and DeepSpeed has yet to be told of it."""
+        """Adjust the configuration to the optimizer, before Lightning gives both to DeepSpeed."""
         if optimizer is None:
             raise ValueError(f"strategy={self.strategy_name!r} without an optimizer; valid: configure_optimizers")
         self._refuse_two_limits()
@@ -57,7 +57,7 @@ class DetachedDeepSpeed:
         return "\n".join(f"{self.strategy_name}: {line}" for line in lines or ["no step has been taken"])
 
     def _refuse_two_limits(self) -> None:
-        """Lightning takes the configuration's, and says nothing of the Trainer's."""
+        """Refuse two limits of the norm: Lightning takes the configuration's, and silently ignores the Trainer's."""
         ours, trainers = self.config.get("gradient_clipping"), self.lightning_module.trainer.gradient_clip_val
         if trainers and ours != trainers:
             raise ValueError(

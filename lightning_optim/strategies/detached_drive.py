@@ -21,12 +21,12 @@ class DetachedDrive(Drive):
 
     Args:
         optimizer: The optimizer.
-        engine: As of :class:`Drive`.
-        expects: What the next step will be given: see :class:`~lightning_optim.offload.Detached`.
+        engine: See :class:`Drive`.
+        expects: Returns what the next step will be given: see :class:`~lightning_optim.offload.Detached`.
 
     Attributes:
-        detached: What steps it, once :meth:`attach` was called; until then it is stepped where its weights are.
-        rescue: Called with the error when a step finds no memory on the device; it may :meth:`attach`.
+        detached: What steps the optimizer once :meth:`attach` was called; until then it steps where its weights are.
+        rescue: Called with the error when a step finds no memory on the device; it may call :meth:`attach`.
 
     Raises:
         ValueError: The optimizer's step was replaced.
@@ -48,10 +48,10 @@ class DetachedDrive(Drive):
         self.rescue: Callable[[torch.OutOfMemoryError], None] | None = None
         self._expects = expects
         self._zero_grad_before: Any = None
-        self._masters_copied = False  # whether they are in the snapshot that steps are undone to
+        self._masters_copied = False  # whether the snapshot for an undo has the masters
 
     def attach(self, optimizer: Optimizer, detached: Detached) -> None:
-        """Step by masters in host memory from here on."""
+        """Step from masters in host memory from here on."""
         if self.own_step is not None:
             self.own_step = None
             self._amp_before = optimizer.__dict__.get(AMP)
@@ -62,7 +62,7 @@ class DetachedDrive(Drive):
         optimizer.zero_grad = detached.zero_grad  # type: ignore[method-assign]
 
     @property
-    def writes_in_backward(self) -> bool:  # type: ignore[override] # of a class that never does
+    def writes_in_backward(self) -> bool:  # type: ignore[override] # a constant in the base class
         """See :attr:`Drive.writes_in_backward`."""
         options = None if self.detached is None else self.detached.options
         return options is not None and (options.clip != "exact" or options.delay_one_step)
@@ -95,7 +95,7 @@ class DetachedDrive(Drive):
         self.detached.read_weights()
         if not self._masters_copied:  # the snapshot is of weights and state on the device
             with self.detached.masters_in_place():
-                pass  # which brings the state to the host
+                pass  # the end of this context brings the state to the host
             self.detached.set_masters({p: p.detach() for p in self.detached.masters()})
 
     @contextmanager
@@ -110,7 +110,7 @@ class DetachedDrive(Drive):
             if self.detached is not None:
                 try:
                     self.detached.zero_grad()
-                except RuntimeError as too_late:  # with clip="none" it tells of updates that were made
+                except RuntimeError as too_late:  # with clip="none", if updates were made that cannot be undone
                     error.add_note(str(too_late))
             raise
         finally:
@@ -132,18 +132,18 @@ class DetachedDrive(Drive):
             return
         except torch.OutOfMemoryError as error:
             if self.rescue is None or before != _versions(weights, states):
-                raise  # in the middle of the step
+                raise  # it came in the middle of the step
             for p in optimizer.state.keys() - states.keys():
-                del optimizer.state[p]  # which the step has made, and perhaps begun with
-            failed = error.with_traceback(None)  # whose frames would keep memory
+                del optimizer.state[p]  # the step has made this state, and may have changed it
+            failed = error.with_traceback(None)  # its frames would keep memory
         self.rescue(failed)
         self._update(optimizer)
 
     def _steps_sparse(self, optimizer: Optimizer) -> bool:
-        return self.detached is None and super()._steps_sparse(optimizer)  # who takes a sparse gradient refuses it
+        return self.detached is None and super()._steps_sparse(optimizer)  # `Detached` refuses sparse gradients
 
 
 def _versions(weights: list[Tensor], states: dict[Any, Any]) -> list[int]:
-    """Differs once a weight or a state has changed: what is no tensor is another object then."""
+    """A mark that differs once a weight or a state has changed; a value that is no tensor is then another object."""
     values = [value for state in states.values() if isinstance(state, dict) for value in state.values()]
     return [value._version if isinstance(value, Tensor) else id(value) for value in (*weights, *values)]

@@ -1,8 +1,8 @@
 """Stepping one optimizer by our engines in place of its own ``step``, whoever calls it.
 
-Lightning's order of hooks, closures and schedulers hangs on ``optimizer.step(closure)``, which it calls in several
-ways. So that call is what is replaced, while a step lasts: clipping and unscaling that come up before it are noted,
-and done inside of it.
+Lightning's order of hooks, closures and schedulers depends on ``optimizer.step(closure)``, which it calls in several
+ways. So that method is replaced while a step lasts: clipping and unscaling that are asked for before the call are
+noted, and done inside of it.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class Drive:
 
     Args:
         optimizer: The optimizer.
-        engine: For torch's own, and for ours if it is not ``"auto"``.
-        capture: Record the step as a CUDA graph.
+        engine: The engine for torch's optimizers, and for ours if it is not ``"auto"``.
+        capture: Whether to record the step as a CUDA graph.
 
     Attributes:
         own_step: Why the optimizer runs its own step; None: our engines step it.
         stepping: Whether a step is going on.
         loss: How the loss of the step was scaled, if it was.
-        backward: What has the backward pass step the parameters, if it does.
+        backward: Steps the parameters in the backward pass; None: they are stepped after it.
     """
 
     def __init__(self, optimizer: Optimizer, engine: str, *, capture: bool = False) -> None:
@@ -70,8 +70,8 @@ class Drive:
         self._found_inf: Tensor | None = None
         self._max_norm: float | None = None
         self._adopted: Stepper | None = None
-        # Of modules that override `configure_gradient_clipping`: the gradients when they had clipping done, and
-        # whether they leave them alone afterwards, which the first step tells.
+        # For modules that override `configure_gradient_clipping`: the gradients when the module asked for clipping, and
+        # whether it leaves them alone afterwards, as the first step shows.
         self._seen: _Gradients | None = None
         self._undisturbed: bool | None = None
         self._options_before: Options | None = None
@@ -86,22 +86,22 @@ class Drive:
                 optimizer.use_engine(engine)
             if capture:
                 optimizer.capture_steps()
-        # Where this is set, Lightning neither clips nor calls the scaler's `unscale_`. torch sets it on instances, too.
+        # If this is true, Lightning neither clips nor calls the scaler's `unscale_`. torch sets it on instances, too.
         self._amp_before = optimizer.__dict__.get(AMP)
         set_attribute(optimizer, AMP, False)
 
-    #: Whether optimizers that run their own step do so by :meth:`_update`, too.
+    #: Whether :meth:`_update` also steps optimizers that run their own step.
     _replaces_all = False
 
     #: Whether weights or state change before the backward pass has ended.
     writes_in_backward = False
 
     def extra_tensors(self) -> list[Tensor]:
-        """What a step changes beside weights and state, such as masters: copied and put back when steps are undone."""
+        """Tensors that a step changes beside weights and state, such as masters; an undo puts them back, too."""
         return []
 
     def undone(self, optimizer: Optimizer) -> None:
-        """Follow after steps were undone: all tensors are what they were, and the gradients at hand are not wanted."""
+        """Follow an undo: all tensors are what they were before, and the present gradients are not wanted."""
 
     def release(self, optimizer: Optimizer) -> None:
         """Leave the optimizer as it was found."""
@@ -135,12 +135,12 @@ class Drive:
 
     @contextmanager
     def in_place_of_its_own(self, optimizer: Optimizer) -> Iterator[None]:
-        """While this lasts, ``optimizer.step`` is ours, with its hooks and its record in profiles."""
+        """A context in which ``optimizer.step`` is ours, with its hooks and its record in profiles."""
         if self.own_step is not None and not self._replaces_all:
             yield
             return
         before = optimizer.__dict__.get("step")
-        # Not for longer: schedulers and others put wrappers of theirs there, at any time between two steps.
+        # It is ours no longer than this: between two steps, schedulers and others put wrappers of theirs there.
         optimizer.step = MethodType(Optimizer.profile_hook_step(self._step), optimizer)  # type: ignore[method-assign]
         self.stepping = True
         if self.backward is not None:
@@ -169,7 +169,7 @@ class Drive:
                 more than that.
         """
         if self.backward is not None:
-            return  # it has clipped, in the way that it was told
+            return  # it clips itself, in the way that it was told
         if has_its_own_way:
             if not self._undisturbed:
                 stock()
@@ -188,7 +188,7 @@ class Drive:
         *,
         evaluate: Callable[[], Tensor] | None = None,
     ) -> Any:
-        """In place of ``optimizer.step``."""
+        """The method that replaces ``optimizer.step``."""
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -198,12 +198,12 @@ class Drive:
             self._inputs = optimizer.asked_for(evaluate)
         with torch.no_grad():
             self._update(optimizer)
-        # By this schedulers see that a step came before theirs.
+        # Schedulers look at this to see that a step came before theirs.
         optimizer._opt_called = True  # type: ignore[attr-defined] # torch sets it the same way, from outside
         return result
 
     def _update(self, optimizer: Optimizer) -> None:
-        """Have weights and state be those after the step."""
+        """Update weights and state."""
         if self._steps_sparse(optimizer):
             inspect.unwrap(type(optimizer).step)(optimizer)
         else:
@@ -214,13 +214,13 @@ class Drive:
         return _is_sparse(optimizer)
 
     def cleared_flag(self, scale: Tensor) -> Tensor:
-        """What a step sets when it is left out: zero, and always in the same place, which a CUDA graph would keep."""
+        """The flag that a step sets if it is left out, set to zero; a CUDA graph needs it in the same place always."""
         if self._found_inf is None or self._found_inf.device != scale.device:
             self._found_inf = torch.zeros_like(scale)
         return self._found_inf.zero_()
 
     def _check_undisturbed(self, optimizer: Optimizer) -> None:
-        """Whether the gradients still are what they were when clipping was asked for."""
+        """Check whether the gradients still are what they were when the module asked for clipping."""
         if self._seen is None:
             return
         now = _Gradients(optimizer)
@@ -237,7 +237,7 @@ class Drive:
             )
 
     def _clip_what_is_left(self, optimizer: Optimizer, seen: list[Tensor]) -> None:
-        """Clip where gradients are, as some were dropped since, which count for the norm."""
+        """Clip the gradients that are left; those that were dropped since still count for the norm."""
         if self._max_norm is not None and (left := [p for p in _params(optimizer) if p.grad is not None]):
             norm = torch.nn.utils.get_total_norm(seen)
             torch.nn.utils.clip_grads_with_norm_(left, self._max_norm, norm)
@@ -245,14 +245,14 @@ class Drive:
 
 
 class _Gradients:
-    """An optimizer's gradients, and what tells whether they are still the same."""
+    """An optimizer's gradients, and marks that tell whether they are still the same."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.gradients = list(_grads(optimizer))  # which keeps others from being made in their places
+        self.gradients = list(_grads(optimizer))  # kept alive, so that no other tensor gets the same id
         self.marks = [(id(g), g._version) for g in self.gradients]
 
     def are_zero(self) -> bool:
-        """Whether all of them are zero, which clips to the same."""
+        """Whether all of them are zero, so that clipping does not change them."""
         return not any(bool((g != 0).any()) for g in self.gradients)
 
 
@@ -281,5 +281,5 @@ def _grads(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def _is_sparse(optimizer: Optimizer) -> bool:
-    """Whether a gradient is sparse, which among torch's optimizers that we adopt only SGD takes."""
+    """Whether a gradient is sparse; of torch's optimizers that we adopt, only SGD takes such gradients."""
     return type(optimizer) is SGD and any(g.layout is not torch.strided for g in _grads(optimizer))

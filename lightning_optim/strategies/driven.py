@@ -1,6 +1,7 @@
-"""What all our strategies have in common: optimizers are stepped, clipped and unscaled in place of Lightning.
+"""What all our strategies have in common: they step, clip and unscale in place of Lightning.
 
-A strategy is a subclass of these before one of Lightning's own: see :mod:`lightning_optim.strategies.lightning`.
+A strategy inherits from one of these classes, then from one of Lightning's own: see
+:mod:`lightning_optim.strategies.lightning`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lightning_optim.strategies.replay import Replays
 from lightning_optim.strategies.scaler import InStepScaler
 from lightning_optim.strategies.undo import Undoes
 
-#: What comes after these classes: a strategy of Lightning's, of either root.
+#: Stands for the base class that comes after these: a strategy of Lightning's, of either root.
 _Strategy: Any = object
 
 
@@ -31,12 +32,13 @@ class Driven(Undoes, Replays, _Strategy):
     """Steps optimizers by our engines, with clipping and unscaling inside of the step.
 
     Args:
-        *args: Of the Lightning strategy.
+        *args: Arguments of the Lightning strategy.
         engine: The engine of torch's optimizers and, if it is not ``"auto"``, of ours as well.
-        **kwargs: Of the Lightning strategy, and ``undo``: see :class:`~lightning_optim.strategies.undo.Undoes`.
+        **kwargs: Arguments of the Lightning strategy, and ``undo``: see
+            :class:`~lightning_optim.strategies.undo.Undoes`.
 
     Raises:
-        ValueError: An unknown engine.
+        ValueError: The engine is unknown.
     """
 
     #: The package of Lightning that the class is for.
@@ -52,17 +54,17 @@ class Driven(Undoes, Replays, _Strategy):
         self._report = ""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies are of the strategy, not of a training that goes on: threads, hooks and plans are made anew."""
+        """The state for copies, without that of a running training: threads, hooks and plans are made anew."""
         return {**super().__getstate__(), "_drives": None, "_window": None, "_undo": None}
 
     # -- what a subclass may say differently --------------------------------------------------------------------
 
     def _new_drive(self, optimizer: Optimizer) -> Drive:
-        """What steps an optimizer from here on."""
+        """Make the drive that steps an optimizer from here on."""
         return Drive(optimizer, self.engine)
 
     def _take_over(self, optimizer: Optimizer, trainer: Any) -> None:
-        """Prepare for the training of an optimizer's parameters, which are in their places."""
+        """Prepare for the training with an optimizer, whose parameters have been placed on their devices."""
         self._drive(optimizer)
 
     # -- what Lightning calls -----------------------------------------------------------------------------------
@@ -110,7 +112,7 @@ class Driven(Undoes, Replays, _Strategy):
     # -- ours ---------------------------------------------------------------------------------------------------
 
     def report(self) -> str:
-        """Which engine steps which optimizer, and why; after a training, how it was."""
+        """Which engine steps which optimizer, and why; after a training, the report from its end."""
         if self._drives is None:
             return self._report or f"{self.strategy_name}: no training has begun"
         return "\n".join(f"{self.strategy_name}: {self._described(optimizer)}" for optimizer in self.optimizers)
@@ -136,9 +138,9 @@ class Driven(Undoes, Replays, _Strategy):
         return self.lightning_module.trainer
 
     def _drive(self, optimizer: Optimizer) -> Drive:
-        """Of an optimizer, or of the one in it."""
+        """The drive of an optimizer, or of the one in it."""
         optimizer = stepped(optimizer)
-        # Here rather than in `setup` alone, since callbacks may replace the optimizers at any time.
+        # Drives are made here, not in `setup` alone, since callbacks may replace the optimizers at any time.
         if self._drives is None:
             self._drives = WeakKeyDictionary()
         if optimizer not in self._drives:
@@ -151,7 +153,7 @@ class Driven(Undoes, Replays, _Strategy):
             raise ValueError(two_limits(type(optimizer).__name__, own, gradient_clip_val))
 
     def _take_plugin_over(self) -> None:
-        """Have clipping and unscaling come to us, where the plugin does them in Lightning's own way."""
+        """Replace the plugin's clipping and unscaling by ours, if it does them in Lightning's own way."""
         plugin: Any = self.precision_plugin
         if self._is_lightnings(plugin, "clip_gradients", "clip_grad_by_norm", "main_params"):
             plugin.clip_gradients = self._clip_gradients
@@ -165,7 +167,7 @@ class Driven(Undoes, Replays, _Strategy):
         if isinstance(scaler := getattr(plugin, "scaler", None), InStepScaler):
             plugin.scaler = scaler.scaler
         drives, self._drives = self._drives, None
-        with ExitStack() as all_of_them:  # even if one of them ends with an error, as a step may on its way
+        with ExitStack() as all_of_them:  # releases all, even if one raises, as a step under way may
             all_of_them.callback(self._schedules.release)
             for optimizer, drive in (drives or {}).items():
                 all_of_them.callback(drive.release, optimizer)
@@ -176,10 +178,10 @@ class Driven(Undoes, Replays, _Strategy):
         return not replaced and all(getattr(type(plugin), name).__module__.startswith(roots) for name in methods)
 
     def _clip_gradients(self, optimizer: Any, clip_val: float = 0.0, gradient_clip_algorithm: str = "norm") -> None:
-        """In place of the precision plugin's ``clip_gradients``."""
+        """The method that replaces the precision plugin's ``clip_gradients``."""
         plugin, module = self.precision_plugin, self.lightning_module
         assert module is not None  # noqa: S101
-        optimizer = getattr(optimizer, "_optimizer", optimizer)  # of a LightningOptimizer
+        optimizer = getattr(optimizer, "_optimizer", optimizer)  # unwraps a LightningOptimizer
 
         def stock() -> None:
             type(plugin).clip_gradients(plugin, optimizer, clip_val, gradient_clip_algorithm)
@@ -215,7 +217,7 @@ class Driven(Undoes, Replays, _Strategy):
 
 
 class OnOneDevice(_Strategy):
-    """For a strategy of a single device: it takes the one that the Trainer is given."""
+    """Base for strategies of a single device, which take the one that the Trainer is given."""
 
     strategy_name: str
 
@@ -225,7 +227,7 @@ class OnOneDevice(_Strategy):
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:
-        """By this name the Trainer finds the device, or sets it."""
+        """The device, in a list; the Trainer reads and sets it by this name."""
         return [self.root_device] if self._is_placed else None
 
     @parallel_devices.setter
@@ -241,7 +243,7 @@ class OnOneDevice(_Strategy):
 
 
 class Sharded(_Strategy):
-    """For ``ModelParallelStrategy``: all processes share in the data by default."""
+    """Base for strategies over ``ModelParallelStrategy``: by default all processes divide the data."""
 
     def __init__(
         self, data_parallel_size: Literal["auto"] | int = "auto", tensor_parallel_size: int = 1, **kwargs: Any
@@ -249,7 +251,7 @@ class Sharded(_Strategy):
         super().__init__(data_parallel_size, tensor_parallel_size, **kwargs)
 
     def setup_environment(self) -> None:
-        """Say how many processes share in the data, before Lightning does in its own way."""
+        """Set how many processes divide the data, before Lightning applies its own default."""
         strategy: Any = self
         if strategy._data_parallel_size == "auto":
             strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes // strategy._tensor_parallel_size

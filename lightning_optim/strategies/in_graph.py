@@ -22,13 +22,13 @@ class InGraph(Driven):
     """Steps optimizers on the weights' device.
 
     Args:
-        *args: Of the Lightning strategy.
+        *args: Arguments of the Lightning strategy.
         engine: The engine of torch's optimizers and, if it is not ``"auto"``, of ours as well.
         capture: Record the steps as CUDA graphs: see :meth:`RuleOptimizer.capture_steps`.
-        **kwargs: Of the Lightning strategy.
+        **kwargs: Arguments of the Lightning strategy.
 
     Raises:
-        ValueError: An unknown engine.
+        ValueError: The engine is unknown.
     """
 
     def __init__(self, *args: Any, engine: str = "auto", capture: bool = False, **kwargs: Any) -> None:
@@ -51,7 +51,7 @@ class InGraph(Driven):
             self._warn_without_triton()
 
     def _warn_without_triton(self) -> None:
-        """Elsewhere than on CUDA nobody else says that these strategies are made for the Triton engine."""
+        """Warn outside of CUDA, where nothing else says that these strategies are made for the Triton engine."""
         chosen = {
             decision.engine
             for optimizer in map(stepped, self.optimizers)
@@ -68,7 +68,7 @@ class InGraph(Driven):
 
 
 class InGraphOnOneDevice(OnOneDevice, InGraph):
-    """As :class:`InGraph`, on the one device that the Trainer is given."""
+    """:class:`InGraph` on the one device that the Trainer is given."""
 
     def __init__(
         self,
@@ -101,8 +101,8 @@ class InGraphOnOneDevice(OnOneDevice, InGraph):
 
 
 class InGraphReplicas(Replicated, InGraph):
-    """As :class:`InGraph`, over DDP."""
+    """:class:`InGraph` over DDP."""
 
 
 class InGraphSharded(Sharded, InGraph):
-    """As :class:`InGraph`, over parameters that are divided."""
+    """:class:`InGraph` over sharded parameters."""

@@ -12,55 +12,55 @@ from lightning_optim.strategies.in_graph import InGraphOnOneDevice, InGraphRepli
 
 
 class InGraphStrategy(InGraphOnOneDevice, SingleDeviceStrategy):
-    """As :class:`lightning_optim.strategies.InGraphStrategy`."""
+    """The same as :class:`lightning_optim.strategies.InGraphStrategy`, for ``pytorch_lightning``."""
 
     root = "pytorch_lightning"
     strategy_name = "in_graph"
 
 
 class InGraphDDPStrategy(InGraphReplicas, DDPStrategy):
-    """As :class:`lightning_optim.strategies.InGraphDDPStrategy`."""
+    """The same as :class:`lightning_optim.strategies.InGraphDDPStrategy`, for ``pytorch_lightning``."""
 
     root = "pytorch_lightning"
     strategy_name = "in_graph_ddp"
 
 
 class InGraphFSDP2Strategy(InGraphSharded, ModelParallelStrategy):
-    """As :class:`lightning_optim.strategies.InGraphFSDP2Strategy`."""
+    """The same as :class:`lightning_optim.strategies.InGraphFSDP2Strategy`, for ``pytorch_lightning``."""
 
     root = "pytorch_lightning"
     strategy_name = "in_graph_fsdp2"
 
 
 class DetachedDeepSpeedStrategy(DetachedDeepSpeed, DeepSpeedStrategy):
-    """As :class:`lightning_optim.strategies.DetachedDeepSpeedStrategy`."""
+    """The same as :class:`lightning_optim.strategies.DetachedDeepSpeedStrategy`, for ``pytorch_lightning``."""
 
     strategy_name = "detached_deepspeed"
 
 
 class DetachedStrategy(DetachedOnOneDevice, SingleDeviceStrategy):
-    """As :class:`lightning_optim.strategies.DetachedStrategy`."""
+    """The same as :class:`lightning_optim.strategies.DetachedStrategy`, for ``pytorch_lightning``."""
 
     root = "pytorch_lightning"
     strategy_name = "detached"
 
 
 class DetachedDDPStrategy(DetachedReplicas, DDPStrategy):
-    """As :class:`lightning_optim.strategies.DetachedDDPStrategy`."""
+    """The same as :class:`lightning_optim.strategies.DetachedDDPStrategy`, for ``pytorch_lightning``."""
 
     root = "pytorch_lightning"
     strategy_name = "detached_ddp"
 
 
 class DetachedFSDP2Strategy(DetachedSharded, ModelParallelStrategy):
-    """As :class:`lightning_optim.strategies.DetachedFSDP2Strategy`."""
+    """The same as :class:`lightning_optim.strategies.DetachedFSDP2Strategy`, for ``pytorch_lightning``."""
 
     root = "pytorch_lightning"
     strategy_name = "detached_fsdp2"
 
 
 class OptimAutoStrategy(Auto, SingleDeviceStrategy):
-    """As :class:`lightning_optim.strategies.OptimAutoStrategy`."""
+    """The same as :class:`lightning_optim.strategies.OptimAutoStrategy`, for ``pytorch_lightning``."""
 
     root = "pytorch_lightning"
     strategy_name = "optim_auto"

@@ -1,7 +1,7 @@
 """Steps that ask for evaluations of their accumulation window: SAM, line searches, and Sophia's second derivatives.
 
 Lightning's own closure evaluates the last batch of a window only, and calls hooks and clips at every evaluation. Here
-it is called once. What is evaluated again are the recorded ``training_step`` calls, with nothing but a backward pass
+it is called once. Further evaluations repeat the recorded ``training_step`` calls, with nothing but a backward pass
 after each.
 """
 
@@ -24,21 +24,21 @@ from lightning_optim.stepping.evaluations import Asking, asks, request_of
 from lightning_optim.stepping.shards import is_distributed
 from lightning_optim.warnings import warn_once
 
-#: What comes after this class: a strategy of Lightning's, of either root.
+#: Stands for the base class that comes after this one: a strategy of Lightning's, of either root.
 _Strategy: Any = object
 
 
 class Replays(_Strategy):
-    """Answers what steps ask for by evaluating their window again, in automatic optimization.
+    """Answers the requests of steps by evaluating their window again, in automatic optimization.
 
     See :mod:`lightning_optim.stepping.evaluations`: SAM gets its second pass, line searches a closure over the whole
     window, Sophia the Hessian's products.
 
     Raises:
-        ValueError: (in ``setup``, for such optimizers) Something that cannot go with them.
+        ValueError: (in ``setup``) Something in the training does not go with such an optimizer.
     """
 
-    #: By this others know that a strategy does so.
+    #: Tells others that the strategy does so.
     replays_windows: ClassVar[bool] = True
 
     _window: Window | None = None
@@ -47,7 +47,7 @@ class Replays(_Strategy):
     # -- what a subclass may say differently --------------------------------------------------------------------
 
     def _forget_gradients(self, optimizer: Optimizer) -> None:
-        """Before a window is replayed."""
+        """Drop gradients before a window is replayed."""
         optimizer.zero_grad(set_to_none=True)
 
     def _backward_again(self, loss: Tensor, optimizer: Optimizer) -> None:
@@ -57,11 +57,11 @@ class Replays(_Strategy):
         self.precision_plugin.backward(loss, self.lightning_module, optimizer)
 
     def _average(self, tensors: list[Tensor]) -> None:
-        """Have all processes have the mean of what each has from its own part of the data."""
+        """Average tensors over all processes, each of which has them from its own part of the data."""
 
     @contextmanager
     def _without_reductions(self) -> Iterator[None]:
-        """While this lasts, forward passes prepare no exchange of gradients between processes."""
+        """A context in which forward passes prepare no exchange of gradients between processes."""
         yield
 
     def _unscale_again(self, optimizer: Optimizer) -> Tensor | None:
@@ -76,7 +76,7 @@ class Replays(_Strategy):
     # -- what Lightning calls -----------------------------------------------------------------------------------
 
     def setup(self, trainer: Any) -> None:
-        """Set up as Lightning's own strategy does; refuse what such optimizers cannot go with."""
+        """Set up as Lightning's own strategy does; refuse trainings that do not go with such optimizers."""
         super().setup(trainer)
         self._window = None
         if trainer.state.fn == "fit" and self.lightning_module.automatic_optimization:
@@ -85,7 +85,7 @@ class Replays(_Strategy):
                     self._check_replay(optimizer, trainer)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate a batch, and take note of it where it may have to be evaluated again."""
+        """Evaluate a batch, and record this if it may have to be repeated."""
         evaluate = partial(super().training_step, *args, **kwargs)
         if self._is_replaying or self._skips_backward() or not self._is_recording():
             return evaluate()
@@ -97,7 +97,7 @@ class Replays(_Strategy):
         return self._window.run(evaluate)
 
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Differentiate, and take note of which gradients there are before and after it."""
+        """Differentiate, and note which gradients there are before and after it."""
         if (window := self._window) is None:
             return super().backward(closure_loss, *args, **kwargs)
         module = self.lightning_module
@@ -108,7 +108,7 @@ class Replays(_Strategy):
             stock(*args, **kwargs)
             window.after_backward()
 
-        with replaced(module, "backward", backward):  # between the hooks, which may drop gradients
+        with replaced(module, "backward", backward):  # called between the hooks, which may drop gradients
             return super().backward(closure_loss, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -134,10 +134,10 @@ class Replays(_Strategy):
             asking.ask(answers)
             return step()
         finally:
-            asking.abandon()  # whatever was raised, weights are in their places
+            asking.abandon()  # puts weights back in their places, whatever was raised
 
     def teardown(self) -> None:
-        """Let go of what was recorded."""
+        """Forget what was recorded."""
         self._window = None
         super().teardown()
 
@@ -193,12 +193,12 @@ class Replays(_Strategy):
             self._is_replaying = False
 
     def _unsynced(self) -> AbstractContextManager[Any]:
-        """As Lightning does for all batches of a window but the last."""
+        """The context without synchronization that Lightning uses for all batches of a window but the last."""
         return self.block_backward_sync() if hasattr(self, "block_backward_sync") else nullcontext()
 
     @contextmanager
     def _searching(self, optimizer: Optimizer, answers: _Answers) -> Iterator[None]:
-        """While this lasts, ``optimizer.step`` gets a closure over the window in place of Lightning's."""
+        """A context in which ``optimizer.step`` gets a closure over the window in place of Lightning's."""
         own = optimizer.step
 
         def step(_: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
@@ -252,7 +252,7 @@ class Replays(_Strategy):
 
 
 class _Answers:
-    """What evaluates a window again for one step: an :class:`~lightning_optim.stepping.evaluations.Evaluator`."""
+    """Evaluates a window again for one step, as an :class:`~lightning_optim.stepping.evaluations.Evaluator`."""
 
     def __init__(self, strategy: Replays, optimizer: Optimizer, window: Window | None) -> None:
         self.window = window
@@ -262,12 +262,12 @@ class _Answers:
 
     @property
     def is_left(self) -> bool:
-        """Whether there are gradients of the window, to be evaluated again."""
+        """Whether gradients of the window are left, so that it can be evaluated again."""
         return bool(self.window) and self.window.is_left  # type: ignore[union-attr]
 
     @property
     def loss_scale(self) -> Tensor | None:
-        """The loss scaler's, if there is one."""
+        """The scale of the loss scaler, if there is one."""
         scaler = self._strategy._loss_scaler()
         return None if scaler is None else scaler._get_scale_async()
 
@@ -289,7 +289,7 @@ class _Answers:
         return self._strategy.reduce(loss.clone(), reduce_op="mean")
 
     def hessian_vector(self, directions: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """The products of the window's Hessian, their mean over all ranks; no hook of a backward pass is called."""
+        """Products with the window's Hessian, averaged over all ranks; no hook of a backward pass is called."""
         products = Products(directions, self.loss_scale)
         if self.window and self.is_left:
             with self._strategy._without_reductions():

@@ -1,4 +1,4 @@
-"""For strategies over DDP: layers that are unfrozen after it was set up are averaged over the processes, too."""
+"""For strategies over DDP: gradients of layers that are unfrozen after its setup are averaged over processes, too."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 
 from lightning_optim.control.unreduced import Unreduced
 
-#: What comes after this class: ours, and then ``DDPStrategy`` of either root of Lightning.
+#: Stands for the base classes that come after this one: ours, then ``DDPStrategy`` of either root of Lightning.
 _Strategy: Any = object
 
 
 class Replicated(_Strategy):
-    """Averages the gradients that DDP does not know of when the backward pass ends: before hooks, clipping, step."""
+    """Averages the gradients that DDP does not know of, at the end of a backward pass, before hooks and clipping."""
 
     _unreduced: Unreduced | None = None  # from the time when DDP is set up to the end of the training
 
@@ -26,12 +26,12 @@ class Replicated(_Strategy):
         self._unreduced = Unreduced(self.model)
 
     def pre_backward(self, closure_loss: Tensor) -> None:
-        """Before a backward pass, under either kind of optimization."""
+        """Prepare to average after a backward pass, in automatic and in manual optimization."""
         super().pre_backward(closure_loss)
         self._average_after(closure_loss)
 
     def teardown(self) -> None:
-        """Let go of the module."""
+        """Drop the reference to the module."""
         self._unreduced = None
         super().teardown()
 
@@ -46,7 +46,7 @@ class Replicated(_Strategy):
     @contextmanager
     def _without_reductions(self) -> Iterator[None]:
         ddp = self.model
-        # After a forward pass without a reduction, DDP takes the buffers of the next one to be those of all processes.
+        # After a forward pass without a reduction, DDP does not synchronize the buffers before the next one.
         syncs_buffers = ddp.require_forward_param_sync
         try:
             with self.block_backward_sync():

@@ -20,17 +20,17 @@ class InStepScaler(torch.amp.GradScaler):
 
     Args:
         scaler: The scaler.
-        drive_of: Finds what steps an optimizer.
-        gradients_are_seen: Whether someone looks at the gradients between ``unscale_`` and the step, so that they have
-            to be unscaled where they are.
-        may_be_dropped: Whether a step without any gradient is one whose gradients were dropped (in automatic
+        drive_of: Returns the drive of an optimizer.
+        gradients_are_seen: Tells whether someone looks at the gradients between ``unscale_`` and the step, so that they
+            have to be unscaled in place.
+        may_be_dropped: Tells whether a step without any gradient is one whose gradients were dropped (in automatic
             optimization). Then the scale stays as it is; if not, the backward pass was forgotten, which is an error.
 
     Attributes:
-        found_inf: Of the last step: nonzero if it was left out.
+        found_inf: The flag of the last step, which is nonzero if the step was left out.
     """
 
-    # What is kept here is not in `__dict__`, which is the scaler's own.
+    # These attributes are not in `__dict__`, which is the user's scaler's.
     __slots__ = ("drive_of", "found_inf", "gradients_are_seen", "may_be_dropped", "scaler")
 
     def __init__(
@@ -48,7 +48,7 @@ class InStepScaler(torch.amp.GradScaler):
         self.found_inf: Tensor | None = None
 
     def __reduce__(self) -> Any:
-        """A copy is one of the user's scaler: it belongs to no training."""
+        """Copy the user's scaler instead: a copy belongs to no training."""
         return _itself, (self.scaler,)
 
     @staticmethod
@@ -57,7 +57,7 @@ class InStepScaler(torch.amp.GradScaler):
         return type(scaler) in (torch.amp.GradScaler, torch.cuda.amp.GradScaler, torch.cpu.amp.GradScaler)
 
     def unscale_(self, optimizer: Optimizer) -> None:
-        """Leave it to the step, where nobody looks at the gradients before."""
+        """Leave the unscaling to the step, if nobody looks at the gradients before."""
         waits = self.drive_of(optimizer).postpones(stepped(optimizer)) and not self.gradients_are_seen()
         if self._enabled and waits and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
             return
@@ -66,9 +66,9 @@ class InStepScaler(torch.amp.GradScaler):
         super().unscale_(optimizer)
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        """Step with what the step itself needs to unscale, or to know that it is to be left out.
+        """Step, and tell the step how to unscale the gradients, and how to see that it is to be left out.
 
-        Nothing is read back from the device, unlike torch's own, which waits for it.
+        Unlike torch's own ``step``, this reads nothing back from the device, and so does not wait for it.
         """
         drive = self.drive_of(optimizer)
         state = self._per_optimizer_states[id(optimizer)] if self._enabled else {}
@@ -99,7 +99,7 @@ class InStepScaler(torch.amp.GradScaler):
         return result
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
-        """Leave the scale as it is where nothing was seen of any gradient."""
+        """Update the scale, but leave it as it is if there was no gradient."""
         seen = any(state["found_inf_per_device"] for state in self._per_optimizer_states.values())
         if new_scale is None and self._enabled and not seen and self.may_be_dropped():
             self._per_optimizer_states.clear()
@@ -107,7 +107,7 @@ class InStepScaler(torch.amp.GradScaler):
             super().update(new_scale)
 
     def _maybe_opt_step(self, optimizer: Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Of torch's own step, which has the host read the flags: note what it reads."""
+        """Note the flags; torch's own step calls this, and has the host read them."""
         flags = sum(flag.item() for flag in optimizer_state["found_inf_per_device"].values())
         self.found_inf = torch.tensor(float(flags), dtype=torch.float32, device="cpu")
         return optimizer.step(*args, **kwargs) if not flags else None

@@ -19,12 +19,12 @@ from lightning_optim.warnings import warn_once
 if TYPE_CHECKING:
     from lightning_optim.strategies.drive import Drive
 
-#: What comes after this class: a strategy of Lightning's, of either root.
+#: Stands for the base class that comes after this one: a strategy of Lightning's, of either root.
 _Strategy: Any = object
 
 
 class _LeftOut(Exception):  # noqa: N818 # no error: the way out of a step that has begun
-    """The step that asked for its gradients is not made."""
+    """Leaves a step that has asked for its gradients, because it is not made."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()
@@ -35,13 +35,13 @@ class Undoes(_Strategy):
     """Judges the loss of every step before it is made, and undoes the one before it if it spikes.
 
     Args:
-        *args: Of the Lightning strategy.
-        undo: Whether to, and how: see :class:`~lightning_optim.control.rollback.policy.UndoPolicy`.
-        **kwargs: Of the Lightning strategy.
+        *args: Arguments of the Lightning strategy.
+        undo: Whether to undo steps, and how: see :class:`~lightning_optim.control.rollback.policy.UndoPolicy`.
+        **kwargs: Arguments of the Lightning strategy.
 
     Raises:
         TypeError: ``undo`` is something else, or has an unknown option.
-        ValueError: An option out of its range; (in ``setup``) a training that this cannot serve.
+        ValueError: An option is out of its range, or (in ``setup``) steps of the training cannot be undone.
     """
 
     root: ClassVar[str]
@@ -52,7 +52,7 @@ class Undoes(_Strategy):
         super().__init__(*args, **kwargs)
         self.undo = policy
         self._undo: Undo | None = None
-        # Of the window of batches that a step is made of: whether its losses are noted, and whether there is one yet.
+        # Whether losses of the present window are noted, and whether it has begun.
         self._noting, self._window_began = True, False
         self._losses: list[Tensor] = []
         self._decision: Decision | None = None
@@ -60,7 +60,7 @@ class Undoes(_Strategy):
     # -- what Lightning calls -----------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
-        """Give the Trainer the callback that keeps in checkpoints what a resumed run has to know."""
+        """Give the Trainer the callback that saves in checkpoints what a resumed run has to know."""
         super().setup_environment()
         trainer = self._trainer
         if self.undo is not None and trainer.state.fn == "fit" and self._judge is None:
@@ -68,19 +68,19 @@ class Undoes(_Strategy):
             trainer.callbacks = [_new_keeper(self.root, UndoJudge(self.undo)), *trainer.callbacks]
 
     def setup(self, trainer: Any) -> None:
-        """Set up as Lightning's own strategy does, then see whether steps can be undone."""
+        """Set up as Lightning's own strategy does, then check that steps can be undone."""
         super().setup(trainer)
         if self.undo is not None and trainer.state.fn == "fit":
             self._check_undo(trainer)
             self._new_undo(self.optimizers[0])
 
     def on_train_start(self) -> None:
-        """Begin with a whole window."""
+        """Begin a new window."""
         super().on_train_start()
         self._new_window()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Note the loss, and judge that of the step when it is known."""
+        """Note the loss, and judge the loss of the window after its last batch."""
         undo = self._at_work
         if undo is None or not self._noting:
             return super().training_step(*args, **kwargs)
@@ -97,7 +97,7 @@ class Undoes(_Strategy):
         return output
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Step as the other strategies do, or undo."""
+        """Step as other strategies do, or undo steps."""
         undo = self._at_work
         if undo is None:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
@@ -138,7 +138,7 @@ class Undoes(_Strategy):
 
     @property
     def _judge(self) -> UndoJudge | None:
-        """Of the Trainer's callbacks, which change from fit to fit; tuners take them away while they try things."""
+        """The judge in the Trainer's callbacks, which change from fit to fit; tuners remove them for their trials."""
         callbacks = () if self.lightning_module is None else self._trainer.callbacks
         return next((callback.judge for callback in callbacks if isinstance(callback, _Keeper)), None)
 
@@ -153,7 +153,7 @@ class Undoes(_Strategy):
 
     def _new_undo(self, optimizer: Optimizer) -> None:
         self._release_undo()
-        assert self._judge is not None  # noqa: S101 # of `setup_environment`
+        assert self._judge is not None  # noqa: S101 # `setup_environment` made it
         self._undo = Undo(
             self._judge,
             self.lightning_module,
@@ -167,7 +167,7 @@ class Undoes(_Strategy):
         self._losses, self._decision = [], None
 
     def _mean_loss(self) -> float | None:
-        """Over the window and over all ranks; NaN if any is."""
+        """The mean loss over the window and over all ranks; NaN if any loss is."""
         if not self._losses:
             return None
         losses = [loss.to(torch.promote_types(loss.dtype, torch.float32)) for loss in self._losses]
@@ -175,7 +175,7 @@ class Undoes(_Strategy):
 
     def _revert(self, undo: Undo, optimizer: Optimizer, decision: Decision) -> None:
         message = decision.message
-        # Before the rest: where updates have begun in the backward pass, this takes them back.
+        # This comes first: it undoes updates that were made in the backward pass.
         optimizer.zero_grad()
         if not undo.revert(decision):
             message += (
@@ -201,7 +201,7 @@ class Undoes(_Strategy):
             self._undo = None
 
     def _check_undo(self, trainer: Any) -> None:
-        """Refuse what cannot be served."""
+        """Refuse trainings whose steps cannot be undone."""
         off = "valid: undo=False"
         if not trainer.lightning_module.automatic_optimization:
             raise ValueError(f"undo with manual optimization, where the module decides when it steps; {off}")
@@ -232,14 +232,14 @@ class Undoes(_Strategy):
 
 
 class _Keeper:
-    """The callback's hooks, for either root of Lightning."""
+    """The hooks of the callback that keeps the judge, for either root of Lightning."""
 
     root: ClassVar[str]
 
     def __init__(self, judge: UndoJudge) -> None:
         self.judge = judge
 
-    def __reduce__(self) -> Any:  # to processes that are spawned
+    def __reduce__(self) -> Any:  # spawned processes get the callback by pickle
         return _new_keeper, (self.root, self.judge)
 
     @property
@@ -248,11 +248,11 @@ class _Keeper:
         return "lightning_optim.Undo"
 
     def state_dict(self) -> dict[str, Any]:
-        """The judge's."""
+        """The judge's state."""
         return self.judge.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The judge's."""
+        """Load the judge's state."""
         self.judge.load_state_dict(state_dict)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:

@@ -144,7 +144,7 @@ def test_compiled_operations_agree(math_type: torch.dtype) -> None:
     )
     cases = {args for op in ELEMENTWISE for args in ((*a, 1.0, 1.0)[:3] for a in arguments(op))}
     engine = HostEngine()
-    # One tensor per case, and one row of the table: a scalar has one value per tensor.
+    # One tensor per case, and one group of the table: a scalar has one value per tensor.
     columns = {name: [vector(NAN, math_type) for _ in cases] for name in names.values()}
     columns |= {f"e{i}": [vector(args[i], math_type) for args in cases] for i in range(3)}
     columns["one"] = [vector(1.0, math_type) for _ in cases]
@@ -156,7 +156,7 @@ def test_compiled_operations_agree(math_type: torch.dtype) -> None:
         device=torch.device("cpu"),
         tensors=columns,
         steps=None,
-        rows=array("i", range(len(cases))),
+        groups=array("i", range(len(cases))),
         ids=array("i", [0] * len(cases)),
         sizes=(3,) * len(cases),
     )

@@ -154,7 +154,7 @@ def test_all_loads_come_before_all_stores(engine: str) -> None:
         device=torch.device("cpu"),
         tensors=tensors,
         steps=None,
-        rows=array("i", [0, 0]),
+        groups=array("i", [0, 0]),
         ids=array("i", [0, 1]),
         sizes=(5, 2),
     )

@@ -82,7 +82,7 @@ def run(engine: str, p: Tensor, g: Tensor) -> list[Tensor]:
         device=torch.device("cpu"),
         tensors={"p": [p], "g": [g], **{name: [torch.full_like(p, 7.0)] for name in names}},
         steps=None,
-        rows=array("i", [0]),
+        groups=array("i", [0]),
         ids=array("i", [0]),
         sizes=(p.numel(),),
     )

@@ -22,7 +22,7 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installe
 ARGUMENTS = {
     "pointers": "*i64",
     "numel": "*i64",
-    "rows": "*i32",
+    "groups": "*i32",
     "ids": "*i32",
     "table": "*fp64",
     "squares": "*fp64",

@@ -1,4 +1,4 @@
-"""Refusing trainings in which nobody answers what an optimizer's step asks for, or something else does."""
+"""Refusing trainings in which an optimizer's step would not get the evaluations of the model that it needs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lightning_optim.strategy_names import STRATEGIES
 
 
 class ReplayGuard:
-    """Looks, when a training starts, at optimizers of ours whose step evaluates the model.
+    """Checks, when a training starts, those of our optimizers whose step evaluates the model.
 
-    In Lightning's own strategies their closure evaluates the last batch of an accumulation window only, clips at every
-    evaluation, and is not there at all with a loss scaler. What that leaves right (SAM on whole batches, say) may run,
-    though hooks and logs come at every evaluation. Second derivatives, for Sophia, they have no way to answer.
+    In Lightning's own strategies their closure evaluates only the last batch of an accumulation window, clips at every
+    evaluation, and is missing with a loss scaler. Trainings that are right nevertheless (SAM on whole batches, say) may
+    run, although hooks and logs then come at every evaluation. These strategies cannot give Sophia second derivatives.
     """
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check the optimizers.
 
         Raises:
-            ValueError: One would compute something else than it is meant to.
+            ValueError: An optimizer would compute something else than it should.
         """
         for optimizer in guarded(trainer):
             if reasons := list(_reasons(optimizer, trainer)):
@@ -38,16 +38,16 @@ class ReplayGuard:
 
 
 def guarded(trainer: Any) -> list[Optimizer]:
-    """The optimizers of a Lightning ``Trainer`` at which :class:`ReplayGuard` looks."""
+    """The optimizers of a Lightning ``Trainer`` that :class:`ReplayGuard` checks."""
     if not trainer.lightning_module.automatic_optimization or getattr(trainer.strategy, "replays_windows", False):
         return []
-    # Others, as torch's LBFGS, belong to users who may never have heard of this package.
+    # Other optimizers, such as torch's LBFGS, belong to users who may not use this package.
     ours = [optimizer for optimizer in trainer.optimizers if type(optimizer).__module__.startswith("lightning_optim.")]
     return [optimizer for optimizer in ours if request_of(optimizer) is not None]
 
 
 def _cannot_answer(strategy: str, curves: bool) -> bool:
-    """Whether a strategy of ours cannot answer: DeepSpeed's engine steps by itself, FSDP2 is differentiated once."""
+    """Whether one of our strategies cannot answer: DeepSpeed steps by itself, FSDP2 has no second derivatives."""
     return "deepspeed" in strategy or (curves and "fsdp2" in strategy)
 
 
@@ -57,7 +57,7 @@ def _reasons(optimizer: Optimizer, trainer: Any) -> Iterator[str]:
         return
     accumulate = {0: trainer.accumulate_grad_batches}
     for callback in trainer.callbacks:
-        # By its method rather than its class, of which each root of Lightning has its own.
+        # The callback is found by its method, because each root of Lightning has its own class.
         if hasattr(callback, "get_accumulate_grad_batches"):
             accumulate |= callback.scheduling
     if max(accumulate.values()) > 1:

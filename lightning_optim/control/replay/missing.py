@@ -1,4 +1,4 @@
-"""Gradients that someone drops between the backward passes of a window: they are to be dropped in a replay as well."""
+"""Gradients that are dropped between the backward passes of a window, and so must be dropped in a replay as well."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from torch import Tensor
 
 from lightning_optim.stepping.shards import LocalSquares, is_distributed, local, shards_of, total_squares
 
-#: Which tensor a parameter's gradient is, and how often it was written to.
+#: For each parameter, its gradient's identity and version counter; None if it has no gradient.
 Marks = list[tuple[int, int] | None]
 
 
 def marks_of(params: Iterable[Tensor]) -> Marks:
-    """What tells later whether gradients were touched since."""
+    """Marks of the present gradients, which tell later whether gradients were changed."""
     return [None if p.grad is None else (id(p.grad), p.grad._version) for p in params]
 
 
 class Missing:
-    """Which gradients are not there at one place of a window.
+    """Which gradients are missing at one place of a window.
 
-    Those that are None, as ``zero_grad()`` leaves them; and, if gradients were written to since the last backward pass
-    and all of them are zeros by now, as ``zero_grad(set_to_none=False)`` leaves them, all. (Whether they are stays on
-    the device. Gradients that were zero from the beginning stay so in a replay, as weights were not perturbed then.)
+    A gradient is missing if it is None, as ``zero_grad()`` leaves it. All are missing if gradients were written to
+    since the last backward pass and all of them are zero now, as ``zero_grad(set_to_none=False)`` leaves them. (The
+    answer stays on the device. Gradients that were zero anyway are zero in a replay too, as nothing perturbed weights.)
 
     Args:
-        params: Parameters.
-        marks: Of :func:`marks_of`, after the last backward pass.
+        params: The parameters.
+        marks: The result of :func:`marks_of` after the last backward pass.
 
     Attributes:
         everything: Whether there is no gradient at all, as far as the host knows.
@@ -52,10 +52,10 @@ class Missing:
 
     @torch.no_grad()
     def drop(self, held: MutableMapping[Tensor, Tensor] | None = None) -> None:
-        """Have gradients be missing where they were.
+        """Drop the gradients that are missing.
 
         Args:
-            held: What is added up in place of gradients, by parameter; default: the parameters' gradients.
+            held: The sums to drop from, by parameter; default: the parameters' gradients.
         """
         for p in self._absent:
             if held is None:
@@ -70,7 +70,7 @@ class Missing:
                 part.masked_fill_(~self._left.to(part.device, non_blocking=True), 0)
 
     def kept(self, loss: Tensor | None) -> Tensor | None:
-        """What is left of the loss of what came before: nothing, if nothing of its gradient is."""
+        """The loss of the evaluations so far, if anything is left of their gradients; else None, or a zero."""
         if loss is None or self.everything:
             return None
         return loss if self._left is None else torch.where(self._left.to(loss.device), loss, 0)

@@ -24,7 +24,7 @@ class _Value:
     copy: Any
 
     def put_back(self) -> None:
-        self.store[self.key] = self.value  # which others may hold, as DDP holds buffers
+        self.store[self.key] = self.value  # the same object, since others may hold it, as DDP holds buffers
         if isinstance(self.value, Tensor):
             self.value.copy_(self.copy)
         elif isinstance(self.value, list):
@@ -32,14 +32,14 @@ class _Value:
 
 
 class ModuleState:
-    """Copies of what the forward passes of a module change besides gradients: its buffers, as of batch norms.
+    """Copies of what the forward passes of a module change besides gradients: its buffers, such as batch norm's.
 
-    Buffers that are the memory of a parameter are not among them: weights are perturbed, and searched, by others.
+    Buffers that share memory with a parameter are left out: perturbing weights, and restoring them, is done elsewhere.
 
     Args:
         module: The module.
-        before: An earlier state of it, whose copies are shared where nothing has changed since.
-        metrics: Include the states of ``torchmetrics`` in it.
+        before: An earlier state of the module, whose copies are shared where nothing has changed since.
+        metrics: Whether to include the states of the module's ``torchmetrics``.
 
     >>> norm = nn.BatchNorm1d(2)
     >>> state = ModuleState(norm)
@@ -97,16 +97,16 @@ def _copy(value: Any) -> Any:
 
 
 def _mark(part: nn.Module, shared: set[int]) -> list[Any]:
-    """Differs once any of a module's buffers has changed.
+    """A mark that differs once any of a module's buffers has changed.
 
-    For all of them together: batch norms write their averages past autograd's version counters, but not their own
-    counter of batches.
+    It is for all buffers together: batch norm does not raise the version counters of its averages, but does raise that
+    of its counter of batches.
 
     Args:
         part: The module.
-        shared: Storages of which several tensors are, each with a version of its own.
+        shared: Storages that several tensors share, each with a version counter of its own.
     """
-    # An inference tensor has no version, and an object equals only itself: taken to have changed.
+    # An inference tensor has no version: a new object, which equals only itself, marks it as changed.
     return [
         None
         if buffer is None
@@ -123,12 +123,12 @@ def _storage(tensor: Tensor | None) -> int:
 
 
 def _shared_storages(module: nn.Module) -> set[int]:
-    """Those of which several buffers are (tied through ``.data``, or views)."""
+    """The storages that several buffers of a module share (tied through ``.data``, or views)."""
     counts = Counter(map(_storage, module.buffers()))
     return {storage for storage, times in counts.items() if times > 1 and storage}
 
 
 def _is_in(weights: dict[int, list[Tensor]], buffer: Tensor | None) -> bool:
-    """Whether a buffer is, in part at least, the memory of a weight."""
+    """Whether a buffer shares memory with a weight, at least in part."""
     storage = _storage(buffer)
     return bool(storage) and any(aliased([buffer, p]) for p in weights.get(storage, ()) if buffer is not None)

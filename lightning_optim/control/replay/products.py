@@ -11,16 +11,16 @@ from lightning_optim.stepping.curvature import hessian_vector
 
 
 class Products:
-    """What :meth:`~lightning_optim.control.replay.window.Window.replay` is given in place of a backward pass.
+    """Hessian-vector products, whose :meth:`add` replaces the backward pass in ``Window.replay``.
 
-    The direction is the same for all batches, so that the sum is the product of the whole window's Hessian.
+    The direction is the same for all batches, so that the sum is the product with the whole window's Hessian.
 
     Args:
-        directions: By parameter.
-        loss_scale: What losses are multiplied by before they are differentiated: products of float16 are lost without.
+        directions: The direction, by parameter.
+        loss_scale: Factor on losses before they are differentiated, without which products in float16 underflow.
 
     Attributes:
-        sums: By parameter; those whose gradients are dropped in the window are to be dropped from it.
+        sums: The sums so far, by parameter; gradients that were dropped in the window are to be dropped from it.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     >>> products = Products({weight: torch.ones(2)})
@@ -43,7 +43,7 @@ class Products:
 
     @torch.no_grad()
     def result(self) -> dict[Tensor, Tensor]:
-        """The sums, without the loss scale: of all parameters, zeros where nothing is left."""
+        """The sums of all parameters, without the loss scale; zeros where nothing is left."""
         found = {p: self.sums[p] if p in self.sums else torch.zeros_like(u) for p, u in self._directions.items()}
         if self._loss_scale is not None:
             for product in found.values():

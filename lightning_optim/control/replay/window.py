@@ -1,8 +1,7 @@
-"""Evaluating an accumulation window again: the same batches, the same noise, at other weights.
+"""Evaluating an accumulation window again, with the same batches and the same noise, at other weights.
 
-SAM and line searches need the loss and the gradient of a step's whole window at more than one place, Sophia its second
-derivative. What is here knows nothing of a trainer: it records evaluations of a module as they are made, and makes them
-again.
+SAM and line searches need the loss and the gradient of a step's whole window at more than one point; Sophia needs its
+second derivative. This module knows nothing of a trainer: it records evaluations of a module, and repeats them.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class RandomStates:
     """The states of the random number generators: Python's, NumPy's if it is in use, torch's on the CPU and devices.
 
     Args:
-        devices: The devices whose generators are meant.
+        devices: The devices whose generators are included.
 
     >>> states = RandomStates()
     >>> first = torch.rand(2), random.random()
@@ -41,7 +40,7 @@ class RandomStates:
         numpy = sys.modules.get("numpy")
         self._numpy = None if numpy is None else (numpy.random, numpy.random.get_state())
         self._cpu = torch.get_rng_state()
-        # Of a generator on CUDA this reads a seed and an offset that the host keeps: no waiting.
+        # For CUDA this reads a seed and an offset that the host keeps, without waiting for the device.
         self._devices = [
             (_generators(device), _of(device), _generators(device).get_rng_state(*_of(device)))
             for device in devices
@@ -63,7 +62,7 @@ def _generators(device: torch.device) -> Any:
 
 
 def _of(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # there is one
+    return () if device.type == "mps" else (device,)  # MPS has one generator
 
 
 @dataclass(frozen=True)
@@ -74,21 +73,21 @@ class _Evaluation:
 
 
 class Window:
-    """The evaluations that make up one step, to be made again at other weights.
+    """The evaluations that make up one step, which can be repeated at other weights.
 
-    It keeps what was evaluated (with its batch, on its device), the generators' states, and copies of those buffers
-    that differ from one evaluation to the next, until :meth:`clear`. Where it is told of the backward passes, by
-    :meth:`before_backward`, :meth:`after_backward` and :meth:`end`, gradients that were dropped between them are
-    dropped at the same places of a replay.
+    Until :meth:`clear`, it keeps what was evaluated (with its batch, on its device), the generators' states, and copies
+    of the buffers that differ from one evaluation to the next. If it is told of the backward passes, by
+    :meth:`before_backward`, :meth:`after_backward` and :meth:`end`, a replay drops gradients at the places where they
+    were dropped.
 
     Args:
-        module: What is evaluated.
-        loss_of: The loss in what an evaluation returns, as it is to be differentiated; None if there is none.
-        params: Gives the parameters that are trained; default: the module's.
+        module: The module that is evaluated.
+        loss_of: Returns the loss in an evaluation's output, as it is to be differentiated; None if there is none.
+        params: Returns the parameters that are trained; default: the module's.
 
     Attributes:
-        touched: Whether gradients were written to after a backward pass, which no replay does again, unless it was to
-            drop them all.
+        touched: Whether gradients were written to after a backward pass. A replay does not repeat that, unless it set
+            all of them to zero.
 
     >>> weight = nn.Parameter(torch.tensor(1.0))
     >>> window = Window(nn.Module(), lambda output: output / 2)
@@ -115,30 +114,30 @@ class Window:
 
     @property
     def loss(self) -> Tensor:
-        """The sum of the losses, as they were when they were recorded, but of those whose gradients were dropped."""
+        """The sum of the recorded losses, without those whose gradients were dropped."""
         total: Tensor | None = None
         for number, loss in enumerate(self._losses):
             total = self._added(total, loss, number)  # in the order of `replay`: the same weights give the same bits
-        assert total is not None  # noqa: S101 # of a window that is not empty
+        assert total is not None  # noqa: S101 # the window is not empty
         return total
 
     @property
     def is_left(self) -> bool:
-        """Whether there is a gradient of what was recorded, as far as the host knows."""
+        """Whether a gradient of the recorded evaluations is left, as far as the host knows."""
         return bool(self._evaluations) and not any(missing.everything for missing in self._at_end)
 
     def clear(self) -> None:
         """Forget what was recorded."""
         self._evaluations.clear()
         self._losses: list[Tensor] = []
-        self._missing: dict[int, Missing] = {}  # before the backward pass of an evaluation, by its number
+        self._missing: dict[int, Missing] = {}  # by evaluation, what was missing before its backward pass
         self._at_end: list[Missing] = []
         self._marks: Marks | None = None
         self.touched = False
 
     def before_backward(self) -> None:
         """Note which gradients are there before the backward pass of the last evaluation."""
-        if self._marks is not None:  # before the first one, `replay` has none
+        if self._marks is not None:  # a replay, too, has no gradients before its first backward pass
             self._missing[len(self._evaluations) - 1] = self._missing_now()
 
     def after_backward(self) -> None:
@@ -155,10 +154,10 @@ class Window:
         """Make and record an evaluation.
 
         Args:
-            evaluate: Makes it, from what it has kept itself.
+            evaluate: Makes the evaluation; it keeps its own batch.
 
         Returns:
-            What it returned. It is recorded only if there is a loss in it.
+            What ``evaluate`` returned. The evaluation is recorded only if there is a loss in that.
         """
         noise = RandomStates(self._devices())
         state = ModuleState(self._module, self._evaluations[-1].state if self._evaluations else None)
@@ -177,18 +176,20 @@ class Window:
     ) -> Tensor:
         """Make all evaluations again, with the noise and the buffers that each of them had.
 
-        Afterwards generators, buffers and metrics are as if that had not been.
+        Afterwards generators, buffers and metrics are as they were before.
 
         Args:
             backward: Called with each loss.
-            between: Makes a context for all evaluations but the last one, as ``no_sync`` of DDP.
-            held: Where ``backward`` adds up what is to be dropped as gradients were; default: in the gradients.
+            between: Makes a context for all evaluations but the last one, such as ``no_sync`` of DDP.
+            held: The sums that ``backward`` adds to, by parameter, from which gradients are dropped; default: the
+                gradients.
 
         Returns:
             The sum of the losses, as :attr:`loss` is.
 
         Raises:
             RuntimeError: An evaluation that returned a loss now returns none.
+            ValueError: No evaluation was recorded.
         """
         noise, state = RandomStates(self._devices()), ModuleState(self._module, metrics=True)
         total: Tensor | None = None
@@ -217,13 +218,13 @@ class Window:
         return total
 
     def _missing_now(self) -> Missing:
-        assert self._marks is not None  # noqa: S101 # who asks has looked
+        assert self._marks is not None  # noqa: S101 # callers check this
         missing = Missing(self._params(), self._marks)
         self.touched |= missing.touched
         return missing
 
     def _added(self, total: Tensor | None, loss: Tensor, number: int) -> Tensor:
-        """The sum of losses, with that of an evaluation."""
+        """The sum of losses after an evaluation, whose loss is added."""
         if (missing := self._missing.get(number)) is not None:
             total = missing.kept(total)
         return loss if total is None else total + loss
@@ -234,7 +235,7 @@ class Window:
 
 @contextmanager
 def muted(owner: Any, *methods: str) -> Iterator[None]:
-    """While this lasts, methods of an object do nothing, whatever they are given.
+    """A context in which methods of an object do nothing, whatever they are given.
 
     Args:
         owner: The object.
@@ -257,7 +258,7 @@ def muted(owner: Any, *methods: str) -> Iterator[None]:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """While this lasts, an attribute of an object is another one.
+    """A context in which an attribute of an object has another value.
 
     >>> text = nn.Module()
     >>> with replaced(text, "forward", len):
@@ -277,4 +278,4 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """In place of a method."""
+    """Do nothing, in place of a method."""

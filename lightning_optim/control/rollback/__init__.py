@@ -1,1 +1,1 @@
-"""Loss spikes: noticing them, taking the steps back that led there, and what is decided about it."""
+"""Loss spikes: detecting them, deciding what to do about them, and undoing the steps that led to them."""

@@ -1,6 +1,6 @@
-"""What is done about a loss that spikes, and how often: decided by the losses alone.
+"""The decision what is done about a loss spike, and how often, from the losses alone.
 
-Ranks that are given the same numbers decide alike, and a run that is resumed goes on where it was.
+Ranks that are given the same losses decide alike, and a run that is resumed goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from lightning_optim.checks import Range, above, whole
 from lightning_optim.control.rollback.snapshots import WHERE, Where
 from lightning_optim.control.rollback.spikes import SpikeDetector, SpikePolicy
 
-#: What happens when a loss spikes that may not be undone any more.
+#: What happens at a loss spike when no more may be undone.
 AfterCap = Literal["continue", "stop", "raise"]
 AFTER_CAP = ("continue", "stop", "raise")
 
-#: What is done with the step at hand: made; made, while the snapshot is kept for another verdict; left out, with the
-#: steps since the snapshot undone; as before, and the run ends; as before, and an error is raised.
+#: What is done with the step at hand. ``step``: it is made. ``hold``: it is made, and the snapshot is kept for a later
+#: verdict. ``undo``: it is left out, and the steps since the snapshot are undone. ``stop``: the same, and the run ends.
+#: ``raise``: the same, and an error is raised.
 Action = Literal["step", "hold", "undo", "stop", "raise"]
 
 
@@ -32,22 +33,22 @@ class UndoPolicy(SpikePolicy):
     """What a spike is, and what is done about it.
 
     Args:
-        threshold: As of :class:`~lightning_optim.control.rollback.spikes.SpikePolicy`, as are ``window``,
+        threshold: See :class:`~lightning_optim.control.rollback.spikes.SpikePolicy`, also for ``window``,
             ``warmup_steps``, ``min_ratio``, ``patience`` and ``scale``.
         factor: What the learning rate is multiplied by when a step is undone.
         recover_steps: Steps in which the learning rate returns from one undo, by equal ratios; None: it stays.
-        max_undos: Spikes in all that are undone. 20: what PaLM had in its whole training.
-        max_consecutive: Spikes in a row, with no fine loss between them, that are undone. From the second on no step
-            has been made in between: these only leave batches out, and the learning rate is not multiplied.
-        after_cap: What is done at the next spike. ``"continue"``: the step is made; after ``max_consecutive`` the
+        max_undos: How many spikes are undone in all. PaLM had 20 in its whole training.
+        max_consecutive: How many spikes in a row, with no fine loss between them, are undone. If no step was made
+            between two of them, the second only leaves its batch out, and the learning rate is not multiplied.
+        after_cap: What is done at a spike beyond these. ``"continue"``: the step is made; after ``max_consecutive`` the
             detector starts anew at this level, after ``max_undos`` nothing is judged any more. ``"stop"``: the last
             fine state is put back, and the run ends. ``"raise"``: the same, and
             :class:`LossSpikeError` is raised.
         snapshots: Where the copies of CUDA tensors are: ``"device"`` or ``"host"`` (in pinned memory).
 
     Raises:
-        TypeError: A value of another type.
-        ValueError: A value out of its range.
+        TypeError: A value has the wrong type.
+        ValueError: A value is out of its range.
 
     Example:
         >>> UndoPolicy(max_undos=3).factor
@@ -85,8 +86,8 @@ class UndoPolicy(SpikePolicy):
             option: False, True (the defaults), some of the arguments by name, or a policy.
 
         Raises:
-            TypeError: Something else, or an unknown argument.
-            ValueError: A value out of its range.
+            TypeError: ``option`` is something else, or has an unknown argument.
+            ValueError: A value is out of its range.
 
         Example:
             >>> UndoPolicy.of({"threshold": 6.0}) == UndoPolicy(threshold=6.0)
@@ -111,9 +112,9 @@ class Decision:
 
     Attributes:
         action: See :data:`Action`.
-        message: In words, where it is worth some; empty if not.
+        message: The reason in words; empty if there is nothing to say.
         undone: How many steps are undone.
-        factor: What learning rates are to be multiplied by.
+        factor: The factor by which learning rates are to be multiplied.
     """
 
     action: Action
@@ -128,7 +129,7 @@ class Decision:
 
 
 class UndoJudge:
-    """Decides by the losses alone, and keeps what a resumed run has to know.
+    """Decides what is done about each loss, from the losses alone, and keeps what a resumed run has to know.
 
     Args:
         policy: What a spike is, and what is done about it.
@@ -159,7 +160,7 @@ class UndoJudge:
         """Decide about the next loss.
 
         Args:
-            loss: Of the batches of one step, averaged over all ranks; None if there is none.
+            loss: The loss of one step's batches, averaged over all ranks; None if there is none.
             step: The number of the step at hand, for the record.
         """
         if self.off:
@@ -181,7 +182,7 @@ class UndoJudge:
             {
                 "step": step,
                 "action": decision.action,
-                "loss": loss if math.isfinite(loss) else None,  # which JSON has no number for
+                "loss": loss if math.isfinite(loss) else None,  # JSON has no infinity and no NaN
                 "expected": expected,
                 "limit": limit if math.isfinite(limit) else None,
                 "undone": decision.undone,
@@ -194,7 +195,7 @@ class UndoJudge:
         return decision
 
     def stepped(self) -> float:
-        """Note that a step was made; returns what learning rates are to be multiplied by."""
+        """Note that a step was made, and return the factor by which learning rates are to be multiplied."""
         self._pending += 1
         if self.lr_scale == 1.0 or self.policy.recover_steps is None:
             return 1.0
@@ -204,7 +205,7 @@ class UndoJudge:
         return self.lr_scale / before
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, there are none; primitives only."""
+        """The judge's state, as primitives."""
         return {
             "detector": self.detector.state_dict(),
             "count": self.count,
@@ -216,10 +217,10 @@ class UndoJudge:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where another judge was; the policy is this one's.
+        """Go on where another judge was; the policy stays this one's.
 
         Raises:
-            ValueError: Not the state of a judge.
+            ValueError: This is not the state of a judge.
         """
         if state_dict.keys() != self.state_dict().keys():
             raise ValueError(
@@ -229,7 +230,7 @@ class UndoJudge:
         self.count, self.lr_scale = int(state_dict["count"]), float(state_dict["lr_scale"])
         self.records = [dict(record) for record in state_dict["records"]]
         self._consecutive, self._pending = int(state_dict["consecutive"]), int(state_dict["pending"])
-        # A larger cap in the resumed run is one to go on with.
+        # With a larger cap in the resumed run, judging goes on.
         self.off = bool(state_dict["off"]) and self.count >= self.policy.max_undos
 
     def _cap(self) -> str | None:

@@ -1,4 +1,4 @@
-"""Copies of what a step changes, made while others compute.
+"""Copies of what a step changes, made in the background.
 
 Between two steps weights and optimizer state stay as they are, so that there is time to copy them: on the CPU in a
 thread (torch's copies release the interpreter lock), on CUDA in a stream of their own. The buffers are allocated once.
@@ -25,7 +25,8 @@ from lightning_optim.warnings import warn_once
 Where = Literal["device", "host"]
 WHERE = ("device", "host")
 
-#: Pinned memory comes in powers of two, so that slabs of this size waste nothing (but the last; and what is larger).
+#: Bytes of a slab of pinned memory. Torch rounds its size up to a power of two, so that a slab of this size wastes
+#: nothing; only the last slab, and larger ones, may.
 SLAB = 256 * 2**20
 
 _Form = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
@@ -35,11 +36,11 @@ class Snapshots:
     """A copy of the contents of some tensors, in buffers that are kept.
 
     Args:
-        tensors: Gives the tensors, at every :meth:`begin` anew. Of sharded ones it is this process's part.
-        where: Of copies of CUDA tensors; others are copied beside themselves.
+        tensors: Returns the tensors, at every :meth:`begin` anew. Of sharded ones, this process's part is copied.
+        where: Where copies of CUDA tensors are; other tensors are copied on their own device.
 
     Raises:
-        ValueError: Another ``where``.
+        ValueError: ``where`` is not valid.
 
     Example:
         >>> weight = torch.tensor([1.0, 2.0])
@@ -69,7 +70,7 @@ class Snapshots:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers that there are."""
+        """Bytes of all buffers."""
         return sum(buffer.nbytes for buffers in self._pool.values() for buffer in buffers)
 
     @torch.no_grad()
@@ -77,8 +78,8 @@ class Snapshots:
         """Begin to copy; the tensors must not be changed until :meth:`wait` has returned.
 
         Args:
-            background: In a thread, or in a stream of its own. If not, tensors may be changed at once (CUDA's in the
-                present stream).
+            background: Copy in a thread, or on CUDA in a stream of its own. If False, tensors may be changed at once
+                (those on CUDA in the current stream).
 
         Raises:
             MemoryError: There is no room for the buffers.
@@ -87,7 +88,7 @@ class Snapshots:
         given = list(self._tensors())
         sources = list(map(local, given))
         buffers = self._buffers(sources)
-        # A sharded tensor cannot be made again from its part alone: it is kept.
+        # A sharded tensor cannot be made again from its part alone, so it is kept alive.
         references = [partial(_same, t) if is_distributed(t) else weakref.ref(t) for t in given]
         self._taken = list(zip(references, buffers, (source.device for source in sources), strict=True))
         by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
@@ -106,7 +107,7 @@ class Snapshots:
                 _copy(to, of)
 
     def wait(self) -> None:
-        """Wait until the copy is complete: the host for copies of the CPU, the present stream for those of CUDA."""
+        """Wait until the copy is complete: the host waits for CPU tensors, the current stream for CUDA tensors."""
         job, self._job = self._job, None
         if job is not None:
             job.result()
@@ -119,7 +120,7 @@ class Snapshots:
         """Write the copied contents back.
 
         Returns:
-            The tensors, in their order. One that no longer exists is a new one.
+            The tensors, in their order. In place of a tensor that no longer exists, there is a new one.
         """
         self.wait()
         found, to, of = [], [], []
@@ -147,14 +148,14 @@ class Snapshots:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         stream = self._streams[device]
-        # After all that was launched before: the last step, and a restore that reads the same buffers.
+        # The copy comes after all work launched before: the last step, and a restore that reads the same buffers.
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             _copy(to, of)
             self._copied.append((device, stream.record_event()))
 
     def _buffers(self, sources: Sequence[Tensor]) -> list[Tensor]:
-        """One for each, of those that there are as far as they fit; what is left over is freed."""
+        """A buffer for each source: existing ones are used where they fit, and those left over are freed."""
         free, pool = self._pool, defaultdict[_Form, list[Tensor]](list)
         forms = [(t.size(), t.stride(), t.dtype, t.device) for t in sources]
         found: list[Tensor | None] = []
@@ -193,12 +194,12 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@torch.no_grad()  # in a thread of its own, gradients would be recorded again
+@torch.no_grad()  # this is a setting of each thread, and the copy may run in another one
 def _copy(to: list[Tensor], of: list[Tensor]) -> None:
     if not any(map(is_lazy, to)):
         torch._foreach_copy_(to, of, non_blocking=True)
         return
-    for one, other in zip(to, of, strict=True):  # what lists of tensors cannot do
+    for one, other in zip(to, of, strict=True):  # foreach copies cannot write lazily negated or conjugated tensors
         one.copy_(other, non_blocking=True)
 
 
@@ -211,13 +212,13 @@ def _pinned_like(sources: Sequence[Tensor]) -> Iterator[Tensor]:
             slab, offset = _slab(max(size, min(sum(sizes[index:]), SLAB))), 0
         flat = slab[offset : offset + source.nbytes].view(source.dtype)
         offset += size
-        # In the order in which the elements lie, so that each copy is of one piece of memory.
+        # Elements keep their order in memory, so that each copy is of one piece of memory.
         yield flat.as_strided(source.size(), source.stride()) if is_dense(source) else flat.view(source.size())
 
 
 def _check_free(needed: int) -> None:
-    """Linux promises more memory than there is, and ends the process that uses it."""
-    if needed <= SLAB:  # not worth the question, which reads some files
+    """Check that memory is free: Linux promises more than there is, and kills the process that uses it."""
+    if needed <= SLAB:  # not worth the check, which reads some files
         return
     try:
         memory = host_memory()

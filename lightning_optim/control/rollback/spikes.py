@@ -9,11 +9,11 @@ from typing import Any, ClassVar, Literal
 
 from lightning_optim.checks import Range, above, check_choice, check_ranges, whole
 
-#: In which the losses are averaged and compared.
+#: The scale on which losses are averaged and compared.
 Scale = Literal["log", "linear"]
 SCALES = ("log", "linear")
 
-#: What is said of a loss. Suspects are spikes that have not lasted long enough yet.
+#: The verdict about a loss. A suspect is a spike that has not lasted long enough yet.
 Verdict = Literal["fine", "suspect", "spike"]
 
 
@@ -24,20 +24,20 @@ class SpikePolicy:
     Args:
         threshold: Standard deviations above the running mean. 7, as in OLMo 2's "spike score". (ZClip's 2.5 are for
             gradient norms, and mean a smaller step; a false alarm here costs a step.)
-        window: Losses over which mean and deviation are averaged, exponentially. 100: OLMo 2 looks back over 1000,
-            ZClip over some 30 (its factor is 0.97); PaLM went back by 100 steps to be clear of a spike.
-        warmup_steps: Losses to see before any is a spike by its size. By default as many as ``window``, from when on
-            the mean forgets.
-        min_ratio: Multiple of the running mean that a spike exceeds, however small the deviation is: what a loss may
-            rise by without being worth a step. Our own choice.
-        patience: Spiking losses in a row that make a spike. With more than 1, all steps since the first are judged
+        window: Number of losses over which mean and deviation are averaged, exponentially. As to 100: OLMo 2 looks back
+            over 1000, ZClip over some 30 (its factor is 0.97); PaLM went back by 100 steps to be clear of a spike.
+        warmup_steps: Number of losses before one can be a spike by its size. The default is ``window``, after which the
+            mean begins to forget.
+        min_ratio: Multiple of the running mean that a spike must exceed, however small the deviation is: a smaller rise
+            is not worth a step. The default is our own choice.
+        patience: How many high losses in a row make a spike. With more than 1, all steps since the first are undone
             together.
         scale: ``"log"`` compares logarithms, for losses that are positive and fall by orders of magnitude; a loss of
             zero or less sets it to ``"linear"`` from there on.
 
     Raises:
-        TypeError: A value of another type.
-        ValueError: A value out of its range.
+        TypeError: A value has the wrong type.
+        ValueError: A value is out of its range.
 
     References:
         OLMo Team, 2 OLMo 2 Furious, arXiv:2501.00656 (the spike score). Kumar et al., ZClip: Adaptive Spike Mitigation
@@ -58,7 +58,7 @@ class SpikePolicy:
     patience: int = 1
     scale: Scale = "log"
 
-    #: What each number may be, and each word.
+    #: The valid values of each number, and of each word.
     ranges: ClassVar[Mapping[str, Range]] = {
         "threshold": above(0),
         "window": whole(2),
@@ -76,7 +76,7 @@ class SpikePolicy:
 
     @property
     def warmup(self) -> int:
-        """Losses to see before any is a spike by its size."""
+        """Number of losses before one can be a spike by its size."""
         return self.window if self.warmup_steps is None else self.warmup_steps
 
 
@@ -84,7 +84,7 @@ class SpikeDetector:
     """Judges losses one after the other; a function of nothing but the losses it was given.
 
     Mean and variance are exponential averages, plain ones until ``window`` losses are there. Spikes and suspects do not
-    enter them; a loss that is as far below the mean enters as if it were just that far.
+    enter them; a loss further below the mean than the limit is above it enters as if it were just that far below.
 
     Args:
         policy: What a spike is.
@@ -105,14 +105,14 @@ class SpikeDetector:
 
     @property
     def expected(self) -> float | None:
-        """The running mean (of logarithms: the geometric one); None before the first loss."""
+        """The running mean (on the log scale, the geometric mean); None before the first loss."""
         if not self._seen:
             return None
         return self._mean if self._linear else _exp(self._mean)
 
     @property
     def limit(self) -> float:
-        """The loss above which one spikes; infinite during the warm-up."""
+        """A loss above this limit is a spike; infinite during the warm-up."""
         if self._seen < self.policy.warmup:
             return math.inf
         limit = self._mean + self._width
@@ -141,7 +141,7 @@ class SpikeDetector:
         self._seen, self._mean, self._variance, self._suspects = 0, 0.0, 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers only."""
+        """The detector's state, as primitives."""
         return {
             "linear": self._linear,
             "seen": self._seen,
@@ -151,16 +151,16 @@ class SpikeDetector:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where another detector was; the policy is this one's.
+        """Go on where another detector was; the policy stays this one's.
 
         Raises:
-            ValueError: Not the state of a detector.
+            ValueError: This is not the state of a detector.
         """
         if state_dict.keys() != self.state_dict().keys():
             raise ValueError(
                 f"not a SpikeDetector's state: it has {sorted(state_dict)}; valid: {sorted(self.state_dict())}"
             )
-        # A policy that says linear means it; one that says log may have met a loss below zero.
+        # A linear policy stays linear; a log policy may have become linear at a loss of zero or less.
         linear = bool(state_dict["linear"]) or self.policy.scale == "linear"
         if linear != state_dict["linear"]:
             self._linear = linear

@@ -1,4 +1,4 @@
-"""A copy of everything that a step of an optimizer changes, while groups may come, go and change places."""
+"""A copy of everything that an optimizer's step changes, for param groups that may come, go and change places."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lightning_optim.control.schedules.learning_rates import GROUP_RATES, all_gr
 
 @dataclass(frozen=True)
 class _Group:
-    """A param group, and what it was.
+    """A param group, and its contents when the snapshot was taken.
 
     Attributes:
-        group: The very object.
+        group: The group itself.
         params: Its parameters then.
         options: Its options then.
     """
@@ -33,12 +33,12 @@ class _Group:
 
 
 class StepSnapshot:
-    """Everything that steps of an optimizer change: weights, state, counters, options but the learning rate.
+    """A copy of all that an optimizer's steps change: weights, state, counters, and options but the learning rate.
 
     Args:
         optimizer: The optimizer; those that it wraps are included.
-        more: Gives further tensors that a step changes, such as masters.
-        where: As of :class:`Snapshots`.
+        more: Returns further tensors that a step changes, such as masters.
+        where: See :class:`Snapshots`.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(1))
@@ -66,11 +66,11 @@ class StepSnapshot:
         self._groups: list[_Group] = []
         self._covered: Any = WeakTensorKeyDictionary()
         self.snapshots = Snapshots(self._collected, where)
-        self._later: list[Snapshots] = []  # of what came since
+        self._later: list[Snapshots] = []  # of tensors that came later
         self.taken = False
 
     def begin(self, *, background: bool = True) -> None:
-        """As of :class:`Snapshots`.
+        """Begin to copy: see :meth:`Snapshots.begin`.
 
         Raises:
             MemoryError: There is no room for the buffers.
@@ -82,7 +82,7 @@ class StepSnapshot:
         self.taken = True
 
     def extend(self) -> None:
-        """Copy what came to the optimizer since, such as an unfrozen layer: it has not been stepped yet.
+        """Copy tensors that came to the optimizer since, such as an unfrozen layer, before they are stepped.
 
         Raises:
             MemoryError: There is no room for the buffers.
@@ -97,14 +97,14 @@ class StepSnapshot:
             self._covered.update(dict.fromkeys(new, True))
 
     def wait(self) -> None:
-        """As of :class:`Snapshots`."""
+        """Wait until the copy is complete: see :meth:`Snapshots.wait`."""
         self.snapshots.wait()
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put everything back, bit for bit; slots that did not exist then are gone.
+        """Put everything back, bit for bit; slots that did not exist then are removed.
 
-        Groups are known again wherever they are by now, and those that were added stay as they are.
+        Groups are recognized wherever they are now, and those that were added stay as they are.
         """
         tensors = self.snapshots.restore()
         for later in self._later:
@@ -117,7 +117,7 @@ class StepSnapshot:
             _put(then, group, tensors, keep=("params", *GROUP_RATES))
 
     def release(self) -> None:
-        """As of :class:`Snapshots`."""
+        """Free the buffers: see :meth:`Snapshots.release`."""
         self.snapshots.release()
         self._release_later()
         self.taken, self._states, self._groups = False, [], []
@@ -128,19 +128,19 @@ class StepSnapshot:
         self._later = []
 
     def _known(self, groups: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """Those of some groups that there were then, with what their options were."""
-        same = {id(known.group): known.options for known in self._groups}  # which keeps them alive: no other has the id
+        """The groups that existed when the snapshot was taken, with their options then."""
+        same = {id(known.group): known.options for known in self._groups}  # ids are safe: this keeps the groups alive
         if any(id(group) in same for group in groups):
             yield from ((group, same[id(group)]) for group in groups if id(group) in same)
             return
-        for group in groups:  # loading has made new ones
+        for group in groups:  # loading has made new groups
             mine = set(map(id, group["params"]))
             if found := [known.options for known in self._groups if mine & set(map(id, known.params))]:
                 yield group, found[0]
 
     def _live(self) -> Optimizer:
         optimizer = self._optimizer()
-        assert optimizer is not None  # noqa: S101 # who asks holds it
+        assert optimizer is not None  # noqa: S101 # the caller holds it
         return optimizer
 
     def _collected(self) -> list[Tensor]:
@@ -165,14 +165,14 @@ class StepSnapshot:
         return leaves
 
     def _tensors(self) -> list[Tensor]:
-        """What steps change, apart from state."""
+        """The tensors that steps change, apart from the state."""
         groups = all_groups(self._live())
         unique = {id(p): p for group in groups for p in group["params"] if p.requires_grad or p.grad is not None}
         return [*unique.values(), *self._more()]
 
 
 class _Leaf:
-    """The place of a tensor among those of a snapshot."""
+    """Stands for a tensor: its index among the tensors of a snapshot."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -183,8 +183,8 @@ def _taken(value: Any, leaves: list[Tensor], owner: str | None) -> Any:
 
     Args:
         value: The value.
-        leaves: Where tensors are put.
-        owner: Whose it is, for the message; None: what is of other types is kept as it is.
+        leaves: The list to which tensors are added.
+        owner: The owner's name, for the error about a value of another type; None: such values are kept as they are.
     """
     if isinstance(value, Tensor):
         leaves.append(value)
@@ -203,12 +203,12 @@ def _taken(value: Any, leaves: list[Tensor], owner: str | None) -> Any:
 
 
 def _put(then: Any, now: Any, tensors: Sequence[Tensor], keep: Sequence[str] = ()) -> Any:
-    """The value of a snapshot, in the very containers that there are now where these are of the same kind.
+    """The value of a snapshot, put into the containers that are there now if these are of the same kind.
 
     Args:
-        then: Of :func:`_taken`.
-        now: What is in its place.
-        tensors: Those of the snapshot.
+        then: The value from :func:`_taken`.
+        now: The present value in its place.
+        tensors: The tensors of the snapshot.
         keep: Keys of a dict that are left alone.
     """
     if isinstance(then, _Leaf):

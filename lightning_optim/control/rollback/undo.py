@@ -1,9 +1,9 @@
 """Undoing steps after which the loss spikes: "undo the step, halve the learning rate, go on", within limits.
 
-A step is judged by the loss of the batch after it, at which nothing has been done yet. If that spikes, weights, state
-and statistics become what they were before the batch of the step, the batch at hand is left out, and the learning rate
-is multiplied, along with everything that schedules know of it. Whatever is decided depends on the losses alone: ranks
-that are given the same numbers decide alike.
+A step is judged by the loss of the next batch, before the step of that batch. If the loss spikes, weights, state and
+statistics become what they were before the judged step's batch, the next batch is left out, and the learning rate is
+multiplied, together with the learning rates that schedules keep. Decisions depend on the losses alone, so that ranks
+that are given the same losses decide alike.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ __all__ = ["Decision", "Undo", "UndoJudge", "UndoPolicy", "snapshot_bytes", "why
 class Undo:
     """Snapshots of a training, taken and put back as a judge decides.
 
-    The order of calls, for each step: :meth:`begin_window` before the first forward pass, :meth:`judge` after the last
-    one, then the backward pass, and either :meth:`wait`, the step, :meth:`stepped`, or :meth:`revert`.
+    The order of calls for each step: :meth:`begin_window` before the first forward pass; :meth:`judge` after the last
+    one; after the backward pass either :meth:`wait`, the optimizer's step and :meth:`stepped`, or only :meth:`revert`.
 
     Args:
-        judge: Decides.
-        module: Its buffers, and those of its parameters that the optimizer has not and that are seen to change, are
-            put back as well.
+        judge: Decides what is done about each loss.
+        module: The module. Its buffers are put back as well, and so are its parameters that are not the optimizer's,
+            once they were seen to change.
         optimizer: The optimizer.
-        more: Gives further tensors that a step changes, such as masters.
-        schedules: Gives the schedules of the learning rate.
+        more: Returns further tensors that a step changes, such as masters.
+        schedules: Returns the schedules of the learning rate.
 
     Attributes:
         optimizer: The optimizer.
@@ -77,7 +77,7 @@ class Undo:
         self._schedules = schedules
         where = judge.policy.snapshots
         self._stepped = StepSnapshot(optimizer, more, where)
-        # What a forward pass changes is copied before it, while the copy from before the last one may still be needed.
+        # What a forward pass changes is copied before it, when the copy from before the last pass may still be needed.
         self._before = Snapshots(self._moving, where)
         self._now = Snapshots(self._moving, where)
         self._frozen: Any = WeakTensorKeyDictionary()
@@ -97,9 +97,9 @@ class Undo:
         """Decide about a loss and, where it is fine, begin to copy what the step at hand will change.
 
         Args:
-            loss: As of :meth:`UndoJudge.judge`.
-            step: As of :meth:`UndoJudge.judge`.
-            background: Copy while others compute. Where the backward pass changes weights, it must not be.
+            loss: See :meth:`UndoJudge.judge`.
+            step: See :meth:`UndoJudge.judge`.
+            background: Copy in the background; False if the backward pass changes weights.
 
         Raises:
             MemoryError: There is no room for the copy.
@@ -112,7 +112,7 @@ class Undo:
                 if self._judge.pending == 0:
                     self._before, self._now = self._now, self._before
                     self._stepped.begin(background=background)
-                else:  # earlier steps may be undone yet, and this one with them
+                else:  # earlier steps may still be undone, and this one with them
                     self._stepped.extend()
             except MemoryError as error:
                 parts = snapshot_bytes(self._module, self.optimizer)
@@ -133,13 +133,12 @@ class Undo:
         self._multiply(self._judge.stepped())
 
     def revert(self, decision: Decision) -> bool:
-        """Put back what was before the steps that are undone, and lower the learning rate.
+        """Put back the training as it was before the steps that are undone, and lower the learning rate.
 
-        Gradients are the caller's to drop.
+        The caller drops the gradients.
 
         Returns:
-            Whether all that is undone could be put back. A run that was resumed after the step has no copy from before
-            it.
+            Whether the steps could be undone. A run that was resumed after a step has no copy from before it.
         """
         whole = self._stepped.taken or not decision.undone
         if not whole:
@@ -162,12 +161,12 @@ class Undo:
             multiply_learning_rates(all_groups(self.optimizer), self._schedules(), factor)
 
     def _moving(self) -> list[Tensor]:
-        """Buffers (their version counters do not tell: batch norm's kernels do not raise them), and moved weights."""
+        """All buffers (batch norm's kernels do not raise version counters), and frozen weights seen to change."""
         stepped = {id(p): p for group in all_groups(self.optimizer) for p in group["params"]}
-        # Where FSDP2 has divided them, a module shows now its shards, now whole weights that come and go.
+        # With FSDP2, a module's parameters are sometimes its shards and sometimes whole, temporary weights.
         frozen = () if any(map(is_distributed, stepped.values())) else self._module.parameters()
         for p in frozen:
-            # Most frozen weights never move, and would double their memory for nothing.
+            # Most frozen weights never change, and copies of them would waste memory.
             if not p.requires_grad and id(p) not in stepped:
                 version = (p._version, p.data_ptr())
                 if self._frozen.setdefault(p, version) != version:
@@ -186,17 +185,17 @@ def why_not_undone(optimizer: Optimizer) -> str | None:
         True
     """
     wraps = len(list(with_inner(optimizer))) > 1
-    # Ours only writes it down in another way.
+    # RuleOptimizer's own `state_dict` only writes the state in another form.
     if type(optimizer).state_dict not in (Optimizer.state_dict, RuleOptimizer.state_dict) and not wraps:
         return f"{type(optimizer).__name__}, which keeps state elsewhere than in its state (it has its own state_dict)"
     return None
 
 
 def snapshot_bytes(module: nn.Module, optimizer: Optimizer) -> dict[str, int]:
-    """What the snapshots of a training will need, by part; on each process, where parameters are divided already.
+    """Bytes that the snapshots of a training will need, by part; for sharded parameters, on each process.
 
     Args:
-        module: The module; its buffers are there twice.
+        module: The module; its buffers are copied twice.
         optimizer: Its state need not exist yet: see :func:`~lightning_optim.placement.footprint.footprint`.
 
     Raises:
@@ -216,5 +215,5 @@ def snapshot_bytes(module: nn.Module, optimizer: Optimizer) -> dict[str, int]:
 
 
 def _is_writable(tensor: Tensor) -> bool:
-    """Not of tensors that were expanded: several of their elements are one."""
+    """Whether a tensor can be written: several elements of an expanded tensor share one place in memory."""
     return not any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

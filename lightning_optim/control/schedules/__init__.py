@@ -1,1 +1,1 @@
-"""What a training run owes its learning-rate schedules: their totals, and no step that was left out."""
+"""What a training run does for learning-rate schedules: fill their totals, and skip steps that were left out."""

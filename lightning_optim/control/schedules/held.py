@@ -1,7 +1,7 @@
 """Schedules that do not advance for steps that were left out.
 
 With a loss scaler, a step whose gradients are infinite changes nothing, but Lightning advances the schedules all the
-same. What is here holds them back.
+same. This module holds them back.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Schedules = list[Any]
 class HeldSchedules:
     """Holds the schedules of a Lightning ``Trainer`` back, by one step for each step that was left out.
 
-    On the CPU that is known at once. On CUDA the flag is on its way when the next step is launched: the host looks at
-    it then, one step late, so that the device's queue never runs dry. The delay is fixed, for the sake of replicas.
-    Schedules by epoch and by a monitored metric are not concerned.
+    On the CPU a step that was left out is known at once. On CUDA the host reads the flag one step late, when the next
+    step has been launched, so that the device's queue never runs dry. The delay is fixed, so that replicas agree.
+    Schedules by epoch and by a monitored metric are not affected.
     """
 
     def __init__(self) -> None:

@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 
 from lightning_optim.schedulers.base.group_rates import plain
 
-#: Options of a param group that are learning rates: torch's, as OneCycleLR, SWALR and all schedules keep them.
+#: Options of a param group that are learning rates, as torch's schedules (OneCycleLR, SWALR and others) keep them.
 GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 
-# Of schedules: lists with one for each group (CyclicLR's, ReduceLROnPlateau's), and single ones (of cosines; and
-# what ReduceLROnPlateau gives to groups that are added later).
+# Attributes of schedules that are learning rates: lists with one for each group (in CyclicLR, ReduceLROnPlateau), and
+# single ones (in cosine schedules; and those that ReduceLROnPlateau gives to groups that are added later).
 _LISTS = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")
 _SINGLE = ("eta_min", "default_min_lr")
 
@@ -32,8 +32,8 @@ def multiply_learning_rates(groups: Iterable[dict[str, Any]], schedules: Iterabl
 
     Args:
         groups: Param groups.
-        schedules: Of those groups: torch's (also ``SequentialLR``, ``ChainedScheduler`` and ``ReduceLROnPlateau``),
-            ours, and others that keep their learning rates by torch's names.
+        schedules: The schedules of those groups: torch's (also ``SequentialLR``, ``ChainedScheduler`` and
+            ``ReduceLROnPlateau``), ours, and others that keep their learning rates by torch's names.
         factor: The factor.
 
     Example:
@@ -70,7 +70,7 @@ def multiply_learning_rates(groups: Iterable[dict[str, Any]], schedules: Iterabl
 
 
 def unknown_schedules(schedules: Iterable[object]) -> list[str]:
-    """Those classes among some schedules' of which it is not known where they keep learning rates.
+    """The classes of those schedules of which it is not known where they keep learning rates.
 
     Example:
         >>> unknown_schedules([object()])
@@ -95,7 +95,7 @@ def all_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def with_inner(optimizer: Optimizer) -> Iterator[Optimizer]:
-    """An optimizer, and those that are attributes of it, and theirs."""
+    """An optimizer, the optimizers among its attributes, and those among theirs."""
     waiting, seen = [optimizer], {id(optimizer)}
     while waiting:
         one = waiting.pop(0)
@@ -115,6 +115,6 @@ def _each(schedules: Iterable[object]) -> Iterator[object]:
             continue
         seen.add(id(schedule))
         yield schedule
-        inner = getattr(schedule, "_schedulers", None)  # of SequentialLR and ChainedScheduler
+        inner = getattr(schedule, "_schedulers", None)  # SequentialLR and ChainedScheduler have these
         if isinstance(inner, list | tuple):
             waiting += inner

@@ -77,7 +77,7 @@ class RunLength:
         """
         accumulate = {0: trainer.accumulate_grad_batches}
         for callback in trainer.callbacks:
-            # By its method rather than its class, of which each root of Lightning has its own.
+            # The callback is found by its method, because each root of Lightning has its own class.
             if hasattr(callback, "get_accumulate_grad_batches"):
                 accumulate = {0: 1, **callback.scheduling}
         return cls(
@@ -127,7 +127,7 @@ class RunLength:
         return self._steps_with_length(self.batches, interval, frequency, done)
 
     def _steps_without_length(self, interval: str, frequency: int, done: RunProgress) -> int:
-        """As :meth:`schedule_steps`, with epochs of unknown length: only the bound in the same unit helps."""
+        """Like :meth:`schedule_steps`, with epochs of unknown length: only the bound in the same unit helps."""
         if interval == "epoch" and self.max_epochs != -1:
             return max(1, math.ceil(self.max_epochs / frequency) - done.epochs // frequency)
         if interval == "step" and self.max_steps != -1:
@@ -142,8 +142,8 @@ class RunLength:
         )
 
     def _steps_with_length(self, batches: int, interval: str, frequency: int, done: RunProgress) -> int:
-        """As :meth:`schedule_steps`, with ``batches`` batches in every epoch."""
-        # Counted from the beginning of the epoch, of which a part is done.
+        """Like :meth:`schedule_steps`, with ``batches`` batches in every epoch."""
+        # Steps and calls are counted from the beginning of the epoch that is partly done.
         steps_done, calls_done = self._in_epoch(done.batches, batches, self._window(done.epochs), frequency)
         steps_left = math.inf if self.max_steps == -1 else self.max_steps - done.steps + steps_done
         last_epoch = math.inf if self.max_epochs == -1 else self.max_epochs

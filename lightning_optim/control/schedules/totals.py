@@ -1,4 +1,4 @@
-"""Telling schedules how many steps they make in a run; how many these are, :mod:`.run_length` counts."""
+"""Telling schedules how many steps they make in a run, as :mod:`.run_length` counts them."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def fill_total(scheduler: object, total_steps: int) -> None:
 def fill_trainer_totals(trainer: Any) -> None:
     """Fill the totals of all schedules of a Lightning ``Trainer``; call it when its training starts.
 
-    A schedule's total is its own position and what remains of the run, so that it comes to its end with the run also
-    where it has joined late, or where the run is another than it began in. In the same run, resumed, the total that was
-    filled in when it began stays, whatever has happened since (steps that a loss scaler left out, say).
+    A schedule's total is its own position plus what remains of the run, so that it ends with the run even if it has
+    joined late, or began in another run. If the same run is resumed, the total that was filled in at its beginning
+    stays, whatever has happened since (steps that a loss scaler left out, say).
 
     Nothing is done under manual optimization, where only the user knows how often a schedule is stepped.
 
@@ -121,21 +121,21 @@ class TotalsFiller:
         fill_trainer_totals(trainer)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Fill the totals of schedules that have come in the middle, as where a callback replaces the optimizers."""
+        """Fill the totals of schedules that came during training, as when a callback replaces the optimizers."""
         schedules = (one for config in trainer.lr_scheduler_configs for one in schedules_in(config.scheduler))
         if any(schedule.total_steps is None and not schedule.awaits_total for schedule in schedules):
             fill_trainer_totals(trainer)
 
 
 def configs_to_fill(trainer: Any) -> list[Any]:
-    """The configurations of a Lightning ``Trainer``'s schedules of which some need a total."""
+    """The configurations of those schedules of a Lightning ``Trainer`` that need a total."""
     if not trainer.lightning_module.automatic_optimization:
         return []
     return [config for config in trainer.lr_scheduler_configs if needs_total(config.scheduler)]
 
 
 def _position(scheduler: Any) -> int:
-    """The ``step()`` calls that a schedule, or a wrapper around some, has had."""
+    """How many ``step()`` calls a schedule, or a wrapper around some, has had."""
     if isinstance(scheduler, ChainedScheduler):
         return _position(scheduler._schedulers[0])
     return int(scheduler.last_epoch)

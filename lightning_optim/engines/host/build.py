@@ -27,7 +27,7 @@ def load(source: str, toolchain: Toolchain, kind: type[ctypes.CDLL] = ctypes.CDL
         BuildError: The compiler failed, or its library does not load.
     """
     key = hashlib.sha256("\0".join([source, str(toolchain)]).encode()).hexdigest()[:32]
-    # The library says whose it is, and not its file's name alone.
+    # The library itself contains its key, not only its file's name.
     signed = f'{source}\nconst char lo_key[] = "{key}";\n'
     return cached(key, ".so", lambda scratch: _compile(signed, toolchain, scratch), _opener(key, kind))
 
@@ -51,8 +51,7 @@ def _compile(source: str, toolchain: Toolchain, scratch: Path) -> Path:
     code.write_text(source, encoding="utf-8")
     command = [toolchain.compiler, *toolchain.arguments, *toolchain.flags, str(code), "-o", str(library)]
     try:
-        # The compiler's own temporary files go to the private folder too; relative names keep its messages free of a
-        # path that is another one every time.
+        # The compiler runs in the private folder, and its own temporary files go there too.
         status, said = call([*command, *toolchain.libraries, "-lm"], BUILD_SECONDS, scratch, TMPDIR=str(scratch))
     except CompilerError as error:
         raise BuildError(f"building a kernel failed: {error}") from error

@@ -11,9 +11,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-#: What is kept of what a compiler says, of its beginning and of its end: a message is far shorter.
+#: How much of a compiler's output is kept, of its beginning and of its end; a message is far shorter.
 KEPT_BYTES = 1 << 14
-#: A compiler that has ended may have left a server behind that keeps the pipe open: nothing more is waited for.
+#: How long to wait for output before looking whether the compiler has ended: it may leave a server behind that keeps
+#: the pipe open.
 POLL_MILLISECONDS = 50
 
 
@@ -26,17 +27,17 @@ def call(command: Sequence[str], seconds: float, folder: Path | None = None, **e
 
     Args:
         command: The program and its arguments.
-        seconds: After so long it is killed, with all that it has started.
-        folder: Where it runs.
-        environment: Variables beside this process's own.
+        seconds: After so many seconds the command is killed, with all processes that it has started.
+        folder: The folder in which it runs.
+        environment: Environment variables in addition to this process's own.
 
     Returns:
-        Its exit status, and what it said on both of its outputs: the beginning and the end.
+        Its exit status, and the beginning and the end of what it wrote to its two outputs.
 
     Raises:
-        CompilerError: It could not be started, or was killed.
+        CompilerError: The command could not be started, or was killed.
     """
-    # Messages in English and ASCII, and so a version that does not depend on the user's language.
+    # Messages in English and ASCII, so that the compiler's version text does not depend on the user's language.
     variables = {**os.environ, "LC_ALL": "C", **environment}
     deadline = time.monotonic() + seconds
     try:
@@ -66,7 +67,7 @@ def call(command: Sequence[str], seconds: float, folder: Path | None = None, **e
 
 
 def _listen(process: subprocess.Popen[bytes], deadline: float) -> bytes:
-    """What a process says until it ends or closes its outputs, without the middle; not longer than the deadline."""
+    """The output of a process until it ends, closes its outputs or meets the deadline, without a long middle."""
     assert process.stdout is not None  # noqa: S101 # a pipe
     head = tail = b""
     pipe = select.poll()  # unlike select(), for descriptors of any number

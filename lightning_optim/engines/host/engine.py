@@ -28,7 +28,7 @@ from lightning_optim.warnings import warn_once
 CHUNK = 1 << 14
 #: Under this many elements a parallel region costs more than it saves.
 SERIAL_ELEMENTS = 1 << 15
-#: Words of scratch that a thread's place in the list of chunks takes: a cache line, so that threads do not meet there.
+#: Words of scratch for a thread's place in the list of chunks: a cache line each, so that threads do not share one.
 PART_WORDS = 8
 
 
@@ -37,7 +37,7 @@ class Kernel:
     """A compiled Program.
 
     Attributes:
-        function: Callable[..., None]
+        function: The compiled function ``lo_run``.
         table_scalars: The columns of the table.
         work: Doubles of scratch for each tensor.
         reductions: Doubles of scratch for each chunk.
@@ -53,10 +53,10 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Chunks:
-    """How the elements of a list of tensors are divided.
+    """How the elements of a list of tensors are divided into chunks, and these over threads.
 
     Attributes:
-        numel: Elements of each tensor.
+        numel: Number of elements of each tensor.
         tensor: For each chunk, its tensor.
         begin: For each chunk, the place of its first element in the tensor.
         bounds: The first chunk of each thread, and the end.
@@ -133,14 +133,14 @@ class HostEngine(CompiledEngine[Kernel]):
         return torch.frombuffer(results, dtype=torch.float64).view(len(bucket), -1).sum(0)
 
     def _calls(self, bucket: Bucket, program: Program, table: Sequence[Scalars]) -> tuple[list[Write], array[float]]:
-        """The call of a Program's kernel on a bucket, and its results to come."""
+        """The calls that run a Program's kernel on a bucket, and the array that they fill with its results."""
         kernel = self._built(program, bucket.layout)
         columns = kernel.table_scalars
-        rows = array("d", [float(row[name]) for row in table for name in columns])
+        numbers = array("d", [float(group[name]) for group in table for name in columns])
         if bucket.addresses is None or (bucket.step_addresses is None) != (bucket.steps is None):
             raise ValueError("the host engine needs the addresses of the bucket's tensors: see Bucket.locate()")
         return self._prepared(
-            kernel, bucket.addresses, bucket.sizes, bucket.step_addresses, bucket.rows, bucket.ids, rows
+            kernel, bucket.addresses, bucket.sizes, bucket.step_addresses, bucket.groups, bucket.ids, numbers
         )
 
     def sum_of_squares(self, bucket: Bucket) -> Tensor:
@@ -165,12 +165,12 @@ class HostEngine(CompiledEngine[Kernel]):
         data: array[int],
         sizes: tuple[int, ...],
         steps: array[int] | None,
-        rows: array[int],
+        groups: array[int],
         ids: array[int],
         table: array[float],
     ) -> tuple[list[Write], array[float]]:
-        """The call of the kernel on the tensors and counters at these addresses, and its results to come."""
-        count = len(rows)
+        """The calls that run a kernel on tensors and counters at these addresses, and the array for its results."""
+        count = len(groups)
         chunks = _divide(sizes, thread_count())
         work = array("d", bytes(8 * (kernel.work * count + PART_WORDS * chunks.parts)))
         partials = array("d", bytes(8 * kernel.reductions * len(chunks.tensor)))
@@ -181,7 +181,7 @@ class HostEngine(CompiledEngine[Kernel]):
             data.buffer_info()[0],
             chunks.numel.buffer_info()[0],
             None if steps is None else steps.buffer_info()[0],
-            rows.buffer_info()[0],
+            groups.buffer_info()[0],
             ids.buffer_info()[0],
             table.buffer_info()[0],
             len(chunks.tensor),
@@ -194,8 +194,8 @@ class HostEngine(CompiledEngine[Kernel]):
             partials.buffer_info()[0],
             results.buffer_info()[0],
         )
-        # The second call does nothing, but keep what the first one has the addresses of until both are done.
-        return [call, partial(len, (data, chunks, steps, rows, ids, table, work, partials))], results
+        # The second call only keeps the arrays alive whose addresses the first one has, until both are done.
+        return [call, partial(len, (data, chunks, steps, groups, ids, table, work, partials))], results
 
 
 def _build(program: Program, layout: Layout) -> Kernel:

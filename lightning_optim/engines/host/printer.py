@@ -1,4 +1,4 @@
-"""From a Program to C: one shared library with one function, ``lo_run``, for all tensors of a bucket."""
+"""Printing a Program as C: one shared library with one function, ``lo_run``, for all tensors of a bucket."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ C_TYPES = {
     torch.bfloat16: "uint16_t",
 }
 
-#: C types of the values in the loop over elements. A bool is a `real`, 0 or 1: vectors of one width throughout.
+#: C types of the values in the loop over elements. A bool is a `real`, 0 or 1, so that all vectors have one width.
 _ELEMENT_TYPES: dict[Kind, str] = {"number": "real", "bool": "real", "key": "uint32_t"}
 
 _HEADER = """\
@@ -112,7 +112,7 @@ class CPrinter(Printer):
 
     - ``data[field * n + t]``: addresses, fields in the order of the Program's tensors; ``numel[t]``;
       ``steps[t]``: address of the float32 counter, or ``steps`` NULL;
-    - ``rows[t]``, ``ids[t]``, and ``table``: one row of :attr:`table_scalars` per param group;
+    - ``groups[t]``, ``ids[t]``, and ``table``: a line of :attr:`table_scalars` for each param group;
     - ``chunk_tensor[c]``, ``chunk_begin[c]``, ``chunk`` (elements of a full one), ``bounds[parts + 1]``: each of
       ``parts`` threads does its own run of chunks, so that memory stays with the thread that touched it, and then
       helps the others; what a chunk yields does not depend on who did it, nor when;
@@ -197,7 +197,7 @@ class CPrinter(Printer):
 
     @property
     def width(self) -> int:
-        """Scalars that ``work`` keeps of each tensor."""
+        """How many scalars ``work`` keeps for each tensor."""
         return max(len(self.work_slots), 1)
 
     def source(self) -> str:
@@ -217,7 +217,7 @@ class CPrinter(Printer):
         """The function that evaluates, for one tensor, the scalars needed before a pass."""
         slots, previous = self.work_slots, self.reduced_before(stage)
         lines = [f"  const double {self.name(i)} = w[{slots[i]}];" for i in self.earlier_scalars(sweep)]
-        table = {name: f"row[{column}]" for column, name in enumerate(self.table_scalars)}
+        table = {name: f"group[{column}]" for column, name in enumerate(self.table_scalars)}
         statements = self.scalar_statements(
             sweep,
             read=lambda name: table.get(name, name),
@@ -227,9 +227,9 @@ class CPrinter(Printer):
             lines += [f"  {statement}", f"  w[{slots[index]}] = {self.name(index)};"]
         lines += [f"  {statement}" for statement in self.scalar_stores(sweep)]
         return (
-            f"static void scalars_{stage}(void *const *data, int64_t n, int64_t t, const double *row, double step,\n"
+            f"static void scalars_{stage}(void *const *data, int64_t n, int64_t t, const double *group, double step,\n"
             "                      double tensor_id, int64_t numel, const double *r, double *w) {\n"
-            "  (void)data; (void)n; (void)t; (void)row; (void)step; (void)tensor_id; (void)numel; (void)r; (void)w;\n"
+            "  (void)data; (void)n; (void)t; (void)group; (void)step; (void)tensor_id; (void)numel; (void)r; (void)w;\n"
             + "\n".join(lines)
             + "\n}\n"
         )
@@ -267,9 +267,9 @@ class CPrinter(Printer):
         """The exported function."""
         width = self.width
         columns = max(len(self.table_scalars), 1)
-        # The places of the parts are not on the stack, which a number of threads must not size. Whether denormal
-        # numbers are flushed is for the calling thread to say, as torch sets it there alone: what a chunk yields must
-        # not depend on who did it.
+        # The threads' places are not on the stack, whose size must not depend on the number of threads. All threads
+        # flush denormal numbers if the calling thread does, where alone torch sets this: a chunk's result must not
+        # depend on which thread computed it.
         lines = [f"  int64_t *const next = (int64_t *)(work + {width} * n);  /* of each part; a cache line apart */"]
         lines += ["  fenv_t callers;", "  if (parts > 1) fegetenv(&callers);"]
         for stage, sweep in enumerate(self.program.passes):
@@ -284,13 +284,13 @@ class CPrinter(Printer):
                     "    for (; c < chunks && chunk_tensor[c] == t; ++c)",
                     f"      for (int k = 0; k < {len(previous)}; ++k) r[k] += partials[c * {self.reductions} + k];",
                 ]
-            # What stores nothing counts the step that is to come, and leaves the counter as it is.
+            # A Program without stores uses the coming step, and leaves the counter as it is.
             stores = bool(self.program.stores)
             counted = "next_step(*steps[t])" if stage == 0 or not stores else "(*steps[t])"
             lines += [
                 f"    const double step = steps ? {counted} : 0;",
                 *(["    if (steps) *steps[t] = (float)step;"] if stage == 0 and stores else []),
-                f"    scalars_{stage}(data, n, t, table + {columns} * rows[t], step, (double)ids[t], numel[t], r,",
+                f"    scalars_{stage}(data, n, t, table + {columns} * groups[t], step, (double)ids[t], numel[t], r,",
                 f"              work + {width} * t);",
                 "    (void)c;",
                 "  }",
@@ -322,7 +322,7 @@ class CPrinter(Printer):
             )
         return (
             "void lo_run(int64_t n, void *const *data, const int64_t *numel, float *const *steps,\n"
-            "            const int32_t *rows, const int32_t *ids, const double *table, int64_t chunks,\n"
+            "            const int32_t *groups, const int32_t *ids, const double *table, int64_t chunks,\n"
             "            const int64_t *chunk_tensor, const int64_t *chunk_begin, int64_t chunk,\n"
             "            const int64_t *bounds, int parts, double *work, double *partials, double *results) {\n"
             "  (void)chunks; (void)partials; (void)results; (void)bounds; (void)parts;\n" + "\n".join(lines) + "\n}\n"

@@ -1,7 +1,7 @@
-"""Where tensors are and what they are, read for hundreds of tensors by one call.
+"""Reading the addresses and forms of hundreds of tensors by one call.
 
 Asking each tensor for its class, address, type, shape, strides, storage and lazy signs from Python costs more than
-updating a small model does: about 500 µs for the 740 tensors of an AdamW step over 148 parameters, where this costs 45.
+updating a small model: about 500 µs for the 740 tensors of an AdamW step over 148 parameters; this module needs 45 µs.
 It goes through the C functions that DLPack defines for this purpose, which torch exposes as
 ``Tensor.__dlpack_c_exchange_api__`` (https://dmlc.github.io/dlpack/latest/c_api.html). What DLPack does not tell (that
 a tensor is lazily negated, and how large its storage is) is asked of torch's own library.
@@ -22,12 +22,13 @@ from lightning_optim.engines.host.build import load
 from lightning_optim.engines.host.toolchain import ToolchainError, find_toolchain
 from lightning_optim.engines.memory import Reading, is_plain, problem_of_storage
 
-#: Of DLPack: minor versions only add to the end of what is declared below.
+#: The major version of DLPack; minor versions only add to the end of what is declared below.
 DLPACK_MAJOR = 1
-#: Integers that describe a tensor of two dimensions; room for more is found when it is needed.
+#: How many integers describe a tensor of two dimensions; room for more is made when it is needed.
 _USUAL_FORM = 6
 
-#: Of torch's library: three signs by their C++ names, and two functions of its C interface for compiled models.
+#: Functions of torch's library: three for lazy signs and inference mode, by their C++ names, and two of its C
+#: interface for compiled models.
 _FUNCTIONS = (
     "_ZN2at6native6is_negERKNS_6TensorE",
     "_ZN2at6native7is_conjERKNS_6TensorE",
@@ -143,8 +144,8 @@ def _library() -> ctypes.PyDLL | None:
 def native_reader() -> Callable[[list[Tensor]], Reading] | None:
     """A function that reads a list of torch's own tensors, or None if this torch or machine has none.
 
-    It raises RuntimeError for anything else, for tensors that have no address, and for those whose storage has become
-    too small for them.
+    The function raises RuntimeError for tensors of other classes, tensors without an address, and tensors whose storage
+    has become too small for them.
     """
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
@@ -175,7 +176,7 @@ def native_reader() -> Callable[[list[Tensor]], Reading] | None:
         count = len(tensors)
         addresses = array("q", bytes(8 * count))
         while True:
-            room = capacity * count  # once: another thread may find that more is needed
+            room = capacity * count  # read once: another thread may change the capacity
             forms = array("q", bytes(8 * room))
             places = addresses.buffer_info()[0], forms.buffer_info()[0]
             used = function(api, address, item, tensors, count, *places, room)
@@ -187,13 +188,13 @@ def native_reader() -> Callable[[list[Tensor]], Reading] | None:
                 return Reading(addresses, forms[:used])
             capacity = -(-used // count)
 
-    read.keeps = asked  # type: ignore[attr-defined] # at its address
+    read.keeps = asked  # type: ignore[attr-defined] # keeps alive what is at `address`
     return read
 
 
 @lru_cache(maxsize=1)
 def native_meet() -> Callable[[array[int], array[int], array[int]], bool] | None:
-    """What :meth:`Ranges.meet` does, from bounds, begins and lengths, or None if there is no compiler."""
+    """A compiled :meth:`Ranges.meet`, of bounds, begins and lengths, or None if there is no compiler."""
     if (library := _library()) is None:
         return None
     function = library.lo_meet
@@ -208,9 +209,9 @@ def native_meet() -> Callable[[array[int], array[int], array[int]], bool] | None
 
 
 def _torch() -> _Torch | None:
-    """How to ask torch's library, or None if it is not as it is known."""
+    """The functions and offsets by which C code asks torch's library, or None if this torch is not as expected."""
     try:
-        library = ctypes.PyDLL(torch._C.__file__)  # and all that it is linked to
+        library = ctypes.PyDLL(torch._C.__file__)  # with all libraries that it is linked to
         functions = [ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in _FUNCTIONS]
     except (OSError, AttributeError):
         return None
@@ -222,7 +223,7 @@ def _torch() -> _Torch | None:
         for place in range(object.__basicsize__, Tensor.__basicsize__, word)
         if all(ctypes.c_void_p.from_address(id(t) + place).value == t._cdata for t in examples)
     ]
-    # The class is the last that every object has, also where there is no global interpreter lock.
+    # The class is the last field of every object's header, also in builds without a global interpreter lock.
     class_at = object.__basicsize__ - word
     if not places or any(ctypes.c_void_p.from_address(id(t) + class_at).value != id(type(t)) for t in examples):
         return None

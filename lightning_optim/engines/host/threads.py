@@ -15,7 +15,7 @@ import torch
 from lightning_optim.engines.host.toolchain import torch_openmp
 
 THREADS_VARIABLE = "LIGHTNING_OPTIM_THREADS"
-#: More than this no machine has use for, and what a step keeps for each thread would itself take memory.
+#: No machine has use for more threads than this, and a step keeps some memory for each thread.
 MOST_THREADS = 1024
 
 # Set by torchrun, and so by `accelerate launch`, for each process that it starts.
@@ -23,15 +23,15 @@ _LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE")
 
 
 class _Forks:
-    """OpenMP's threads at a fork.
+    """The handling of OpenMP's threads at a fork.
 
-    A fork copies the calling thread alone. If OpenMP had given it helpers, it would still count on them in the child,
-    and wait for them for ever. So they are sent home before, where the runtime can do that (it gets new ones when it
-    needs them, in parent and child), and else done without.
+    A fork copies the calling thread alone. If OpenMP had given this thread helpers, it would wait for them in the child
+    for ever. So the helpers are ended before the fork, where the runtime can do that (parent and child get new ones
+    when they need them); otherwise the child does without helpers.
 
     Attributes:
         child: Whether this process is a fork of another Python process.
-        bereft: The thread that may not ask for helpers.
+        bereft: Identifier of the thread that may not ask for helpers; None: all may.
     """
 
     child = False
@@ -39,12 +39,12 @@ class _Forks:
     _released = False
 
     def before(self) -> None:
-        """In the parent."""
+        """End the helpers; called in the parent before the fork."""
         pause = _pause()
         self._released = pause is not None and pause(_PAUSE_SOFT) == 0  # not within a parallel region
 
     def after_in_child(self) -> None:
-        """In the child."""
+        """Note whether there may be helpers; called in the child after the fork."""
         self.child = True
         self.bereft = None if self._released else threading.get_ident()
 
@@ -74,8 +74,8 @@ def thread_count() -> int:
     ``OMP_NUM_THREADS=1`` for every process (torchrun does, as a precaution): one thread would starve the step, so
     the processors are divided by the number of processes on this machine instead.
 
-    After a fork, one, whatever variables say, if torch has one thread there (as a DataLoader's workers have), or if
-    more cannot be had: see :class:`_Forks`.
+    In a forked process it is 1, whatever the variables say, if torch has one thread there (as in a DataLoader's
+    workers), or if OpenMP's helpers cannot be had: see :class:`_Forks`.
 
     Raises:
         ValueError: A variable is not a positive integer.
@@ -93,10 +93,10 @@ def thread_count() -> int:
 
 
 def requested_threads() -> int | None:
-    """What ``$LIGHTNING_OPTIM_THREADS`` says; None if it is not set, or empty.
+    """The number in ``$LIGHTNING_OPTIM_THREADS``; None if it is not set, or empty.
 
     Raises:
-        ValueError: It is not a positive integer, or too large.
+        ValueError: The variable is not a positive integer, or too large.
     """
     return _positive(THREADS_VARIABLE, MOST_THREADS)
 

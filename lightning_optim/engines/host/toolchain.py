@@ -15,11 +15,11 @@ import torch
 
 from lightning_optim.engines.host.compiler import CompilerError, call
 
-#: No contraction to FMA: the compiler contracts otherwise in a loop's body than after it, and in a kernel that also
-#: keeps old values than in one that does not, so that steps that may be taken back would not be, to the bit, those
-#: that may not (gcc 12: the last 3 of 35 weights). Nothing of `-ffast-math` that changes values is used: it would
-#: assume NaN away, and reassociate what Kahan summation needs as written. errno and floating-point traps, which
-#: nobody reads, would keep square roots and comparisons from being vectorized.
+#: No contraction to FMA: the compiler contracts differently in a loop's body and after it, and in kernels with and
+#: without the stores for an undo, so that steps with and without undo would differ in their last bits (gcc 12: the last
+#: 3 of 35 weights). No part of `-ffast-math` that changes values is used: it would assume that there is no NaN, and
+#: reorder what Kahan summation needs as written. errno and floating-point traps, which nobody reads, would keep square
+#: roots and comparisons from being vectorized.
 FLAGS = (
     "-std=gnu11", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
     "-w",
@@ -31,13 +31,13 @@ class Toolchain:
     """What kernels are built with.
 
     Attributes:
-        compiler: Path of the C compiler, or of what runs it (``ccache``).
+        compiler: Path of the C compiler, or of a program that runs it (``ccache``).
         version: First line of ``compiler --version``.
         flags: All flags, the processor's included.
         libraries: What to link: torch's own OpenMP runtime, where its name differs from the system's.
         processor: What the code is tuned for; part of the cache key, since a home folder may be shared by
             machines with different processors.
-        arguments: What comes before the flags: all of ``$CC`` but its first word.
+        arguments: The arguments before the flags: all of ``$CC`` but its first word.
     """
 
     compiler: str
@@ -63,7 +63,7 @@ def find_toolchain() -> Toolchain:
     As for make and CMake, ``$CC`` may have arguments (``ccache gcc``, ``gcc -m64``), in the quotes of a shell.
 
     Raises:
-        ToolchainError: There is none, or it does not answer.
+        ToolchainError: There is no compiler, or it does not answer.
     """
     candidates = _wanted(os.environ.get("CC", ""))
     found = next(((path, *rest) for name, *rest in candidates if (path := shutil.which(name))), None)

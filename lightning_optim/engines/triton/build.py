@@ -1,4 +1,4 @@
-"""From a Program to Triton kernels that can be launched."""
+"""Building Triton kernels from a Program, ready to be launched."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Kernels:
     """The kernels of a Program.
 
     Attributes:
-        scalars: Before each pass over memory, what evaluates its scalars.
-        sweeps: The passes.
+        scalars: For each pass over memory, the kernel that evaluates its scalars before it.
+        sweeps: For each pass, its kernel.
         table_scalars: The columns of the table.
-        width: Scalars that ``work`` keeps of each tensor.
-        reductions: Sums that ``partials`` keeps of each chunk.
+        width: How many scalars ``work`` keeps for each tensor.
+        reductions: How many sums ``partials`` keeps for each chunk.
         results: The places of the Program's results among the scalars of a tensor.
     """
 
@@ -40,7 +40,7 @@ class Kernels:
 
 @lru_cache(maxsize=1)
 def missing() -> str | None:
-    """Why there is no Triton here, or None."""
+    """Why Triton cannot be imported here, or None if it can."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -74,9 +74,9 @@ def trial(x):
 
 @lru_cache(maxsize=1)
 def broken() -> str | None:
-    """Why Triton's kernels do not run on the CUDA device here, or None: one that does nothing is compiled and launched.
+    """Why Triton's kernels do not run on the CUDA device here, or None if they do: a trial kernel is launched.
 
-    Triton finds only then that it lacks a compiler for its launchers, or does not know the device.
+    Only then does Triton find that it lacks a compiler for its launchers, or does not know the device.
     """
     import torch
 
@@ -91,7 +91,7 @@ def build(program: Program, layout: Layout) -> Kernels:
     """The kernels of a Program; Triton itself compiles them at their first launch.
 
     Raises:
-        BuildError: Their module could not be kept, or does not load.
+        BuildError: Their module could not be cached, or does not load.
     """
     printer = TritonPrinter(program, layout, interpreted=interpreted())
     module = load(printer.source())
@@ -107,10 +107,10 @@ def build(program: Program, layout: Layout) -> Kernels:
 
 
 def load(source: str) -> ModuleType:
-    """A module of generated code, which Triton wants to find in a file.
+    """A module of generated code, for which Triton needs a file.
 
     Raises:
-        BuildError: It could not be kept, or does not load.
+        BuildError: The module could not be cached, or does not load.
     """
     key = hashlib.sha256(source.encode()).hexdigest()[:32]
 

@@ -58,7 +58,7 @@ class Mirror:
 
 
 def _pinned(words: array[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What an array holds, in memory from which a device reads without making the host wait."""
+    """The contents of an array, in memory from which a device reads without making the host wait."""
     source = torch.frombuffer(words, dtype=dtype) if words else torch.zeros(0, dtype=dtype, device="cpu")
     return source.clone() if device.type == "cpu" else source.pin_memory()
 
@@ -70,23 +70,23 @@ def _sent(words: array[Any], dtype: torch.dtype, device: torch.device) -> Tensor
 
 @dataclass
 class Tables:
-    """What the device knows of a bucket.
+    """The data of a bucket on the device.
 
     Attributes:
-        stride: Length of a row of addresses: even, so that every row is aligned to 16 bytes.
+        stride: Length of a line of addresses: even, so that every line is aligned to 16 bytes.
         chunks: Number of chunks.
-        numel, rows, ids, first_chunk: Of each tensor.
-        chunk_tensor, chunk_begin: Of each chunk.
+        numel, groups, ids, first_chunk: One entry for each tensor.
+        chunk_tensor, chunk_begin: One entry for each chunk.
         work, partials, skip: Scratch: see :class:`~lightning_optim.engines.triton.printer.TritonPrinter`.
-        never: What stands for ``skip`` where nothing is left out.
-        addresses: Of all tensors and counters: a row for each name.
+        never: Stands in for ``skip`` in kernels that always run.
+        addresses: The addresses of all tensors and counters, in one line for each name.
         numbers: The table, and after it the norm to clip to.
     """
 
     stride: int
     chunks: int
     numel: Tensor
-    rows: Tensor
+    groups: Tensor
     ids: Tensor
     first_chunk: Tensor
     chunk_tensor: Tensor
@@ -112,7 +112,7 @@ class TritonEngine(CompiledEngine[Kernels]):
 
     def __init__(self) -> None:
         super().__init__()
-        # Of a bucket, those of each Program that it is given.
+        # For each bucket, the tables of each Program that runs on it, by fingerprint.
         self._tables: weakref.WeakKeyDictionary[Bucket, dict[str, Tables]] = weakref.WeakKeyDictionary()
 
     def unavailable(self) -> str | None:
@@ -162,7 +162,7 @@ class TritonEngine(CompiledEngine[Kernels]):
     def reduce(
         self, bucket: Bucket, program: Program, table: Sequence[Scalars], scaling: Scaling | None = None
     ) -> Tensor:
-        """See :meth:`Engine.reduce`. Of a step that is left out, the sums are of no meaning."""
+        """See :meth:`Engine.reduce`. If the step is left out, the sums have no meaning."""
         scaling = scaling or Scaling()
         with _on(bucket.device):
             self.send(bucket, table, scaling.max_norm, program)
@@ -175,13 +175,13 @@ class TritonEngine(CompiledEngine[Kernels]):
     def send(
         self, bucket: Bucket, table: Sequence[Scalars], max_norm: float | None, program: Program | None = None
     ) -> None:
-        """Bring to the device what this step has of its own: addresses, the table, the norm to clip to.
+        """Send this step's own data to the device: addresses, the table, the norm to clip to.
 
         Args:
             bucket: The bucket.
-            table: As of :meth:`run`.
+            table: As in :meth:`run`.
             max_norm: The norm to clip to.
-            program: What is launched next; default: the bucket's update.
+            program: The Program that is launched next; default: the bucket's update.
 
         Raises:
             RuntimeError: A CUDA graph is being recorded, which would keep this step's addresses and scalars for ever.
@@ -193,25 +193,25 @@ class TritonEngine(CompiledEngine[Kernels]):
             )
         program = program or bucket.update.program
         kernels, tables = self._built(program, bucket.layout), self._prepared(bucket, program)
-        numbers = [row[name] for row in table for name in kernels.table_scalars]
+        numbers = [group[name] for group in table for name in kernels.table_scalars]
         on_device = {place: value for place, value in enumerate(numbers) if isinstance(value, Tensor)}
         words = array("d", [0.0 if place in on_device else float(value) for place, value in enumerate(numbers)])
         words.append(max_norm if max_norm is not None else 0.0)
         tables.addresses.send(_addresses(bucket, tables.stride))
-        rows = tables.numbers.send(words)
+        sent = tables.numbers.send(words)
         for place, value in on_device.items():
-            rows[place].copy_(value)
+            sent[place].copy_(value)
 
     def parts(self, bucket: Bucket) -> int:
-        """Length of the sum of squares of a bucket."""
+        """The number of parts of a bucket's sum of squares."""
         return max(self._prepared(bucket).chunks, 1)
 
     def launch_squares(self, bucket: Bucket, squares: Tensor) -> None:
-        """The launch of :meth:`sum_of_squares`, when the addresses are on the device.
+        """Make the launch of :meth:`sum_of_squares`, after the addresses have been sent to the device.
 
         Args:
             bucket: The bucket.
-            squares: Where the parts go; zeros, or what was here before.
+            squares: The tensor that gets the parts; it is left as it is if there are no chunks.
         """
         kernels, tables = self._built_norm(bucket), self._prepared(bucket)
         if not tables.chunks:
@@ -225,7 +225,7 @@ class TritonEngine(CompiledEngine[Kernels]):
             )  # fmt: skip
 
     def launch(self, bucket: Bucket, scaling: Scaling) -> None:
-        """The launches of :meth:`run`, when all that it needs is on the device."""
+        """Make the launches of :meth:`run`, after its data have been sent to the device."""
         with _on(bucket.device):
             for launch in self._launches(bucket, scaling):
                 launch()
@@ -233,15 +233,15 @@ class TritonEngine(CompiledEngine[Kernels]):
     def _launches(self, bucket: Bucket, scaling: Scaling, program: Program | None = None) -> list[Write]:
         program = program or bucket.update.program
         kernels, tables = self._built(program, bucket.layout), self._prepared(bucket, program)
-        addresses, rows = tables.addresses.tensor, tables.numbers.tensor
+        addresses, sent = tables.addresses.tensor, tables.numbers.tensor
         loss, device = scaling.loss, bucket.device
         squares = _here(scaling.squares, device)
         scale, found = (_here(loss.scale, device), _here(loss.found_inf, device)) if loss else (None, None)
         launches: list[Write] = [
             partial(
                 kernels.scalars[0][(1,)],
-                addresses, tables.numel, tables.rows, tables.ids, rows,
-                *(rows if it is None else it for it in (squares, scale, found)), rows[-1:], tables.work, tables.skip,
+                addresses, tables.numel, tables.groups, tables.ids, sent,
+                *(sent if it is None else it for it in (squares, scale, found)), sent[-1:], tables.work, tables.skip,
                 len(bucket), tables.stride, 0 if squares is None else squares.numel(),
                 CLIP=scaling.max_norm is not None, UNSCALE=scale is not None,
                 CHECK=loss is not None and loss.check and squares is not None, SKIP=loss is not None,
@@ -249,14 +249,14 @@ class TritonEngine(CompiledEngine[Kernels]):
             )
         ]  # fmt: skip
         if loss is not None and found is not None and found is not loss.found_inf:
-            # Its owner looks for it on another device.
+            # The owner of `found_inf` reads it on another device.
             launches.append(partial(loss.found_inf.copy_, found, non_blocking=True))
         for stage, sweep in enumerate(kernels.sweeps):
             if stage:
                 launches.append(
                     partial(
                         kernels.scalars[stage][(len(bucket),)],
-                        addresses, tables.numel, tables.rows, tables.ids, rows, tables.first_chunk,
+                        addresses, tables.numel, tables.groups, tables.ids, sent, tables.first_chunk,
                         tables.partials, tables.work, tables.skip, tables.stride, LANES=LANES, enable_fp_fusion=True,
                     )
                 )  # fmt: skip
@@ -271,7 +271,7 @@ class TritonEngine(CompiledEngine[Kernels]):
         return launches
 
     def places(self, bucket: Bucket) -> tuple[int, ...]:
-        """What a recorded launch of this bucket depends on: it may be replayed as long as this is the same."""
+        """The identity and addresses that a recorded launch depends on: it may be replayed while these are the same."""
         tables = self._prepared(bucket)
         return id(bucket), tables.addresses.tensor.data_ptr(), tables.numbers.tensor.data_ptr()
 
@@ -293,7 +293,7 @@ class TritonEngine(CompiledEngine[Kernels]):
             stride=count + count % 2,
             chunks=len(chunk_tensor),
             numel=_sent(array("q", bucket.sizes), torch.int64, device),
-            rows=_sent(bucket.rows, torch.int32, device),
+            groups=_sent(bucket.groups, torch.int32, device),
             ids=_sent(bucket.ids, torch.int32, device),
             first_chunk=_sent(first_chunk, torch.int32, device),
             chunk_tensor=_sent(chunk_tensor, torch.int32, device),
@@ -310,7 +310,7 @@ class TritonEngine(CompiledEngine[Kernels]):
 
 
 def _addresses(bucket: Bucket, stride: int) -> array[int]:
-    """The addresses of a bucket's tensors and counters, in rows of ``stride``."""
+    """The addresses of a bucket's tensors and counters, in lines of ``stride``."""
     if bucket.addresses is None or (bucket.step_addresses is None) != (bucket.steps is None):
         raise ValueError("the triton engine needs the addresses of the bucket's tensors: see Bucket.locate()")
     words = bucket.addresses + (bucket.step_addresses or array("q"))
@@ -325,10 +325,10 @@ def _addresses(bucket: Bucket, stride: int) -> array[int]:
 
 
 def _here(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    """A tensor on the kernels' own device: a GPU need not see another's memory."""
+    """A tensor on the kernels' own device, since a GPU may be unable to read another's memory."""
     return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """A context in which ``device`` is the current one, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,8 +1,8 @@
 """A step's launches recorded as a CUDA graph, which one call replays.
 
-What changes from step to step (the addresses of gradients, the scalars of every param group) is not in the graph: the
-kernels read it from tables on the device, to which it is sent before each replay. So gradients may be new tensors at
-every step, and schedules go on; only another set of tensors needs another graph.
+Data that change from step to step (the addresses of gradients, the scalars of every param group) are not in the graph:
+they are sent to tables on the device before each replay, where the kernels read them. So gradients may be new tensors
+at every step, and schedules go on; only another set of tensors needs another graph.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from lightning_optim.engines.base import Bucket, Engine, Scalars
 from lightning_optim.engines.scaling import LossScale, Scaling, needs_squares
 from lightning_optim.engines.triton.engine import TritonEngine
 
-#: Where there are CUDA graphs: not under Triton's interpreter.
+#: Types of devices that have CUDA graphs; the CPU, on which Triton's interpreter runs, has none.
 DEVICES = ("cuda",)
 
 
 def record(launches: Callable[[], Any], device: torch.device) -> Callable[[], None]:
-    """Record what ``launches`` launches, without doing it; the result does it, as often as it is called."""
+    """Record the kernels that ``launches`` launches, without running them; every call of the result runs them."""
     graph = torch.cuda.CUDAGraph()
-    # A stream of this device's own, since torch's default one for captures is of whatever device captured first; and
-    # other threads (data loaders pin memory) may go on with what they do.
+    # A stream of this device's own, since torch's default stream for captures belongs to the device that captured
+    # first. Other threads (data loaders that pin memory, say) may go on meanwhile.
     stream = torch.cuda.Stream(device)
     with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         launches()
@@ -32,11 +32,11 @@ def record(launches: Callable[[], Any], device: torch.device) -> Callable[[], No
 
 
 class CapturedSteps:
-    """Steps buckets by a CUDA graph, recorded at the second step that is like the one before it."""
+    """Steps buckets by a CUDA graph, which is recorded at a step that is like the one before it."""
 
     def __init__(self) -> None:
         self._key: tuple[Any, ...] | None = None
-        self._work: list[Any] = []  # what the key names must stay: another bucket could get its place in memory
+        self._work: list[Any] = []  # keeps the buckets of the key alive: another one could get the same id
         self._replay: Callable[[], None] | None = None
         self._scaling: Scaling | None = None
 

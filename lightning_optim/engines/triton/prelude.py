@@ -1,6 +1,6 @@
-"""What every generated Triton module begins with: the operations that Triton itself lacks or has otherwise.
+"""The beginning of every generated Triton module: operations that Triton lacks, or defines differently.
 
-It is text, so that importing this package does not import Triton, and so that a generated module is whole.
+It is text, so that importing this package does not import Triton, and so that a generated module is complete.
 """
 
 from __future__ import annotations

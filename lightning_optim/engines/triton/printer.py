@@ -1,4 +1,4 @@
-"""Triton source of a Program: the kernels that update hundreds of tensors through tables of pointers."""
+"""Printing a Program as Triton: kernels that update hundreds of tensors through tables of pointers."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class TritonPrinter(Printer):
 
     - ``scalars_k`` evaluates, for each tensor, the scalars that the pass reads, in float64. ``scalars_0`` is one
       program for all tensors: it also decides on unscaling, clipping and leaving the step out, and advances the
-      counters. Later ones are one program for each tensor, which first adds up what the pass before has reduced.
+      counters. Later ones are one program for each tensor, which first adds up the partial sums of the pass before.
     - ``sweep_k`` is one program for each chunk of each tensor. A full chunk of aligned tensors takes a branch
       without masks, in which memory is read and written 16 bytes at a time.
 
-    What they share is in memory: ``pointers`` (a row of ``stride`` addresses for each tensor name, and one for the
-    counters), ``numel``, ``rows`` and ``ids`` of each tensor, ``table`` (a row of :attr:`table_columns` for
+    The kernels share these arrays in memory: ``pointers`` (a line of ``stride`` addresses for each tensor name, and one
+    for the counters), ``numel``, ``groups`` and ``ids`` of each tensor, ``table`` (a line of :attr:`table_columns` for
     each param group), ``chunk_tensor`` and ``chunk_begin`` of each chunk, ``first_chunk`` of each tensor, ``work`` (the
     scalars of each tensor), ``partials`` (the sums of each chunk) and ``skip`` (whether the step is left out).
 
@@ -117,7 +117,7 @@ class TritonPrinter(Printer):
         mask = ", mask=mask" if self.mask else ""
         if self.interpreted and dtype == torch.bfloat16:
             value = f"round_bfloat16(({value}).to(tl.float32))"
-        # Constants and scalars are stored too: a full block of them.
+        # A constant or a scalar is stored as a full block.
         block = f"({value} + tl.zeros((BLOCK,), {self.real}))" if not value.startswith("v") else value
         return f"tl.store(p_{tensor} + index, {block}.to({TRITON_TYPES[dtype]}){mask})"
 
@@ -152,16 +152,16 @@ class TritonPrinter(Printer):
 
     @property
     def table_columns(self) -> list[str]:
-        """The columns of the table: ``grad_scale`` is none, since the first kernel itself decides on it."""
+        """The columns of the table, without ``grad_scale``, which the first kernel computes itself."""
         return [name for name in self.table_scalars if name != "grad_scale"]
 
     @property
     def width(self) -> int:
-        """Scalars that ``work`` keeps of each tensor."""
+        """How many scalars ``work`` keeps for each tensor."""
         return max(len(self.work_slots), 1)
 
     def _statements(self, stage: int, sweep: Pass, mask: str) -> list[str]:
-        """Read a tensor's scalars, evaluate those of a pass, and keep them."""
+        """The statements that read a tensor's scalars, evaluate those of a pass, and keep them."""
         self.lanes = mask
         slots, previous = self.work_slots, self.reduced_before(stage)
         columns = {name: column for column, name in enumerate(self.table_columns)}
@@ -170,7 +170,7 @@ class TritonPrinter(Printer):
             if name == "grad_scale":
                 return "factor"
             if name in columns:
-                return f"tl.load(table + row * {max(len(columns), 1)} + {columns[name]}{mask})"
+                return f"tl.load(table + group * {max(len(columns), 1)} + {columns[name]}{mask})"
             return {"step": "step", "tensor_id": "tensor_id"}[name]
 
         def place(index: int) -> str:
@@ -183,10 +183,10 @@ class TritonPrinter(Printer):
         return lines + self.scalar_stores(sweep)
 
     def _counter(self, mask: str) -> list[str]:
-        """Find a tensor's counter, and read it."""
-        row = len(self.program.tensors)
+        """The statements that find a tensor's counter, and read it."""
+        counters = len(self.program.tensors)
         return [
-            f"counter = tl.load(pointers + {row} * stride + t{mask}).to(tl.pointer_type(tl.float32))",
+            f"counter = tl.load(pointers + {counters} * stride + t{mask}).to(tl.pointer_type(tl.float32))",
             f"step = tl.load(counter{mask}).to(tl.float64)",
         ]
 
@@ -197,7 +197,7 @@ class TritonPrinter(Printer):
         body = [
             "t = first + tl.arange(0, LANES)",
             "mask = t < n",
-            f"row = tl.load(rows + t{mask})",
+            f"group = tl.load(groups + t{mask})",
             f"size = tl.load(numel + t{mask})",
             f"tensor_id = tl.load(ids + t{mask}).to(tl.float64)",
         ]
@@ -205,14 +205,14 @@ class TritonPrinter(Printer):
             body += [
                 *self._counter(mask),
                 "step = next_step(step)",
-                # What stores nothing counts the step that is to come, and leaves the counter as it is.
+                # A Program without stores uses the coming step, and leaves the counter as it is.
                 *(["tl.store(counter, step.to(tl.float32), mask=mask)"] if self.program.stores else []),
             ]
         body += self._statements(0, sweep, mask)
         return "\n".join(
             [
                 "@triton.jit(do_not_specialize=['n', 'stride', 'parts'])",
-                "def scalars_0(pointers, numel, rows, ids, table, squares, loss_scale, found_inf, max_norm, work,",
+                "def scalars_0(pointers, numel, groups, ids, table, squares, loss_scale, found_inf, max_norm, work,",
                 "              skip, n, stride, parts, CLIP: tl.constexpr, UNSCALE: tl.constexpr, CHECK: tl.constexpr,",
                 "              SKIP: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr):",
                 "    factor, leave = control(squares, parts, loss_scale, found_inf, max_norm, CLIP, UNSCALE, CHECK,",
@@ -230,7 +230,7 @@ class TritonPrinter(Printer):
         count = len(self.reduced_before(stage))
         body = [
             "t = tl.program_id(0).to(tl.int64)",
-            "row = tl.load(rows + t)",
+            "group = tl.load(groups + t)",
             "size = tl.load(numel + t)",
             "tensor_id = tl.load(ids + t).to(tl.float64)",
             "begin = tl.load(first_chunk + t)",
@@ -250,7 +250,7 @@ class TritonPrinter(Printer):
         return "\n".join(
             [
                 "@triton.jit(do_not_specialize=['stride'])",
-                f"def scalars_{stage}(pointers, numel, rows, ids, table, first_chunk, partials, work, skip, stride,",
+                f"def scalars_{stage}(pointers, numel, groups, ids, table, first_chunk, partials, work, skip, stride,",
                 "              LANES: tl.constexpr):",
                 "    if tl.load(skip) == 0:",
                 *(f"        {line}" for line in body),

@@ -14,7 +14,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # whoever looks through all modules (pytest for doctests, say) needs no Triton for that
+except ImportError:  # tools that import all modules (pytest for doctests, say) need no Triton for that
     triton = tl = None
 
 # 128×128 float32 sums are 64 registers a thread in 8 warps, and three stages of two tiles of 128 rows by 128 bytes are
@@ -27,7 +27,7 @@ STAGES = 3
 
 
 def jit(function: Callable[..., None]) -> Any:
-    """``triton.jit``, where there is Triton."""
+    """``triton.jit`` if Triton is installed, else the function itself."""
     return function if triton is None else triton.jit(function)
 
 
@@ -143,6 +143,6 @@ def symmetric_product(
             DEPTH=depth or DEPTH_BYTES // x.element_size(),
             num_warps=WARPS,
             num_stages=STAGES,
-            enable_fp_fusion=True,  # the default is another from one version of Triton to the next
+            enable_fp_fusion=True,  # the default differs between versions of Triton
         )
     return out

@@ -1,6 +1,6 @@
 """The last few steps of a run and how the gradient changed in each: L-BFGS's inverse Hessian in compact form.
 
-Neutral: vectors on the CPU, no parameters and no optimizer.
+Nothing here knows parameters or an optimizer: it works on vectors on the CPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class CompactHistory:
     Args:
         elements: Length of the vectors.
         size: The most pairs that are kept, the newest ones.
-        dtype: In which they are kept and multiplied: float32 or float64.
+        dtype: The type in which they are kept and multiplied: float32 or float64.
 
     References:
         Byrd, Nocedal and Schnabel, Representations of quasi-Newton matrices and their use in limited memory methods,
@@ -101,19 +101,19 @@ class CompactHistory:
         try:
             self.slab[:, 2 * slot].copy_(s.view(self.blocks, self.block))
             self.slab[:, 2 * slot + 1].copy_(y.view(self.blocks, self.block))
-        except BaseException:  # an interrupt: the oldest pair may be half another
+        except BaseException:  # an interrupt: the oldest pair may be half overwritten
             self.clear()
             raise
         self.order, self.pending = [*kept, slot], True
 
     @without_autocast
     def direction(self, gradient: Vector, first: float, *, out: Vector) -> None:
-        """Write -Hg.
+        """Write the direction -Hg.
 
         Args:
             gradient: g, in any floating type.
             first: The factor of the gradient while there are no pairs.
-            out: Where to.
+            out: The vector to which it is written.
         """
         if not self.order:
             torch.mul(gradient, -first, out=out)
@@ -151,7 +151,7 @@ class CompactHistory:
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives. The slab is not copied: a history may fill the memory."""
+        """The pairs, as tensors and primitives. The slab is not copied: a history may fill the memory."""
         return {
             "history": self.slab,
             "order": list(self.order),
@@ -162,10 +162,10 @@ class CompactHistory:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over pairs: to the bit from a history of the same size and type, else the newest that fit.
+        """Load pairs: bit for bit from a history of the same size and type, else the newest that fit.
 
         Raises:
-            ValueError: They are of vectors of another length, or damaged; nothing is changed then.
+            ValueError: The pairs have vectors of another length, or are damaged; nothing is changed then.
         """
         missing = sorted(set(self.state_dict()) - set(state))
         if missing:
@@ -211,7 +211,7 @@ def dot(a: Vector, b: Vector) -> float:
 
 
 def blocks_of_padded(elements: int) -> int:
-    """The elements of a block, of a vector that consists of whole ones."""
+    """The number of elements of a block, for a vector that consists of whole blocks."""
     return elements // max(1, -(-elements // BLOCK))
 
 

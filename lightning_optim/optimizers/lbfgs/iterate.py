@@ -19,7 +19,7 @@ Signature = tuple[tuple[tuple[int, torch.dtype], ...], ...]
 
 
 def trained(group: dict[str, Any]) -> list[Tensor]:
-    """The parameters of a group that are not frozen, and of which there is something already."""
+    """The parameters of a group that are trained: those that are not frozen, not empty, and initialized."""
     return [p for p in group["params"] if p.requires_grad and not is_uninitialized(p) and p.numel() > 0]
 
 
@@ -45,16 +45,16 @@ def is_wide(layout: Signature) -> bool:
 class Iterate:
     """The weights as a vector x, a direction from it, and moves along this direction.
 
-    x is kept in float32 or float64 (a master copy), the parameters are x rounded to their types, and stay so: weights
-    that someone else changed are taken over at :meth:`read`. It holds no parameters, which sharding and loading may
-    replace, so all methods are given the param groups.
+    x is a master copy in float32 or float64, and the parameters are x rounded to their types: weights that someone else
+    has changed are copied to x by :meth:`read`. It holds no parameters, which sharding and loading may replace, so all
+    methods are given the param groups.
 
-    Parameters that are the same memory are one variable: the first one's, with the sum of their gradients. The parts of
+    Parameters that are the same memory are one variable: the first one, with the sum of their gradients. The parts of
     the others stay zero.
 
     Args:
-        layout: Of the param groups.
-        dtype: Of the vectors.
+        layout: The layout of the param groups.
+        dtype: The type of the vectors.
     """
 
     def __init__(self, layout: Signature, dtype: torch.dtype) -> None:
@@ -65,7 +65,7 @@ class Iterate:
         for group in layout:
             starts.append(start)
             start += sum(elements for elements, _ in group)
-        self._owners: list[int] = []  # of each parameter, in this step
+        self._owners: list[int] = []  # for each parameter, the index of its variable in this step
         self.bounds = [slice(a, b) for a, b in zip(starts, [*starts[1:], start], strict=True)]
 
     def vector(self) -> Vector:
@@ -73,11 +73,11 @@ class Iterate:
         return torch.zeros_like(self.x)
 
     def read(self, groups: Sequence[dict[str, Any]], name: str = "") -> bool:
-        """Take over weights that are not x rounded, and say whether there were any.
+        """Copy weights to x that are not x rounded; returns whether there were any.
 
         Args:
             groups: Param groups.
-            name: Of the optimizer, for messages.
+            name: The optimizer's name, for messages.
 
         Raises:
             ValueError: Parameters share memory in part.
@@ -102,9 +102,9 @@ class Iterate:
                 _write(target, x if t == 0 else torch.add(x, self.direction[part], alpha=t))
 
     def displacement(self, groups: Sequence[dict[str, Any]], out: Vector) -> None:
-        """How far the parameters are from x, both as they are when rounded.
+        """Write how far the parameters are from x rounded to their types.
 
-        A low-precision weight follows x in steps of its own; the change of the gradient belongs to those.
+        A low-precision weight follows x in steps of its own; the change of the gradient belongs to these steps.
         """
         for p, part, owner in self._all_parts(groups):
             if owner is not part:
@@ -119,8 +119,8 @@ class Iterate:
         return any(not torch.equal(torch.add(self.x[i], self.direction[i], alpha=t), self.x[i]) for i in parts)
 
     def accept(self, groups: Sequence[dict[str, Any]], t: float) -> None:
-        """Make the point to which :meth:`go` went the new x; there is no direction any more."""
-        for _, part in self._parts(groups):  # in the same parts: to the bit what was written then
+        """Make the point to which :meth:`go` went the new x; the direction is overwritten."""
+        for _, part in self._parts(groups):  # in the same parts, so that x is bit for bit what was written then
             torch.add(self.x[part], self.direction[part], alpha=t, out=self.direction[part])
         # At once: after an interrupt x is either the old point or the new one.
         self.x, self.direction = self.direction, self.x
@@ -139,7 +139,7 @@ class Iterate:
                 out[part].copy_(grad)
 
     def decay(self, groups: Sequence[dict[str, Any]], gradient: Vector) -> float:
-        """Add the gradient of each group's weight_decay / 2 · |weights|², and return the sum of these."""
+        """Add the gradient of each group's weight_decay / 2 · |weights|² to ``gradient``; returns the terms' sum."""
         if not any(group["weight_decay"] for group in groups):
             return 0.0
         factors = [float(group["weight_decay"]) for group in groups for _ in trained(group)]
@@ -151,23 +151,23 @@ class Iterate:
         return total
 
     def masters(self, groups: Sequence[dict[str, Any]]) -> dict[int, Tensor]:
-        """The parts of x that the parameters do not tell, by the parameters' numbers in a state_dict."""
+        """The parts of x whose parameters have another type, by the parameters' numbers in a state_dict."""
         numbers = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
         return {numbers[id(p)]: self.x[part].clone() for p, part in self._parts(groups) if _flat(p).dtype != self.dtype}
 
     def load_masters(self, groups: Sequence[dict[str, Any]], masters: dict[int, Tensor]) -> None:
-        """Take over such parts; where they do not round to the weights, :meth:`read` will replace them."""
+        """Load such parts of x; where they do not round to the weights, :meth:`read` will replace them."""
         numbers = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
         for p, part in self._parts(groups):
             if numbers[id(p)] in masters:
                 self.x[part].copy_(masters[numbers[id(p)]].reshape(-1))
 
     def _parts(self, groups: Sequence[dict[str, Any]]) -> Iterable[tuple[Tensor, slice]]:
-        """Each variable, with its place."""
+        """Each variable, with its part of x."""
         return ((p, part) for p, part, owner in self._all_parts(groups) if owner is part)
 
     def _all_parts(self, groups: Sequence[dict[str, Any]]) -> Iterable[tuple[Tensor, slice, slice]]:
-        """Each parameter, with its place and that of the variable that it is."""
+        """Each parameter, with its part of x and that of its variable."""
         parts: list[slice] = []
         start = 0
         for group in groups:
@@ -183,8 +183,8 @@ def refuse_unsuitable(name: str, group: dict[str, Any]) -> None:
     """Check the parameters of a param group.
 
     Raises:
-        TypeError: One is not floating-point or complex.
-        ValueError: One is there twice, or is divided over processes.
+        TypeError: A parameter is not floating-point or complex.
+        ValueError: A parameter is there twice, or is divided over processes.
     """
     seen: set[int] = set()
     for index, p in enumerate(group["params"]):
@@ -207,7 +207,7 @@ def _real_numel(p: Tensor) -> int:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """Its elements in a row, real and imaginary parts side by side."""
+    """A tensor's elements in a row, real and imaginary parts side by side."""
     tensor = tensor.detach()
     return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
 

@@ -1,7 +1,7 @@
-"""How far to go along a direction: searches as functions of one number.
+"""Line searches, which decide how far to go along a direction, as functions of one number.
 
-Each takes the function ``phi(t) -> (value, slope)`` along the direction, with a value of +inf where there is nothing to
-be had (an overflow, say), and ends with the step to take, or None if no step that it tried is acceptable.
+Each takes the function ``phi(t) -> (value, slope)`` along the direction, with a value of +inf where there is no finite
+one (an overflow, say), and returns the step to take, or None if no step that it tried is acceptable.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ LINE_SEARCHES: tuple[str, ...] = get_args(LineSearch)
 
 #: The share of the decrease that the slope promises which a step must bring (Nocedal and Wright, section 3.1).
 C1 = 1e-4
-#: The share of the slope that may be left at its end: 0.9 is theirs for quasi-Newton directions.
+#: The share of the slope that may be left at the step's end: 0.9 is their value for quasi-Newton directions.
 C2 = 0.9
-#: Where there was no finite value, the slopes say nothing about how far to go back.
+#: The factor by which a search goes back from a point without a finite value, whose slope says nothing.
 BACK_FROM_INFINITY = 0.25
 #: While bracketing, a step grows by a factor between these; the larger is that of ``torch.optim.LBFGS``.
 LEAST_GROWTH, GROWTH = 1.1, 10.0
@@ -32,9 +32,9 @@ class Point:
     """A point of the line.
 
     Attributes:
-        t: Where.
-        value: Of the function.
-        slope: Its derivative.
+        t: Its place on the line.
+        value: The function's value there.
+        slope: The function's derivative there.
     """
 
     t: float
@@ -43,14 +43,14 @@ class Point:
 
     @property
     def finite(self) -> bool:
-        """Whether it can be gone to."""
+        """Whether value and slope are finite, so that a step may end here."""
         return math.isfinite(self.value) and math.isfinite(self.slope)
 
 
 def armijo(
     phi: Phi, start: Point, *, t: float = 1.0, c1: float = C1, slack: float = 0.0, evaluations: int = 25
 ) -> Point | None:
-    """Backtracking: the first step that brings enough, each shorter by interpolation between its ends.
+    """Backtracking: the first step that decreases the function enough; each trial is shorter, by interpolation.
 
     Args:
         phi: The function.
@@ -58,7 +58,7 @@ def armijo(
         t: The first step to try.
         c1: See :data:`C1`.
         slack: How much of a difference between two values is taken for noise.
-        evaluations: At most so many.
+        evaluations: The largest number of evaluations.
 
     >>> armijo(lambda t: ((t - 1) ** 2, 2 * (t - 1)), Point(0, 1.0, -2.0), t=4.0).t
     1.0
@@ -82,10 +82,10 @@ def strong_wolfe(
     evaluations: int = 25,
     min_width: float = 0.0,
 ) -> Point | None:
-    """A step that brings enough, and at whose end the slope is flat enough: the strong Wolfe conditions.
+    """A step that decreases the function enough, to a slope that is flat enough: the strong Wolfe conditions.
 
     A bracket that must contain such a step is found by going on, and narrowed by cubic interpolation. If the
-    evaluations run out, the best step that brings enough is taken, whatever its slope; another may be tried last.
+    evaluations run out, the best step with enough decrease is taken, whatever its slope, even if it is not the last.
 
     Args:
         phi: The function.
@@ -94,7 +94,7 @@ def strong_wolfe(
         c1: See :data:`C1`.
         c2: See :data:`C2`.
         slack: How much of a difference between two values is taken for noise.
-        evaluations: At most so many.
+        evaluations: The largest number of evaluations.
         min_width: Narrower brackets are not searched.
 
     References:
@@ -125,7 +125,7 @@ def strong_wolfe(
         # A cubic whose minimum lies behind goes down for ever from here.
         t = min(max(ahead, LEAST_GROWTH * here.t), GROWTH * here.t) if ahead > here.t else GROWTH * here.t
         before = here
-    while left > 0 and abs(high.t - low.t) > min_width:  # algorithm 3.6: `low` brings enough, and is the best so far
+    while left > 0 and abs(high.t - low.t) > min_width:  # algorithm 3.6: `low` decreases enough, and is the best so far
         t = _inside(low, high)
         if t in (low.t, high.t):
             break  # no number lies between them
@@ -151,7 +151,7 @@ def _inside(low: Point, high: Point) -> float:
 
 
 def _minimum(a: Point, b: Point) -> float:
-    """The minimum of the cubic with these values and slopes, which may be outside of them; else the middle.
+    """The minimum of the cubic through two points, which may lie outside of them; the middle if there is none.
 
     Nocedal and Wright, equation 3.59.
     """
@@ -171,11 +171,11 @@ def _minimum(a: Point, b: Point) -> float:
 def estimate_noise(values: Sequence[float]) -> float:
     """The standard deviation of a function's error, from its values at equal distances on a short line.
 
-    What is smooth goes away in higher differences, and what is noise stays: the first order of differences at which the
-    estimate has settled and signs alternate is taken.
+    Smooth parts vanish in higher differences, and noise stays: the first order of differences at which the estimate has
+    settled and signs alternate is taken.
 
     Args:
-        values: Seven are usual.
+        values: The values; seven are usual.
 
     Returns:
         The estimate; 0 if the values show no noise at all.

@@ -1,4 +1,4 @@
-"""Whether a plan fits into the memory of the host, before any of it is taken."""
+"""How much of the host's memory L-BFGS may take, before any of it is taken."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BUDGET = POSITIVE_FINITE.or_none().described("bytes, a fraction of the free RAM
 
 
 def memory_limit(budget: int | float | None) -> tuple[float, str]:
-    """How many bytes a plan may take, and what says so.
+    """How many bytes may be taken, and what sets this limit, in words.
 
     Args:
         budget: Bytes; a fraction up to 1 of the RAM that is free; None for all of it.

@@ -28,10 +28,10 @@ from lightning_optim.stepping.places import owners
 from lightning_optim.stepping.shards import is_distributed
 from lightning_optim.warnings import warn_once
 
-#: What ``torch.optim.LBFGS`` keeps in its param group and ours in :class:`LBFGSOptions`.
+#: Options that ``torch.optim.LBFGS`` keeps in its param group, and our class in :class:`LBFGSOptions`.
 _OF_TORCHS_GROUP = {"max_iter", "max_eval", "tolerance_grad", "tolerance_change", "history_size", "line_search_fn"}
 
-#: What a step runs beside the closure.
+#: The modules whose code a step runs, besides the closure.
 _OWN_CODE = (
     __name__,
     *(
@@ -58,8 +58,8 @@ class LBFGSOptim(ClosureOptimizer):
     weights are on; t comes from a line search whose first trial is 1. :math:`\Lambda` holds each weight's ``lr``:
 
     - One ``lr`` for all weights scales the first trial (``line_search=None``: the step), as in ``torch.optim``.
-    - A group's share of the direction is multiplied by that group's ``lr``; with 0 the group stays where it is. Should
-      unequal ones turn the direction uphill, :math:`-\Lambda g` is taken and the history dropped.
+    - A group's share of the direction is multiplied by that group's ``lr``; with 0 the group stays where it is. If
+      unequal learning rates turn the direction uphill, :math:`-\Lambda g` is taken and the history dropped.
 
     **One iteration per step.** ``max_iter`` is 1, where ``torch.optim.LBFGS`` has 20: with an iteration per step,
     schedules, callbacks, logs and ``max_steps`` count what they count for every optimizer, and mini-batches change as
@@ -74,11 +74,11 @@ class LBFGSOptim(ClosureOptimizer):
     If no step is acceptable, the weights are again exactly what they were, the history is dropped, and a warning (once)
     and :attr:`counts` say so. If the closure raises, the weights are put back as well.
 
-    **Low precision.** The iterate is a master copy in float32 (float64 if the history or a weight is), and weights are
-    that rounded. Pairs use the steps that the rounded weights made. With low-precision forwards, set ``noise``: losses
-    are then compared with that tolerance (with the rounding error of the loss's own type, they always are), and a pair
-    is kept only if the gradient's change stands out of the noise, for which it may be taken over up to 8 times the
-    step.
+    **Low precision.** The iterate is a master copy in float32 (float64 if the history or a weight is), and the weights
+    are this copy, rounded. Pairs use the steps that the rounded weights made. With low-precision forwards, set
+    ``noise``: losses are then compared with that tolerance (with the rounding error of the loss's own type, they always
+    are), and a pair is kept only if the gradient's change stands out of the noise; to this end the pair may span up to
+    8 times the step.
 
     The public name is ``lightning_optim.LBFGS``; the class's own differs so that ``--optimizer LBFGS`` stays torch's in
     any LightningCLI.
@@ -90,11 +90,11 @@ class LBFGSOptim(ClosureOptimizer):
         history_size: Pairs that are kept. Each takes two numbers per weight.
         line_search: ``"strong_wolfe"``; ``"armijo"`` (backtracking; pairs of negative curvature are skipped); None: a
             step of exactly ``lr``.
-        weight_decay: Adds ``weight_decay / 2`` · |weights|² to the loss and its gradient to the gradient, in all that
-            the step does; neither ``p.grad`` nor the returned loss has it.
+        weight_decay: Adds ``weight_decay / 2`` · |weights|² to the loss that the step minimizes, and so to its
+            gradient; neither ``p.grad`` nor the returned loss includes it.
         max_iter: Iterations in a step.
-        max_eval: Evaluations of the closure in a step, first one included; None: 25 per iteration. Not bounded by it:
-            one that brings back the gradient of the chosen point, if another was tried last.
+        max_eval: The most evaluations of the closure in a step, including the first; None: 25 per iteration. One more
+            may follow, to restore the gradient of the chosen point if another point was tried last.
         tolerance_grad: No step is made if no element of the gradient is larger.
         tolerance_change: Iterations end if the weights or the loss change by less; brackets are not searched below it.
         noise: Relative error of the loss and of the gradient's norm (bfloat16 rounds by up to 2⁻⁹ at each operation),
@@ -183,8 +183,8 @@ class LBFGSOptim(ClosureOptimizer):
 
         Args:
             closure: Evaluates the model at the current weights, leaves its gradient in ``p.grad``, returns the loss.
-            evaluate: In its place, computes the loss at the current weights and returns it, without ``backward()``. A
-                closure beside it is called once, before the step.
+            evaluate: In its place, computes the loss at the current weights and returns it, without ``backward()``. If
+                there is a closure too, it is called once, before the step.
 
         Returns:
             The loss at the weights before the step: what the first call returned.
@@ -235,7 +235,7 @@ class LBFGSOptim(ClosureOptimizer):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, in tensors and primitives: under the first parameter's number, but for master copies.
+        """The state as tensors and primitives, under the first parameter's number except for master copies.
 
         The history itself is not copied, as it may fill the memory: copy the result to keep it while training goes on.
         """
@@ -286,7 +286,7 @@ class LBFGSOptim(ClosureOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._params = None  # those of a copy are others
+        self._params = None  # a copy has other parameters
         self.defaults.pop("differentiable", None)  # torch adds it there: the step is without autograd
 
     # -- beyond torch -------------------------------------------------------------------------------------------
@@ -298,11 +298,11 @@ class LBFGSOptim(ClosureOptimizer):
 
     @property
     def noise(self) -> float | None:
-        """The relative error of the loss that is reckoned with; None if it is still to be measured."""
+        """The relative error that the loss is assumed to have; None if it is still to be measured."""
         return self._record.noise
 
     def _prepare(self) -> QuasiNewton | None:
-        """The memory for the parameters that are trained now; None if there are none."""
+        """The vectors and the history for the parameters that are trained now; None if there are none."""
         name, layout = type(self).public_name(), signature(self.param_groups)
         if any(is_distributed(p) for group in self.param_groups for p in group["params"]):
             for group in self.param_groups:
@@ -331,7 +331,7 @@ class LBFGSOptim(ClosureOptimizer):
             raise
 
     def _is_for_these(self, work: QuasiNewton) -> bool:
-        """Whether it is for the parameters that are trained now, in this order."""
+        """Whether ``work`` is for the parameters that are trained now, in this order."""
         if work.layout != signature(self.param_groups):
             return False
         now = [p for group in self.param_groups for p in trained(group)]
@@ -354,4 +354,4 @@ class LBFGSOptim(ClosureOptimizer):
         if self.options.reuse_evaluation and "gradient" in own:
             work.gradient[: count(work.layout)].copy_(own["gradient"])
             work.loss = float(own["loss"])
-            work.iterate.read(self.param_groups)  # so that these weights are no news to the next step
+            work.iterate.read(self.param_groups)  # so that the next step finds these weights unchanged

@@ -1,4 +1,4 @@
-"""The options of L-BFGS that hold for all param groups, and whether their memory is there."""
+"""The options of L-BFGS that hold for all param groups, and the check that the host has the memory for them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lightning_optim.optimizers.lbfgs.iterate import Signature, count, is_wide
 from lightning_optim.optimizers.lbfgs.line_search import LINE_SEARCHES, LineSearch
 from lightning_optim.optimizers.lbfgs.memory_budget import memory_limit, show_bytes
 
-#: Evaluations of a line search at most, as in ``torch.optim.LBFGS``: 25 halvings and more is no search any longer.
+#: The most evaluations of a line search, as in ``torch.optim.LBFGS``: after 25 halvings a search is hopeless.
 EVALUATIONS = 25
 
 _NAME = "LBFGS"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
-#: Vectors beside the history: the weights, the direction, the step and two gradients; and in the history's type, two
+#: Vectors besides the history: the weights, the direction, the step and two gradients; and in the history's type, two
 #: right-hand sides and one result.
 _VECTORS, _OF_HISTORY = 5, 3
 
@@ -33,7 +33,7 @@ _NOISE = FRACTION.described("a relative error in [0, 1), 'auto'")
 
 @dataclass(frozen=True)
 class LBFGSOptions:
-    """See :class:`~lightning_optim.optimizers.lbfgs.optimizer.LBFGSOptim`.
+    """The options that are described in :class:`~lightning_optim.optimizers.lbfgs.optimizer.LBFGSOptim`.
 
     Raises:
         ValueError: An option out of its range.
@@ -63,7 +63,7 @@ class LBFGSOptions:
         memory_limit(self.memory_budget)
 
     def dtypes(self, layout: Signature) -> tuple[torch.dtype, torch.dtype]:
-        """Of the history, and of the weights' master copy and all else."""
+        """The type of the history, and that of the weights' master copy and all other vectors."""
         wide = is_wide(layout)
         named = str(self.history_dtype).removeprefix("torch.")
         history = _DTYPES.get(named, torch.float64 if wide else torch.float32)
@@ -74,7 +74,7 @@ def check_memory(name: str, layout: Signature, options: LBFGSOptions) -> None:
     """Check that the host has the memory, before any is taken.
 
     Raises:
-        ValueError: It has not; with the arithmetic, and what would fit.
+        ValueError: The host has not; the message has the arithmetic, and what would fit.
     """
     elements = count(layout)
     history, other = (dtype.itemsize for dtype in options.dtypes(layout))
@@ -96,5 +96,5 @@ def check_memory(name: str, layout: Signature, options: LBFGSOptions) -> None:
 
 
 def _most(elements: int, history: int, other: int, limit: float) -> int:
-    """The most pairs that fit."""
+    """The largest number of pairs that fit."""
     return int((limit / max(1, elements) - _VECTORS * other - _OF_HISTORY * history) // (2 * history))

@@ -1,4 +1,4 @@
-"""The iterations of L-BFGS: direction, line search, pair. What :class:`LBFGSOptim` wraps for torch."""
+"""The iterations of L-BFGS: direction, line search, pair. :class:`LBFGSOptim` wraps them for torch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lightning_optim.warnings import warn_once
 
 #: How much larger than the gradient's noise its change along a pair must be: c3 of Shi et al., and of their code.
 C3 = 0.5
-#: A pair is looked for at up to so many times the step.
+#: A pair may span up to this many times the step.
 LENGTHEN = 8
 
-#: Steps shorter than this are looked at: whether they are any. Longer ones that are none mean that the end is reached.
+#: Steps shorter than this fail if they move no weight. A longer step that moves none means that the end is reached.
 FAR_BACK = 1e-3
 
 Closure = Callable[[], Any]
@@ -30,10 +30,10 @@ Groups = Sequence[dict[str, Any]]
 
 @dataclass
 class Record:
-    """What is remembered beside the vectors.
+    """What is kept besides the vectors.
 
     Attributes:
-        name: Of the optimizer, for messages.
+        name: The optimizer's name, for messages.
         noise: Relative error of the loss; None: to be measured.
         counts: What happened so far.
     """
@@ -45,25 +45,25 @@ class Record:
     )
 
     def failed(self, why: str, numbers: str) -> None:
-        """Count a step that came to nothing, and say why the first time."""
+        """Count a failed step, and warn about the reason the first time."""
         self.counts["failed_searches"] += 1
         said_once = "said once; counts['failed_searches'] goes on"
         warn_once(f"{self.name}: {why} ({numbers}; {said_once})", key=f"{self.name}: {why}")
 
 
 class QuasiNewton:
-    """All large memory of an L-BFGS, and its step.
+    """The vectors and the history of L-BFGS, and its step.
 
     Args:
-        layout: Of the trained parameters; at least one element.
-        options: Of the optimizer.
+        layout: The layout of the trained parameters, with at least one element.
+        options: The optimizer's options.
 
     Attributes:
         iterate: The weights and the direction.
         history: The pairs.
-        gradient: At the weights, while a step goes on and while ``loss`` is known.
+        gradient: The gradient at the weights, during a step and while ``loss`` is known.
         trial: The gradient at the point that was evaluated last.
-        loss: At the weights, if the next step is to start from it.
+        loss: The loss at the weights, if the next step is to start from it.
     """
 
     def __init__(self, layout: Signature, options: LBFGSOptions) -> None:
@@ -85,13 +85,13 @@ class QuasiNewton:
             self.history.add(*padded)
 
     def step(self, groups: Groups, closure: Closure, options: LBFGSOptions, record: Record) -> Any:
-        """Iterate.
+        """Make one step, of up to ``max_iter`` iterations.
 
         Args:
-            groups: The optimizer's.
+            groups: The optimizer's param groups.
             closure: Evaluates the model and leaves the gradients.
-            options: Of the optimizer.
-            record: Is brought up to date.
+            options: The optimizer's options.
+            record: The record, which is updated.
 
         Returns:
             What the closure returned at the weights before the step.
@@ -114,7 +114,7 @@ class QuasiNewton:
         return first
 
     def _iterations(self, line: _Line, options: LBFGSOptions, record: Record, value: float) -> float | None:
-        """All iterations of a step; the loss at the end, None if ``gradient`` is not its gradient."""
+        """Run all iterations of a step; returns the loss at the end, or None if ``gradient`` does not belong to it."""
         if not (math.isfinite(value) and math.isfinite(dot(self.gradient, self.gradient))):
             record.failed("the loss or its gradient is not finite before the step, which is left out", f"loss {value}")
             return None
@@ -131,7 +131,7 @@ class QuasiNewton:
             start = Point(0.0, value, slope)
             found = self._search(line, start, options, record.noise, min(EVALUATIONS, left))
             if found is not None and found.t < FAR_BACK and not self.iterate.moves(line.groups, found.t):
-                found = None  # it went back until no weight moves, where the loss is what it was
+                found = None  # the search went back until no weight moves, where the loss is the old one
             if found is None and iteration > 0 and left < EVALUATIONS:
                 line(0.0)  # the step's evaluations ran out during a search, which says nothing about its direction
                 break
@@ -162,7 +162,7 @@ class QuasiNewton:
         slope = 0.0
         for _ in range(2):
             first = 1.0
-            if not len(self.history):  # nothing is known of the scale: at most a length of 1 in all, as torch does
+            if not len(self.history):  # the scale is unknown: a step whose 1-norm is at most 1, as in torch
                 first = min(1.0, 1.0 / float(torch.linalg.vector_norm(self.gradient, 1, dtype=torch.float64)))
             self.history.direction(self.gradient, first, out=self.iterate.direction)
             for group, bounds in zip(groups, self.iterate.bounds, strict=True):
@@ -185,7 +185,7 @@ class QuasiNewton:
         return found if found.finite else None
 
     def _add_pair(self, line: _Line, start: Point, found: Point, options: LBFGSOptions, noise: float) -> bool:
-        """Add the difference of two points, the second perhaps further away than the step; end at the step."""
+        """Add the pair of two points, the second perhaps beyond the step; the weights end at the step."""
         end, needed = found, -math.inf
         if noise > 0:
             gradient, direction = (dot(v, v) ** 0.5 for v in (self.gradient, self.iterate.direction))
@@ -195,7 +195,7 @@ class QuasiNewton:
         added = False
         if end.finite and end.slope - start.slope >= needed:
             self.iterate.displacement(line.groups, self._displacement)
-            y = torch.sub(self.trial, self.gradient, out=self.gradient)  # the old gradient has done its part
+            y = torch.sub(self.trial, self.gradient, out=self.gradient)  # the old gradient is no longer needed
             bound = options.min_curvature
             if cosine(self._displacement, y) > (MIN_COSINE[self.history.dtype] if bound is None else bound):
                 self.history.add(self._displacement, y)
@@ -219,7 +219,7 @@ class _Line:
     def __init__(self, work: QuasiNewton, groups: Groups, closure: Closure, record: Record) -> None:
         self.work, self.groups, self.closure, self.record = work, groups, closure, record
         self.t = 0.0  # where it was evaluated last
-        self.rounding = 0.0  # relative, of the loss's own type
+        self.rounding = 0.0  # the relative rounding error of the loss's own type
 
     def __call__(self, t: float) -> tuple[float, float]:
         self.t = t
@@ -229,7 +229,7 @@ class _Line:
         return (value, slope) if math.isfinite(value) and math.isfinite(slope) else (math.inf, math.nan)
 
     def evaluate(self) -> tuple[Any, float]:
-        """What the closure returns, and the loss with weight decay."""
+        """Call the closure; returns what it returned, and the loss with weight decay."""
         with torch.enable_grad():
             loss = self.closure()
         self.record.counts["evaluations"] += 1

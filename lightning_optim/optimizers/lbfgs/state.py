@@ -1,4 +1,4 @@
-"""What L-BFGS saves, and whether something that was saved is for it."""
+"""The saved state of L-BFGS, and checks of a state that is loaded."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def own_state(
     """The ``"state"`` of a state_dict.
 
     Args:
-        layout: Of the parameters.
+        layout: The layout of the parameters.
         history: The pairs.
         masters: Master copies by the parameters' numbers.
         known: The loss at the weights and its gradient, if the next step is to use them.
         counts: What happened so far.
-        noise: What was measured.
+        noise: The relative error of the loss, as given or measured; None: not measured yet.
     """
     first: dict[str, Any] = {**history.state_dict(), **counts, "noise": noise, "sizes": _sizes(layout)}
     if known is not None:
@@ -47,16 +47,16 @@ def own_state(
 
 
 def by_position(name: str, saved: Mapping[str, Any], matched: Mapping[str, Any]) -> dict[int, Any]:
-    """The saved state by the parameters' places, in place of the numbers that they were saved under.
+    """The saved state by the parameters' positions, instead of the numbers that they were saved under.
 
     Args:
-        name: Of the optimizer, for messages.
+        name: The optimizer's name, for messages.
         saved: The ``state_dict``.
         matched: The same with the parameters in this optimizer's order.
 
     Raises:
         ValueError: Parameters are in another order than they were saved in, which a history cannot follow: its vectors
-            go through all of them. Or the state is of none of them.
+            go through all of them. Or an entry of the state belongs to none of them.
     """
     for number, values in matched["state"].items():
         if not isinstance(values, Mapping):
@@ -77,16 +77,16 @@ def by_position(name: str, saved: Mapping[str, Any], matched: Mapping[str, Any])
 
 
 def check_state(name: str, state: Mapping[int, Mapping[Any, Any]], layout: Signature, sizes: Sequence[int]) -> Kind:
-    """What kind of state this is, with everything checked.
+    """The kind of a saved state, after everything in it is checked.
 
     Args:
-        name: Of the optimizer, for messages.
-        state: By place, as from :func:`by_position`.
-        layout: Of the parameters.
+        name: The optimizer's name, for messages.
+        state: The state by position, from :func:`by_position`.
+        layout: The layout of the parameters.
         sizes: The number of real elements of each parameter, frozen ones too.
 
     Raises:
-        ValueError: Another optimizer's, of other parameters, or damaged.
+        ValueError: The state is another optimizer's, of other parameters, or damaged.
     """
     if not any(state.values()):
         return "empty"
@@ -174,7 +174,7 @@ def _check_tensor(where: str, value: Any, elements: int | None = None) -> None:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal lists of whole numbers, whatever there may be in the first."""
+    """Whether two nested lists of whole numbers are equal; the first may contain anything."""
     if isinstance(b, list):
         return isinstance(a, list | tuple) and len(a) == len(b) and all(map(_same, a, b))
     return type(a) is int and bool(a == b)

@@ -13,7 +13,7 @@ Rate = float | Tensor
 
 
 def plain(rate: Any) -> Rate:
-    """A learning rate as a Python number or as a tensor of its own, so that no NumPy scalar reaches a checkpoint.
+    """A learning rate as a Python number or as a cloned tensor, so that no NumPy scalar reaches a checkpoint.
 
     Example:
         >>> import numpy as np
@@ -31,7 +31,7 @@ def read_rates(optimizer: Optimizer) -> list[Rate]:
 
 
 def write_rates(optimizer: Optimizer, rates: Iterable[Rate]) -> None:
-    """Set the learning rates of the first groups, in place where a group's is a tensor."""
+    """Set the learning rates of the first param groups, in place where the learning rate is a tensor."""
     for group, rate in zip(optimizer.param_groups, rates, strict=False):
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(float(rate))
@@ -40,7 +40,7 @@ def write_rates(optimizer: Optimizer, rates: Iterable[Rate]) -> None:
 
 
 def make_rates_plain(optimizer: Optimizer) -> None:
-    """Have NumPy scalars among the groups' learning rates be Python's numbers."""
+    """Replace NumPy scalars among the param groups' learning rates by Python numbers."""
     for group in optimizer.param_groups:
         for name in {"lr", "initial_lr"} & group.keys():
             if not isinstance(group[name], Tensor):
@@ -48,7 +48,7 @@ def make_rates_plain(optimizer: Optimizer) -> None:
 
 
 class Joining(Protocol):
-    """A schedule, of which may be asked whether it stands where it began."""
+    """A schedule that can tell whether it has just joined its optimizer."""
 
     @property
     def has_just_joined(self) -> bool:
@@ -56,10 +56,10 @@ class Joining(Protocol):
 
 
 class LoadedRates:
-    """Has a schedule that has just joined an optimizer set the first learning rate, whatever state is loaded then.
+    """Keeps the learning rates that a newly joined schedule has set when its optimizer's state is loaded.
 
-    The state of an optimizer brings the learning rates along that were in force when it was saved. They are right for
-    the schedules whose state is loaded too. A schedule that is new in the run has set its own, and keeps it.
+    An optimizer's state contains the learning rates that were in force when it was saved. These are right for a
+    schedule whose own state is loaded too. A schedule that is new in the run keeps the learning rates that it has set.
     """
 
     _of: ClassVar[weakref.WeakKeyDictionary[Optimizer, LoadedRates]] = weakref.WeakKeyDictionary()
@@ -67,16 +67,16 @@ class LoadedRates:
     def __init__(self, optimizer: Optimizer) -> None:
         self._schedules: weakref.WeakSet[Joining] = weakref.WeakSet()
         self._before: list[Rate] | None = None
-        #: The learning rates that came with the state, where a schedule has kept its own.
+        #: The learning rates in the loaded state that a schedule has replaced by its own; None if there are none.
         self.rates: list[Rate] | None = None
-        # Wrappers in wide use (Lookahead) are optimizers that have not called torch's constructor: without hooks.
+        # Some wrappers in wide use (Lookahead) are optimizers that do not call torch's constructor and have no hooks.
         if hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):
             optimizer.register_load_state_dict_pre_hook(self._keep)
             optimizer.register_load_state_dict_post_hook(self._put_back)
 
     @classmethod
     def watch(cls, schedule: Joining, optimizer: Optimizer) -> LoadedRates:
-        """Look after a schedule's learning rates whenever its optimizer is loaded."""
+        """Keep a new schedule's learning rates whenever its optimizer's state is loaded."""
         if optimizer not in cls._of:
             cls._of[optimizer] = cls(optimizer)
         cls._of[optimizer]._schedules.add(schedule)

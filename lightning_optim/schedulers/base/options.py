@@ -1,4 +1,4 @@
-"""The options that schedules have in common: each is checked where it is given, and where it is loaded."""
+"""Checks of the options that schedules have in common, for constructor arguments and for loaded states."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_optim.checks import (
 from lightning_optim.primitives import primitive
 from lightning_optim.schedulers.base.group_rates import Rate, plain
 
-#: Checks an option of a schedule and returns it as what a checkpoint can hold: ``check(schedule, option, value)``.
+#: ``check(schedule, option, value)`` checks an option and returns it as a value that a checkpoint can hold.
 Check = Callable[[str, str, Any], Any]
 
 _STEPS = whole(0)
@@ -66,7 +66,7 @@ def one_of(*choices: str) -> Check:
 #: ``total_steps``: how often ``step()`` is called in the whole run.
 check_total: Check = a_number(whole(1))
 
-#: A position of a loaded state, which is below 0 where a schedule waits for its turn.
+#: ``last_epoch`` in a loaded state: it is below 0 while a schedule waits for its turn in a ``SequentialLR``.
 check_position: Check = a_number(WHOLE)
 
 

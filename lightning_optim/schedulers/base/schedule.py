@@ -44,11 +44,11 @@ class Schedule(LRScheduler, ABC):
     keeps or refills the total, and sets the learning rates, also where a group's ``lr`` is a 0-dim tensor
     (written in place, so that compiled and captured steps see the change without recompiling).
 
-    **The total.** ``total_steps=None`` means that somebody else knows it: under a Lightning ``Trainer`` it is
-    filled in when training starts, elsewhere call :meth:`set_total_steps`. Until then the learning rate is
-    that of step 0 wherever this does not depend on the total (no warmup, an int ``warmup_steps``, or a given
-    ``warmup_start``), and stays what the optimizer was given otherwise; the first ``step()`` without a total
-    is an error. A total that was filled in is not part of the user's configuration, so it is refilled when a
+    **The total.** ``total_steps=None`` means that the total is filled in later: by a Lightning ``Trainer`` when
+    training starts, elsewhere by :meth:`set_total_steps`. Until then the learning rate is that of step 0 if this
+    does not depend on the total (no warmup, an int ``warmup_steps``, or a given ``warmup_start``); otherwise it
+    stays what the optimizer was given. The first ``step()`` without a total is an error.
+    A total that was filled in is not part of the user's configuration, so it is refilled when a
     run resumes: extending ``max_steps`` stretches the schedule. :meth:`load_state_dict` states the rules.
 
     **Joining a run.** A schedule that is new in a run under way (made for a second ``fit``, or added on
@@ -76,7 +76,7 @@ class Schedule(LRScheduler, ABC):
         ValueError: An option is outside its range, or the phases do not fit into ``total_steps``.
     """
 
-    #: What an option of the constructor may be, in a state that is loaded as well: name -> check.
+    #: The check of each constructor option, by name. A loaded state's options are checked in the same way.
     checks: ClassVar[Mapping[str, Check]] = {
         "warmup_steps": check_steps,
         "total_steps": optional(check_total),
@@ -84,9 +84,9 @@ class Schedule(LRScheduler, ABC):
         "warmup_start": optional(check_ratio),
     }
 
-    #: ``last_epoch`` after construction; None where a state has been loaded since.
+    #: ``last_epoch`` after construction; None once a state has been loaded.
     _joined_at: int | None = None
-    #: The steps of the run in all for which the total was filled in.
+    #: The number of steps in the whole run for which the total was filled in.
     filled_for: int | None = None
 
     def __init__(
@@ -121,7 +121,7 @@ class Schedule(LRScheduler, ABC):
 
     @classmethod
     def checked(cls, name: str, value: Any) -> Any:
-        """An option of the constructor, as its entry in :attr:`checks` returns it.
+        """Check an option of the constructor by its entry in :attr:`checks`, and return what that returns.
 
         Raises:
             TypeError, ValueError: The value is not valid.
@@ -131,7 +131,7 @@ class Schedule(LRScheduler, ABC):
     @property
     def has_just_joined(self) -> bool:
         """Whether it has made no step, and has loaded no state, since it was constructed."""
-        # Below is where it waits for its turn in a SequentialLR.
+        # `last_epoch` is below `_joined_at` while the schedule waits for its turn in a SequentialLR.
         return self._joined_at is not None and self.last_epoch <= self._joined_at
 
     @abstractmethod
@@ -202,21 +202,21 @@ class Schedule(LRScheduler, ABC):
     def await_total(self) -> None:
         """Promise that :meth:`set_total_steps` will be called: until then ``step()`` holds the learning rate.
 
-        For trainers that search a batch size by trial steps before they know how long the run will be. Without the
-        promise, a ``step()`` before the total is known is an error.
+        This is for trainers that search a batch size by trial steps before they know how long the run will be. Without
+        the promise, a ``step()`` before the total is known is an error.
         """
         self.awaits_total = self.total_steps is None
 
     def get_last_lr(self) -> list[float | Tensor]:
-        """The learning rate of each group that is in force, whoever set it last; tensors are copies."""
+        """The learning rate of each group as it is now, whoever set it last; tensors are copies."""
         return read_rates(self.optimizer)
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each group at ``last_epoch``.
 
         Raises:
-            RuntimeError: ``total_steps`` is not known, and this is neither the step that construction makes nor
-                after :meth:`await_total`.
+            RuntimeError: ``total_steps`` is not known, :meth:`await_total` was not called, and this is not the step
+                that the constructor makes.
             ValueError: The optimizer has lost groups.
         """
         self._adopt_new_groups()
@@ -247,8 +247,8 @@ class Schedule(LRScheduler, ABC):
         unknown                    any                 the one held here
         =========================  ==================  =====================================
 
-        The learning rates are those at saving, or, if the total is then another than at saving, the schedule's for that
-        total. The optimizer's state may be loaded before or after, or not at all.
+        The learning rates become those at saving; if the total differs from that at saving, they become the schedule's
+        for the new total. The optimizer's state may be loaded before or after, or not at all.
 
         Args:
             state_dict: What :meth:`state_dict` returned; tensors and primitives only.
@@ -271,16 +271,16 @@ class Schedule(LRScheduler, ABC):
         write_rates(self.optimizer, rates)
         self._adopt_new_groups()
         if self.total_steps is not None:
-            self.awaits_total = False  # it has come with the state
+            self.awaits_total = False  # the state has brought the total
             self._reapply()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy, or one that was pickled, looks after its own optimizer."""
+        """Restore a copy or an unpickled schedule, and watch its own optimizer."""
         self.__dict__.update(state)
         LoadedRates.watch(self, self.optimizer)
 
     def _check_state(self, state: dict[str, Any]) -> None:
-        """Have a state's entries be what they are here, plain numbers; or raise an error that names one that is not."""
+        """Check a state's entries and make them plain numbers, in place; an error names the entry that is invalid."""
         name = type(self).__name__
         missing = sorted(self.checks.keys() - state.keys())
         if missing:
@@ -301,7 +301,7 @@ class Schedule(LRScheduler, ABC):
         self._check_groups(len(state.get("base_lrs", self.base_lrs)))
 
     def _rates_of_older_state(self, state: dict[str, Any]) -> list[Rate]:
-        """The learning rates at saving, for a state that has them not: of the optimizer's state, or of the schedule."""
+        """The learning rates at saving, for a state without ``rates``: from the optimizer's state or the schedule's."""
         loaded = LoadedRates.watch(self, self.optimizer).rates
         if self.has_just_joined and loaded is not None:
             return loaded
@@ -343,9 +343,9 @@ class Schedule(LRScheduler, ABC):
 
     def _reapply(self) -> None:
         """Set the learning rates again if they are other than what this schedule last set."""
-        # Below zero it waits for its turn in a SequentialLR. Equal values are not written, because a later
-        # member of a ChainedScheduler may have multiplied its own factor onto them. Groups that were added since join
-        # at the next step.
+        # With a negative `last_epoch` it waits for its turn in a SequentialLR. Equal values are not written, because a
+        # later member of a ChainedScheduler may have multiplied its own factor onto them. Groups that were added since
+        # join at the next step.
         if self.last_epoch >= 0 and self.get_lr()[: len(self._last_lr)] != self._last_lr:
             self._update_lr(self.last_epoch)
 
