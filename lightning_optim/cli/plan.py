@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] = ()) -> int:
             sharding=options.sharding,
             clips=clips or options.clip,
             accumulates=accumulates or options.accumulate,
-            activation_bytes=None if options.activation_gb is None else int(options.activation_gb * 2**30),
+            activation_bytes=None if options.activation_gb is None else int(options.activation_gb * 1e9),
             backward_seconds=None if options.backward_ms is None else options.backward_ms / 1e3,
             bucket_bytes=int(options.bucket_mb * 1e6),
         )
@@ -114,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--ranks", type=int, default=1, metavar="N", help="number of processes, one for each device")
     run.add_argument("--local-ranks", type=int, metavar="N", help="how many share one host (its number of devices)")
     run.add_argument("--sharding", choices=SHARDINGS, default="ddp", help="what the ranks divide (%(default)s)")
-    run.add_argument("--activation-gb", type=float, metavar="GIB", help="peak of activations; else there is a reserve")
+    run.add_argument(
+        "--activation-gb", type=float, metavar="GB", help="peak of activations, in 1e9 bytes; else there is a reserve"
+    )
     run.add_argument("--backward-ms", type=float, metavar="MS", help="time of a backward pass, which may hide a step")
     run.add_argument(
         "--master-dtype", choices=("float32", "float64"), default="float32", help="of a detached step (%(default)s)"

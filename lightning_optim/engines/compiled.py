@@ -6,12 +6,9 @@ from abc import abstractmethod
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from lightning_optim.engines.base import Bucket, Engine, Layout
 from lightning_optim.engines.cache import BuildError
-from lightning_optim.engines.host.reader import native_reader
-from lightning_optim.engines.memory import Reading, read
 from lightning_optim.rules.ops import norm
 from lightning_optim.rules.program import Program
 from lightning_optim.rules.trace import trace
@@ -34,10 +31,6 @@ class CompiledEngine(Engine, Generic[Kernel]):
         Raises:
             BuildError: The kernel cannot be built.
         """
-
-    def read(self, tensors: list[Tensor]) -> Reading:
-        """See :meth:`Engine.read`."""
-        return (native_reader() or read)(tensors)
 
     def _built(self, program: Program, layout: Layout) -> Kernel:
         """The kernel of a Program; a build that failed is not tried again in this process."""

@@ -128,7 +128,7 @@ def test_conditions(machine: str, capsys: pytest.CaptureFixture[str]) -> None:
         "sharding": "fsdp2",
         "clips": False,
         "accumulates": True,
-        "activation_bytes": 3 * 2**29,
+        "activation_bytes": 1_500_000_000,
         "backward_seconds": None,
         "resident_bytes": 0,
         "bucket_bytes": 64 * 10**6,
