@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # Processes that share the tests, each module to one of them: for two cores. 0 is this process alone.
 WORKERS ?= 2
-# One thread for each, and for what it starts: tensors of tests are too small for more.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
+# One thread for each, and for what it starts: tensors of tests are too small for more. And bytecode is written, whatever
+# the environment says: each of the processes that tests start would compile the package again.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 FUZZ_CASES ?= 5000
 FUZZ_SEED ?= 0
 KILLS ?= 30

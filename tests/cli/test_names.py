@@ -33,6 +33,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.matrix(unless=lambda name: name not in ("Adam", "SGD", "Lion"))
 @pytest.mark.parametrize(("name", "cls"), NAMES)
 def test_a_name_means_the_same_as_a_flag_and_in_a_file(name: str, cls: type, tmp_path: Path) -> None:
     forms = {

@@ -309,6 +309,7 @@ def test_the_kernel_in_the_interpreter(tmp_path: Path) -> None:
 
 
 @needs_triton
+@pytest.mark.matrix(unless=lambda addend: addend)
 @pytest.mark.parametrize("addend", [False, True])
 @pytest.mark.parametrize("unit", ["x_column", "x_row"])
 def test_the_kernel_compiled_for_sm_90(
