@@ -29,6 +29,7 @@ _COMMON = {
     "log": "tl.log({0})",
     "floor": "tl.floor({0})",
     "tanh": "tanh({0})",
+    "atan2": "atan2({0}, {1})",
     "sign": "sign({0})",
     "maximum": "maximum({0}, {1})",
     "minimum": "minimum({0}, {1})",
