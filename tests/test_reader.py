@@ -84,7 +84,7 @@ def test_a_torch_without_the_interface_steps_alike(monkeypatch: pytest.MonkeyPat
     for whole in (True, False):
         with monkeypatch.context() as patch:
             if not whole:
-                patch.setattr("lightning_optim.engines.compiled.native_reader", lambda: None)
+                patch.setattr("lightning_optim.engines.base.native_reader", lambda: None)
             torch.manual_seed(0)
             weights = [torch.nn.Parameter(torch.randn(s)) for s in ((3, 4), (7,), ())]
             optimizer = lightning_optim.AdamW(weights)
@@ -108,7 +108,7 @@ def test_the_host_engine_reads_by_one_call(monkeypatch: pytest.MonkeyPatch) -> N
         calls.append(len(tensors))
         return function(tensors)
 
-    monkeypatch.setattr("lightning_optim.engines.compiled.native_reader", lambda: counted)
+    monkeypatch.setattr("lightning_optim.engines.base.native_reader", lambda: counted)
     weights = [torch.nn.Parameter(torch.zeros(3)) for _ in range(5)]
     optimizer = lightning_optim.AdamW(weights, engine=HostEngine.name)
     for _ in range(3):

@@ -24,7 +24,8 @@ INPUTS = ("estimate",)
 def update(p: Tensor, g: Tensor, s: State, o: Options, *, estimate: Tensor) -> Tensor:
     beta1, beta2 = o["betas"]
     m = s.get("exp_avg", torch.zeros_like(g))
-    m = s["exp_avg"] = m + (1 - beta1) * (g - m)  # infinity is NaN at the next step, and not clipped for ever
+    # Infinity becomes NaN, as in torch.lerp, at this step or the next one: it is not clipped for ever.
+    m = s["exp_avg"] = torch.lerp(m, g, 1 - beta1)
     if o["updates"] % o["update_interval"] == 0:
         average(s, "hessian", estimate, beta2)
     h = s.setdefault("hessian", torch.zeros_like(g))

@@ -23,6 +23,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -224,8 +225,8 @@ class Judge:
         max_norm = self.optimizer.options.max_grad_norm
         self.coefficient = references.clip_coefficient([g for g in self.gradients if g is not None], max_norm)
 
-    def _expected(self, nudge: float = 0.0) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """The step in float64, with all gradients moved by so many roundings."""
+    def _expected(self, nudge: float = 0.0, of_inputs: float = 0.0) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """The step in float64, with all gradients and all other inputs moved by so many roundings."""
         gradients = [
             None if g is None else self.coefficient * g + nudge * math_rounding(p) * (self.coefficient * g).abs()
             for (p, _), g in zip(self.params, self.gradients, strict=True)
@@ -235,13 +236,16 @@ class Judge:
             {**known_of(p, group), "made": made(self.optimizer, p)}
             for (p, _), group in zip(self.params, self.groups, strict=True)
         ]
-        return references.step_all(
-            self.name, self.weights, gradients, states, known, kind=self.kind, inputs=self.inputs
-        )
+        inputs = {
+            name: [x + of_inputs * math_rounding(p) * x.abs() for (p, _), x in zip(self.params, values, strict=True)]
+            for name, values in self.inputs.items()
+        }
+        return references.step_all(self.name, self.weights, gradients, states, known, kind=self.kind, inputs=inputs)
 
     def after(self) -> None:
         """Compare with what the step has made."""
-        wanted, *nudged = (self._expected(nudge) for nudge in (0.0, WIGGLE, -WIGGLE))
+        ways = product((WIGGLE, -WIGGLE), (WIGGLE, -WIGGLE) if self.inputs else (0.0,))
+        wanted, *nudged = (self._expected(*nudges) for nudges in ((0.0, 0.0), *ways))
         everywhere = references.REFERENCES[self.name].everywhere
         for number, ((p, _), old, group) in enumerate(zip(self.params, self.weights, self.groups, strict=True)):
             where = f"parameter {number}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_optim.optimizers import SGDOptim
 from lightning_optim.registry import OPTIMIZERS
 
-from .common import ENGINE, OPTIMIZER, ROUNDINGS, give_gradients, supported, weights
+from .common import ENGINE, OPTIMIZER, ROUNDINGS, give_gradients, inputs_of, supported, take_step, weights
 
 
 @pytest.mark.matrix(unless=lambda name, engine: references.representative(name) and engine == references.FASTEST)
@@ -32,8 +32,12 @@ def test_low_precision_gradients_in_and_copies_out(name: str, grad_dtype: torch.
         for p, q in zip(params, plain, strict=True):
             q.grad = low[p].float() if p in low else None
             p.grad = None
-        optimizer._stepper.step(grads=low, copies=copies)
-        other.step()
+        inputs = inputs_of(name, params, step)
+        optimizer._stepper.step(grads=low, copies=copies, inputs=inputs or None)  # type: ignore[arg-type]
+        take_step(
+            other,
+            {given: {q: values[p] for p, q in zip(params, plain, strict=True)} for given, values in inputs.items()},
+        )
         for p, q in zip(params, plain, strict=True):
             # The clipping coefficient is a sum in another order: a rounding or two of its own.
             torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=(step + 1) * ROUNDINGS * 2.0**-22)

@@ -106,8 +106,10 @@ def test_nothing_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch
         give_gradients(params, step)
         if step == 2:
             params[0].data = params[0].data.clone()  # plans and tables are made again
+        inputs = optimizer.asked_for(None)
         with torch.no_grad(), Waits():
-            optimizer._stepper.step(loss=LossScale(scale, found) if step % 2 else None)
+            loss = LossScale(scale, found) if step % 2 else None
+            optimizer._stepper.step(loss=loss, inputs=inputs)
 
 
 def test_addresses_are_read_at_every_step() -> None:
