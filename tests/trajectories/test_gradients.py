@@ -33,7 +33,7 @@ def test_low_precision_gradients_in_and_copies_out(name: str, grad_dtype: torch.
             q.grad = low[p].float() if p in low else None
             p.grad = None
         inputs = inputs_of(name, params, step)
-        optimizer._stepper.step(grads=low, copies=copies, inputs=inputs or None)  # type: ignore[arg-type]
+        optimizer._stepper.step(grads=low, copies=copies, inputs=inputs or None)
         take_step(
             other,
             {given: {q: values[p] for p, q in zip(params, plain, strict=True)} for given, values in inputs.items()},
