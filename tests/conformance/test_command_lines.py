@@ -68,6 +68,7 @@ def test_lightning_cli_refuses_misspelled_flags(name: str, tmp_path: Path, capsy
     assert "weight_deacy" in capsys.readouterr().err
 
 
+@references.common_to_all
 @each
 def test_optim_cli(name: str, tmp_path: Path) -> None:
     """``lightning-optim fit``: the familiar name is ours, and a full path means what it says."""

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from lightning_optim.engines import ENGINES
 from lightning_optim.engines.triton import TritonEngine, engine
 from lightning_optim.optimizers import RuleOptimizer
-from lightning_optim.registry import create_optimizer
+from lightning_optim.registry import OPTIMIZERS, create_optimizer
+
+#: Those whose rules Triton prints: without rows and columns.
+PRINTED = [
+    name
+    for name, info in OPTIMIZERS.items()
+    if not any(slot.rate in ("row", "column") for rule in info.cls.rules() for slot in rule.slots.values())
+]
 
 SHAPES: tuple[tuple[int, ...], ...] = ((3, 5), (7,), (), (0,), (33, 31), (1,), (2, 3, 2, 2))
 

@@ -12,9 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_optim
 from lightning_optim.engines.scaling import LossScale
-from lightning_optim.registry import OPTIMIZERS
 
-from .common import Launches, give_gradients, make, weights
+from .common import PRINTED, Launches, give_gradients, make, weights
 
 
 def pair(name: str = "adamw", **options: Any) -> tuple[list[nn.Parameter], Any, list[nn.Parameter], Any]:
@@ -54,14 +53,6 @@ def test_launches_of_a_bucket(name: str, most: int, monkeypatch: pytest.MonkeyPa
         with torch.no_grad():
             optimizer._stepper.step(loss=LossScale(torch.tensor(8.0), torch.zeros(())))
         assert len(log.names) <= most, log.names
-
-
-#: Those whose rules Triton prints: without rows and columns.
-PRINTED = [
-    name
-    for name, info in OPTIMIZERS.items()
-    if not any(slot.rate in ("row", "column") for rule in info.cls.rules() for slot in rule.slots.values())
-]
 
 
 @references.common_to_all

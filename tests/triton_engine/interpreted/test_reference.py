@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_optim.registry import OPTIMIZERS
 
-from .common import SHAPES, give_gradients, group_of, make, weights
+from .common import PRINTED, SHAPES, give_gradients, group_of, make, weights
 
 STEPS = 20
 #: By default, in all cases but one: Triton's interpreter takes about a second for ten steps of three tensors.
@@ -90,11 +90,13 @@ POLICIES: dict[str, dict[str, Any]] = {
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", PRINTED)
 def test_storage_types_and_rounding(name: str, policy: str, dtype: torch.dtype) -> None:
     """The same bits as the eager engine, noise included, but where float32 itself rounds otherwise."""
     if dtype != torch.bfloat16 and "stochastic" in policy:
         pytest.skip("stochastic rounding is for bfloat16")
+    if name == "soap" and policy == "clip":
+        pytest.skip("its first bases are not unique: a norm that is summed in another order turns them")
     ends: list[list[Tensor]] = []
     for engine in ("triton", "eager"):
         params = weights(dtype)
