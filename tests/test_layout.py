@@ -33,7 +33,8 @@ LAYERS = (
     ("adopt",),
     ("placement",),
     ("control", "offload"),
-    ("callbacks", "strategies"),
+    ("callbacks",),
+    ("strategies",),
     ("cli",),
     ("__main__",),
 )

@@ -27,6 +27,7 @@ CALLBACKS = {
     "FillTotalSteps": "schedule_totals",
     "RefuseWithoutReplay": "replay_guard",
     "EvaluationWeights": "evaluation_weights",
+    "SpikeRollback": "spike_rollback",
 }
 
 
@@ -45,4 +46,4 @@ def callback_class(name: str, root: str) -> type[Any]:
         raise AttributeError(f"module {ROOTS[root]!r} has no attribute {name!r}; it has {', '.join(CALLBACKS)}")
     ours = getattr(import_module(f"lightning_optim.callbacks.{CALLBACKS[name]}"), name)
     theirs = import_module(root).Callback
-    return type(name, (ours, theirs), {"__doc__": ours.__doc__, "__module__": ROOTS[root]})
+    return type(name, (ours, theirs), {"__doc__": ours.__doc__, "__module__": ROOTS[root], "root": root})

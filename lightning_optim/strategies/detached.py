@@ -55,7 +55,7 @@ class DetachedBase(Driven):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for copies and other processes: without pipelines, which have threads and hooks, or a window."""
-        return {**super().__getstate__(), "_drives": None, "_ended": None, "_window": None, "_undo": None}
+        return {**super().__getstate__(), "_drives": None, "_ended": None, "_window": None}
 
     # -- what Lightning calls -----------------------------------------------------------------------------------
 

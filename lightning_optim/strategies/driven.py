@@ -55,7 +55,7 @@ class Driven(Undoes, Replays, _Strategy):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for copies, without that of a running training: threads, hooks and plans are made anew."""
-        return {**super().__getstate__(), "_drives": None, "_window": None, "_undo": None}
+        return {**super().__getstate__(), "_drives": None, "_window": None}
 
     # -- what a subclass may say differently --------------------------------------------------------------------
 
@@ -136,6 +136,10 @@ class Driven(Undoes, Replays, _Strategy):
     def _trainer(self) -> Any:
         assert self.lightning_module is not None  # noqa: S101
         return self.lightning_module.trainer
+
+    def drive_of(self, optimizer: Optimizer) -> Drive:
+        """The drive that steps an optimizer, or the one in it: for callbacks."""
+        return self._drive(optimizer)
 
     def _drive(self, optimizer: Optimizer) -> Drive:
         """The drive of an optimizer, or of the one in it."""

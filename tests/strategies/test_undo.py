@@ -244,7 +244,7 @@ def test_a_second_fit_of_the_same_trainer_has_one_record() -> None:
     for epochs in (1, 2):
         trainer.fit_loop.max_epochs = epochs
         trainer.fit(Poisoned(MAKES["ours"], {5: 1e4}))
-    assert [type(callback).__name__ for callback in trainer.callbacks].count("UndoKeeper") == 1
+    assert [type(callback).__name__ for callback in trainer.callbacks].count("SpikeRollback") == 1
     assert len(trainer.strategy.undo_records) == 1
 
 

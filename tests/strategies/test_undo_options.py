@@ -136,7 +136,7 @@ def test_barebones() -> None:
 def test_a_trainer_that_was_used_can_go_to_other_processes() -> None:
     trainer = make_trainer(strategy=InGraphStrategy(undo=True))
     trainer.fit(Model(OPTIMIZERS["ours"]))
-    (keeper,) = (callback for callback in trainer.callbacks if type(callback).__name__ == "UndoKeeper")
+    (keeper,) = (callback for callback in trainer.callbacks if type(callback).__name__ == "SpikeRollback")
     copied = pickle.loads(pickle.dumps(keeper))  # noqa: S301 # of our own making
     assert type(copied) is type(keeper)
     assert copied.state_dict() == keeper.state_dict()
@@ -153,4 +153,4 @@ def test_other_stages_are_not_concerned() -> None:
     trainer = make_trainer(strategy=InGraphStrategy(undo=True))
     trainer.validate(Validated(), verbose=False)
     assert trainer.strategy.undo_records == []
-    assert not any(type(callback).__name__ == "UndoKeeper" for callback in trainer.callbacks)
+    assert not any(type(callback).__name__ == "SpikeRollback" for callback in trainer.callbacks)

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from ranks import RANKS, enter, launch, leave
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_optim.callbacks import SpikeRollback
 from lightning_optim.strategies import InGraphDDPStrategy, InGraphFSDP2Strategy
 
 from .common import EXACT, OPTIMIZERS, assert_same_steps, dataset, fit, known_warnings, scaled
@@ -18,7 +20,13 @@ from .undoing import POLICY, Poisoned, Reference
 
 pytestmark = known_warnings
 
-KINDS: dict[str, Any] = {"ddp": InGraphDDPStrategy, "fsdp2": InGraphFSDP2Strategy}
+#: Ours have it by their option, and Lightning's own by the callback.
+KINDS: dict[str, Any] = {
+    "ddp": InGraphDDPStrategy,
+    "fsdp2": InGraphFSDP2Strategy,
+    "lightning's ddp": DDPStrategy,
+    "lightning's fsdp2": lambda: ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1),
+}
 NAMES = ["ours", "foreign"]
 # Of two epochs of 4 batches each.
 CASES: dict[str, tuple[dict[str, Any], float, set[int]]] = {
@@ -27,6 +35,11 @@ CASES: dict[str, tuple[dict[str, Any], float, set[int]]] = {
     "clip and accumulate": ({"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}, 1e4, {2, 3, 4, 5}),
     "16-mixed": ({"gradient_clip_val": 0.5}, 1e4, {4, 5}),
 }
+
+#: All of ours; of Lightning's own, a choice.
+RUNS = [(kind, case, name) for kind in ("ddp", "fsdp2") for case in CASES for name in NAMES]
+RUNS += [("lightning's ddp", "clip and accumulate", "ours"), ("lightning's ddp", "16-mixed", "foreign")]
+RUNS += [("lightning's fsdp2", "plain", "foreign"), ("lightning's fsdp2", "nan", "ours")]
 
 
 def _shared(cls: Any, *, divided: bool) -> Any:
@@ -53,23 +66,25 @@ def _rank(rank: int, folder: Path) -> None:
     def training(kind: str, case: str, model: Any, undo: Any) -> tuple[Any, ...]:
         plugins = [scaled()] if "16" in case else None
         options = {"devices": RANKS, "use_distributed_sampler": False, "max_epochs": 2, "plugins": plugins}
-        run, noted = fit(model, KINDS[kind](undo=undo), **options, **CASES[case][0])
+        rollback = [SpikeRollback(**undo)] if undo and "lightning" in kind else []
+        strategy = KINDS[kind]() if "lightning" in kind else KINDS[kind](undo=undo)
+        run, noted = fit(model, strategy, callbacks=rollback, **options, **CASES[case][0])
         assert run.world_size == RANKS
         weights = [
             {key: getattr(value, "full_tensor", lambda value=value: value)() for key, value in step.items()}
             for step in noted.weights
         ]
-        return weights, noted.lrs, run.strategy.undo_records, int(model.net[2].num_batches_tracked)
+        records = rollback[0].records if rollback else getattr(run.strategy, "undo_records", [])
+        return weights, noted.lrs, records, int(model.net[2].num_batches_tracked)
 
     found: dict[tuple[str, str, str, str], Any] = {}
-    for kind in KINDS:
-        poisoned, reference = (_shared(cls, divided=kind == "fsdp2") for cls in (Poisoned, Reference))
-        for case, (_, value, skip) in CASES.items():
-            for name in NAMES:
-                make = OPTIMIZERS[name]
-                found["undo", kind, case, name] = training(kind, case, poisoned(make, {5: value}), POLICY)
-                model = reference(make, skip=skip, halve={5})
-                found["reference", kind, case, name] = training(kind, case, model, False)
+    for kind, case, name in RUNS:
+        poisoned, reference = (_shared(cls, divided="fsdp2" in kind) for cls in (Poisoned, Reference))
+        _, value, skip = CASES[case]
+        model = poisoned(OPTIMIZERS[name], {5: value})
+        found["undo", kind, case, name] = training(kind, case, model, POLICY)
+        model = reference(OPTIMIZERS[name], skip=skip, halve={5})
+        found["reference", kind, case, name] = training(kind, case, model, False)
     torch.save(found, folder / f"{rank}.pt")
     leave()
 
@@ -90,9 +105,7 @@ class _Noted:
         return self
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "case", "name"), RUNS)
 def test_two_processes(kind: str, case: str, name: str, ranks: list[dict[Any, Any]]) -> None:
     here, there = (_Noted(rank["undo", kind, case, name]) for rank in ranks)
     assert_same_steps(here, there, **EXACT)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict
 
 from lightning_optim.checks import Range, above, whole
 from lightning_optim.control.rollback.snapshots import WHERE, Where
-from lightning_optim.control.rollback.spikes import SpikeDetector, SpikePolicy
+from lightning_optim.control.rollback.spikes import Scale, SpikeDetector, SpikePolicy
 
 #: What happens at a loss spike when no more may be undone.
 AfterCap = Literal["continue", "stop", "raise"]
@@ -79,11 +79,12 @@ class UndoPolicy(SpikePolicy):
     }
 
     @classmethod
-    def of(cls, option: bool | Mapping[str, Any] | UndoPolicy) -> UndoPolicy | None:
+    def of(cls, option: bool | Mapping[str, Any] | UndoPolicy, name: str = "undo") -> UndoPolicy | None:
         """The policy that an option ``undo=`` asks for; None for False.
 
         Args:
             option: False, True (the defaults), some of the arguments by name, or a policy.
+            name: What has the option, for messages.
 
         Raises:
             TypeError: ``option`` is something else, or has an unknown argument.
@@ -99,11 +100,43 @@ class UndoPolicy(SpikePolicy):
             return option
         names = [field.name for field in fields(cls)]
         if not isinstance(option, Mapping):
-            raise TypeError(f"undo={option!r}; valid: False, True, an UndoPolicy, or a dict of {', '.join(names)}")
+            raise TypeError(f"{name}={option!r}; valid: False, True, an UndoPolicy, or a dict of {', '.join(names)}")
         unknown = [name for name in option if name not in names]
         if unknown:
-            raise TypeError(f"undo has no option {unknown[0]!r}; valid: {', '.join(names)}")
+            raise TypeError(f"{name} has no option {unknown[0]!r}; valid: {', '.join(names)}")
         return cls(**option)
+
+
+class UndoOptions(TypedDict, total=False):
+    """The arguments of an :class:`UndoPolicy` as options of something else, with the same defaults.
+
+    Args:
+        threshold: Standard deviations above the running mean at which a loss is a spike (7).
+        window: How many losses mean and deviation are averaged over, exponentially (100).
+        warmup_steps: How many losses come before one can be a spike by its size (None: ``window``).
+        min_ratio: Multiple of the running mean that a spike must exceed (1.1).
+        patience: How many high losses in a row make a spike (1).
+        scale: ``"log"`` or ``"linear"``: what is compared, logarithms or the losses themselves (log).
+        factor: What the learning rate is multiplied by when a step is undone (0.5).
+        recover_steps: Steps in which the learning rate returns from one undo (None: it stays).
+        max_undos: How many spikes are undone in all (20).
+        max_consecutive: How many spikes in a row are undone (3).
+        after_cap: What is done at a spike beyond these: ``"continue"``, ``"stop"`` or ``"raise"`` (continue).
+        snapshots: Where the copies of CUDA tensors are: ``"device"`` or ``"host"`` (device).
+    """
+
+    threshold: float
+    window: int
+    warmup_steps: int | None
+    min_ratio: float
+    patience: int
+    scale: Scale
+    factor: float
+    recover_steps: int | None
+    max_undos: int
+    max_consecutive: int
+    after_cap: AfterCap
+    snapshots: Where
 
 
 @dataclass(frozen=True)
