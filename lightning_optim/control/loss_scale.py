@@ -324,7 +324,7 @@ class _Skips:
     def known(self) -> int:
         """The skipped steps in a row as far as the host knows, without waiting."""
         for counts, _ in self._reader.read(self.counts):
-            self.consecutive = int(counts[0])
+            self.consecutive, _ = counts.tolist()
         return self.consecutive
 
     def read(self) -> tuple[int, int]:
