@@ -90,7 +90,7 @@ class Overflow:
                 f"{len(self.parameters)} of {self.of} parameters had one."
             )
         else:
-            told.append("No gradient of this process was such a one: see the errors of the others.")
+            told.append("No gradient that this process still has was such a one; the errors of others may say more.")
         if self.weights:
             told.append(f"Weights are inf or NaN as well, such as {self.weights[0]}.")
         return " ".join(told)

@@ -52,6 +52,12 @@ class InStepScaler(torch.amp.GradScaler):
         """Copy the user's scaler instead: a copy belongs to no training."""
         return _itself, (self.scaler,)
 
+    def __getattr__(self, name: str) -> Any:
+        """What the user's scaler has beyond torch's, such as counts of skipped steps."""
+        if name in InStepScaler.__slots__:  # not set yet
+            raise AttributeError(name)
+        return getattr(self.scaler, name)
+
     @staticmethod
     def accepts(scaler: object) -> bool:
         """Whether a scaler is one of torch's plain ones, or ours: not another subclass, whose methods may do more."""

@@ -500,4 +500,4 @@ def test_a_gradient_that_never_was_is_no_overflow() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2), requires_grad=False)], lr=0.1)
     found = overflow.find_overflow(optimizer, None, overflow.BackwardWatch(overflow.parameters_of(optimizer)))
     assert (found.parameters, found.weights, found.is_beyond_scaling) == ([], [], False)
-    assert str(found) == "No gradient of this process was such a one: see the errors of the others."
+    assert str(found) == "No gradient that this process still has was such a one; the errors of others may say more."
