@@ -1,4 +1,4 @@
-"""Loss scaling of ``16-mixed`` with bounds, with schedules that are held, and with an end to runs that skip every step."""
+"""Loss scaling of ``16-mixed`` with bounds, held schedules, and an end to runs that skip every step."""
 
 from __future__ import annotations
 
@@ -84,11 +84,10 @@ class LossScaling(Callback):
             return
         self._give_back()
         plugin, self.scaler = trainer.precision_plugin, None
-        stock = self._replaceable(trainer, getattr(plugin, "scaler", None))
-        if stock is None:
+        stock: Any = getattr(plugin, "scaler", None)
+        cls = self._class_in_place_of(stock, trainer)
+        if cls is None:
             return
-        cls = loss_scaler_like(stock)
-        assert cls is not None  # noqa: S101 # or it were not replaceable
         self.scaler = cls(stock._device, **self.settings, module=pl_module)
         self.scaler.gradients_may_be_dropped = pl_module.automatic_optimization
         self.scaler.after_step = partial(self._held.after_step, trainer)
@@ -124,31 +123,31 @@ class LossScaling(Callback):
         """Give the plugin its own scaler back."""
         self._give_back()
 
-    def _replaceable(self, trainer: Any, stock: Any) -> Any:
-        """The plugin's scaler, if there is anything to do for this callback."""
-        who = type(self).__name__
+    def _class_in_place_of(self, stock: Any, trainer: Any) -> type[LossScaler] | None:
+        """The class of the scaler that takes the place of the plugin's; None: there is nothing to do."""
+        who, cls = type(self).__name__, loss_scaler_like(stock)
         if sum(isinstance(callback, LossScaling) for callback in trainer.callbacks) > 1:
             raise ValueError(f"{who}: the Trainer has two of these callbacks, and one loss; valid: one of them")
-        if any("DeepSpeed" in cls.__name__ for cls in type(trainer.strategy).__mro__):
+        if any("DeepSpeed" in base.__name__ for base in type(trainer.strategy).__mro__):
             raise ValueError(
                 f"{who}: DeepSpeed scales the loss itself; valid: without this callback, and with "
                 "initial_scale_power, loss_scale_window and min_loss_scale of the strategy"
             )
-        if stock is None or (loss_scaler_like(stock) is not None and not stock.is_enabled()):
+        if stock is None or (cls is not None and not stock.is_enabled()):
             why = "its float16 gradients cannot be unscaled" if trainer.precision == "16-true" else "it scales no loss"
             warn_once(f"{who} does nothing with precision={trainer.precision!r}: {why}; valid: precision='16-mixed'")
             return None
-        if loss_scaler_like(stock) is None:
+        if cls is None:
             raise ValueError(
-                f"{who}: the precision plugin has a scaler of its own, a {type(stock).__qualname__}; valid: one of "
-                "torch's GradScaler, which is replaced, or the plugin's scaler without this callback"
+                f"{who}: the precision plugin has a scaler of its own, of class {type(stock).__qualname__}; valid: a "
+                "torch.amp.GradScaler, which is replaced, or the plugin's scaler without this callback"
             )
         if own := [f"{name}={value!r}" for name, value in self._of_its_user(stock)]:
             warn_once(f"{who} takes the place of the precision plugin's scaler, whose {', '.join(own)} is not used")
-        return stock
+        return cls
 
     def _of_its_user(self, stock: Any) -> list[tuple[str, float]]:
-        """The settings of a scaler that has not been used, as far as its user has chosen others than those given here."""
+        """The settings of a scaler that has not been used which its user has chosen, and which are not those here."""
         if stock._scale is not None:
             return []
         found = [(name, getattr(stock, f"_{name}")) for name in _DEFAULTS]

@@ -13,8 +13,8 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from lightning_optim.checks import POSITIVE_FINITE, above, check_number, check_switch, whole
-from lightning_optim.control.late import LateReader
-from lightning_optim.control.overflow import BackwardWatch, find_overflow, parameters_of
+from lightning_optim.control.overflow import find_overflow, parameters_of
+from lightning_optim.control.skipped_steps import SkippedSteps
 
 #: After so many skipped steps in a row, the default gives up. A scale that only is too large is halved 16 times from
 #: 65536 to 1; what still overflows 34 steps later is not the scale's fault.
@@ -57,8 +57,8 @@ class LossScaler(torch.amp.GradScaler):
             optimizer's ``"param_names"`` are used, if it has some.
 
     Attributes:
-        gradients_may_be_dropped: Whether a step without any gradient is one whose gradients were dropped on purpose, and
-            leaves the scale as it is. If not, the backward pass was forgotten, which is an error, as with torch's own.
+        gradients_may_be_dropped: Whether a step without any gradient is one whose gradients were dropped on purpose,
+            and leaves the scale as it is. If not, the backward pass was forgotten: an error, as with torch's own.
         after_step: Called with the flag of each step of :meth:`step`, nonzero if it was skipped.
 
     Raises:
@@ -96,7 +96,11 @@ class LossScaler(torch.amp.GradScaler):
         dynamic: bool = True,
         module: nn.Module | None = None,
     ) -> None:
-        settings = {"init_scale": init_scale, "growth_factor": growth_factor, "backoff_factor": backoff_factor}
+        settings: dict[str, Any] = {
+            "init_scale": init_scale,
+            "growth_factor": growth_factor,
+            "backoff_factor": backoff_factor,
+        }
         settings |= {"growth_interval": growth_interval, "min_scale": min_scale, "max_scale": max_scale}
         check_settings(type(self).__name__, settings | {"max_skipped_steps": max_skipped_steps, "dynamic": dynamic})
         super().__init__(
@@ -111,7 +115,7 @@ class LossScaler(torch.amp.GradScaler):
         self.max_skipped_steps, self.dynamic = max_skipped_steps, dynamic
         self.gradients_may_be_dropped = False
         self.after_step: Callable[[Tensor], None] | None = None
-        self._skips: list[_Skips] = []
+        self._skips: list[SkippedSteps] = []
         self._numbers: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._module: ReferenceType[nn.Module] | None = None
         self.module = module
@@ -205,11 +209,11 @@ class LossScaler(torch.amp.GradScaler):
         super().load_state_dict(super().state_dict() | {"scale": scale, "_growth_tracker": tracker})
         self._stop_watching()
         consecutive, total = (state_dict.get(key, []) for key in COUNTS)
-        self._skips = [_Skips(*counts) for counts in zip(consecutive, total, strict=True)]
+        self._skips = [SkippedSteps(*counts) for counts in zip(consecutive, total, strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for copies, which belong to no training."""
-        counts = [_Skips(*skips.read()) for skips in self._skips]
+        counts = [SkippedSteps(*skips.read()) for skips in self._skips]
         running = {"_skips": counts, "_numbers": None, "_module": None, "after_step": None}
         return super().__getstate__() | running
 
@@ -252,7 +256,7 @@ class LossScaler(torch.amp.GradScaler):
         """
         number = self._numbers.setdefault(optimizer, len(self._numbers))
         while len(self._skips) <= number:
-            self._skips.append(_Skips())
+            self._skips.append(SkippedSteps())
         skips, most = self._skips[number], self.max_skipped_steps
         skips.add(found_inf)
         if most is None:
@@ -267,7 +271,7 @@ class LossScaler(torch.amp.GradScaler):
         skips.watch_if(skips.consecutive >= max(1, most - 2), optimizer)
 
     def give_back(self, scaler: torch.amp.GradScaler) -> None:
-        """End a training: hand the scale over to the scaler in whose place this one was, and forget what is going on."""
+        """End a training: hand the scale over to the scaler in whose place this one was, and forget the rest."""
         self._stop_watching()
         self.after_step = self.module = None
         self._per_optimizer_states.clear()
@@ -287,12 +291,14 @@ class LossScaler(torch.amp.GradScaler):
         for skips in self._skips:
             skips.watch_if(False, None)
 
-    def _complaint(self, optimizer: Optimizer, skips: _Skips) -> str:
+    def _complaint(self, optimizer: Optimizer, skips: SkippedSteps) -> str:
         """The message for too many skipped steps."""
         scale = self.get_scale()
         overflow = find_overflow(optimizer, self.module, skips.watch)
         if overflow.is_beyond_scaling:
-            help_ = "no scale can mend that: look at the data, the loss and the learning rate, and go back to a checkpoint"
+            help_ = (
+                "no scale can mend that: look at the data, the loss and the learning rate, and go back to a checkpoint"
+            )
         elif not self.dynamic:
             help_ = f"valid: dynamic=True, an init_scale below {scale:g}, or bfloat16 (precision='bf16-mixed')"
         elif self.min_scale is not None and scale <= self.min_scale:
@@ -300,53 +306,9 @@ class LossScaler(torch.amp.GradScaler):
         else:
             help_ = "valid: a larger max_skipped_steps, a smaller init_scale, or bfloat16 (precision='bf16-mixed')"
         return (
-            f"{type(self).__name__}: {self.max_skipped_steps} steps in a row were skipped, since gradients were inf or NaN, "
-            f"the last one with a scale of {scale:g}. {overflow} What to do: {help_}"
+            f"{type(self).__name__}: {self.max_skipped_steps} steps in a row were skipped, since gradients were inf or "
+            f"NaN, the last one with a scale of {scale:g}. {overflow} What to do: {help_}"
         )
-
-
-class _Skips:
-    """The skipped steps of one optimizer."""
-
-    def __init__(self, consecutive: int = 0, total: int = 0) -> None:
-        self.counts = torch.tensor([consecutive, total], device="cpu")
-        self.consecutive = consecutive  # as far as the host knows
-        self.watch: BackwardWatch | None = None
-        self._reader = LateReader()
-
-    def add(self, found_inf: Tensor) -> None:
-        """Count a step, where its flag is."""
-        skipped = found_inf.reshape(()) != 0
-        self.counts = self.counts.to(skipped.device, non_blocking=True)
-        self.counts += skipped
-        self.counts[0] *= skipped
-
-    def known(self) -> int:
-        """The skipped steps in a row as far as the host knows, without waiting."""
-        for counts, _ in self._reader.read(self.counts):
-            self.consecutive, _ = counts.tolist()
-        return self.consecutive
-
-    def read(self) -> tuple[int, int]:
-        """The skipped steps in a row, and all skipped steps."""
-        self.consecutive, total = self.counts.tolist()
-        return self.consecutive, total
-
-    def restart(self) -> None:
-        """Begin a new row."""
-        self.counts[0] = self.consecutive = 0
-        self._reader.forget()
-        self.watch_if(False, None)
-
-    def watch_if(self, watched: bool, optimizer: Optimizer | None) -> None:
-        """Watch the next backward pass, or do not."""
-        if watched and optimizer is not None:
-            if self.watch is None:
-                self.watch = BackwardWatch(parameters_of(optimizer))
-            self.watch.clear()
-        elif self.watch is not None:
-            self.watch.remove()
-            self.watch = None
 
 
 def check_settings(who: str, settings: dict[str, Any]) -> None:
@@ -386,17 +348,16 @@ def combined_flag(optimizer_state: dict[str, Any]) -> Tensor:
     return sum((flag.to(first.device, non_blocking=True) for flag in others), start=first)
 
 
-def loss_scaler_like(scaler: object) -> type[LossScaler] | None:
+def loss_scaler_like(scaler: Any) -> type[LossScaler] | None:
     """The class of ours that can take the place of a scaler; None: it is of a class that is not torch's own."""
     if type(scaler) in PLAIN:
         return LossScaler
-    kind = type(scaler)
-    if (kind.__module__, kind.__name__) == ("torch.distributed.fsdp.sharded_grad_scaler", "ShardedGradScaler"):
-        return _sharded(kind)
-    return None
+    return _sharded() if type(scaler).__name__ == "ShardedGradScaler" and type(scaler) in _sharded().__mro__ else None
 
 
 @cache
-def _sharded(kind: type[torch.amp.GradScaler]) -> type[LossScaler]:
+def _sharded() -> type[LossScaler]:
     """:class:`LossScaler` for FSDP 1, whose processes have to tell each other of overflows."""
-    return type("ShardedLossScaler", (LossScaler, kind), {"__doc__": LossScaler.__doc__})
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    return type("ShardedLossScaler", (LossScaler, ShardedGradScaler), {"__doc__": LossScaler.__doc__})

@@ -103,7 +103,7 @@ def test_both_processes_skip(kind: str, case: str, ranks: list[dict[Any, Any]]) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_processes_give_up(kind: str, ranks: list[dict[Any, Any]]) -> None:
-    """At the same step; each says what it has seen. (Of the last layer, which has one row, the first process has all.)"""
+    """At the same step; each says what it has seen. (The first has all of the last layer, which has one row.)"""
     for rank in ranks:
         message, batch = rank[kind, "error"]
         assert batch == 6
