@@ -20,6 +20,17 @@ from lightning_optim.control.skipped_steps import SkippedSteps
 #: 65536 to 1; what still overflows 34 steps later is not the scale's fault.
 MOST_SKIPPED = 50
 
+#: The numbers that settings may be.
+RANGES = {
+    "init_scale": POSITIVE_FINITE,
+    "growth_factor": above(1),
+    "backoff_factor": above(0, 1),
+    "growth_interval": whole(1),
+    "min_scale": POSITIVE_FINITE.or_none(),
+    "max_scale": POSITIVE_FINITE.or_none(),
+    "max_skipped_steps": whole(1).or_none(),
+}
+
 #: torch's scalers of one process; those of devices are the same under older names.
 PLAIN = (torch.amp.GradScaler, torch.cuda.amp.GradScaler, torch.cpu.amp.GradScaler)
 
@@ -96,13 +107,16 @@ class LossScaler(torch.amp.GradScaler):
         dynamic: bool = True,
         module: nn.Module | None = None,
     ) -> None:
-        settings: dict[str, Any] = {
+        settings = {
             "init_scale": init_scale,
             "growth_factor": growth_factor,
             "backoff_factor": backoff_factor,
+            "growth_interval": growth_interval,
+            "min_scale": min_scale,
+            "max_scale": max_scale,
+            "max_skipped_steps": max_skipped_steps,
         }
-        settings |= {"growth_interval": growth_interval, "min_scale": min_scale, "max_scale": max_scale}
-        check_settings(type(self).__name__, settings | {"max_skipped_steps": max_skipped_steps, "dynamic": dynamic})
+        check_settings(type(self).__name__, {**settings, "dynamic": dynamic})
         super().__init__(
             device,
             init_scale=init_scale,
@@ -254,7 +268,9 @@ class LossScaler(torch.amp.GradScaler):
         Raises:
             TooManySkippedStepsError: It was one too many.
         """
-        number = self._numbers.setdefault(optimizer, len(self._numbers))
+        if optimizer not in self._numbers:
+            self._numbers[optimizer] = max(self._numbers.values(), default=-1) + 1
+        number = self._numbers[optimizer]
         while len(self._skips) <= number:
             self._skips.append(SkippedSteps())
         skips, most = self._skips[number], self.max_skipped_steps
@@ -296,18 +312,18 @@ class LossScaler(torch.amp.GradScaler):
         scale = self.get_scale()
         overflow = find_overflow(optimizer, self.module, skips.watch)
         if overflow.is_beyond_scaling:
-            help_ = (
+            advice = (
                 "no scale can mend that: look at the data, the loss and the learning rate, and go back to a checkpoint"
             )
         elif not self.dynamic:
-            help_ = f"valid: dynamic=True, an init_scale below {scale:g}, or bfloat16 (precision='bf16-mixed')"
+            advice = f"valid: dynamic=True, an init_scale below {scale:g}, or bfloat16 (precision='bf16-mixed')"
         elif self.min_scale is not None and scale <= self.min_scale:
-            help_ = "valid: a smaller loss, min_scale=None, or bfloat16 (precision='bf16-mixed')"
+            advice = "valid: a smaller loss, min_scale=None, or bfloat16 (precision='bf16-mixed')"
         else:
-            help_ = "valid: a larger max_skipped_steps, a smaller init_scale, or bfloat16 (precision='bf16-mixed')"
+            advice = "valid: a larger max_skipped_steps, a smaller init_scale, or bfloat16 (precision='bf16-mixed')"
         return (
             f"{type(self).__name__}: {self.max_skipped_steps} steps in a row were skipped, since gradients were inf or "
-            f"NaN, the last one with a scale of {scale:g}. {overflow} What to do: {help_}"
+            f"NaN, the last one with a scale of {scale:g}. {overflow} What to do: {advice}"
         )
 
 
@@ -321,13 +337,8 @@ def check_settings(who: str, settings: dict[str, Any]) -> None:
     Raises:
         ValueError, WrongTypeError: One is not valid, or the bounds are not in order.
     """
-    check_number(who, "init_scale", settings["init_scale"], POSITIVE_FINITE)
-    check_number(who, "growth_factor", settings["growth_factor"], above(1))
-    check_number(who, "backoff_factor", settings["backoff_factor"], above(0, 1))
-    check_number(who, "growth_interval", settings["growth_interval"], whole(1))
-    check_number(who, "min_scale", settings["min_scale"], POSITIVE_FINITE.or_none())
-    check_number(who, "max_scale", settings["max_scale"], POSITIVE_FINITE.or_none())
-    check_number(who, "max_skipped_steps", settings["max_skipped_steps"], whole(1).or_none())
+    for name, valid in RANGES.items():
+        check_number(who, name, settings[name], valid)
     check_switch(who, "dynamic", settings["dynamic"])
     scale, least, most = settings["init_scale"], settings["min_scale"], settings["max_scale"]
     if (least is not None and least > scale) or (most is not None and most < scale):
