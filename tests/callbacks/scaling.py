@@ -113,12 +113,13 @@ def states(run: Any) -> dict[str, Any]:
 
 
 class Manual(Scaled):
-    """Two optimizers, the second of which overflows; schedules that the module advances."""
+    """Two optimizers, of which the second comes first, and overflows; schedules that the module advances."""
 
     automatic_optimization = False
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        for which, optimizer in enumerate(self.optimizers()):
+        for which in (1, 0):
+            optimizer = self.optimizers()[which]
             optimizer.zero_grad()
             x, y = batch
             loss = nn.functional.mse_loss(self.net(x).to(y.dtype), y)

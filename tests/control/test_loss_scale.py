@@ -158,6 +158,23 @@ def test_settings_are_not_loaded() -> None:
     assert static.get_scale() == 16.0
 
 
+def test_in_which_order_optimizers_are_counted() -> None:
+    """In that of their first steps, or in one that is given; a new one never gets the number of another."""
+    net = network()
+    first, second = (torch.optim.SGD(net.parameters(), lr=0.1) for _ in range(2))
+    for given, counts in (((), [1]), ((first, second), [0, 1])):
+        scaler = LossScaler("cpu")
+        scaler.number(given)
+        scaler.scale(net(torch.ones(2, 3)).mean() * math.nan).backward()
+        scaler.step(second)
+        scaler.update()
+        assert scaler.state_dict()["skipped_steps"] == counts
+    del first, given
+    scaler.scale(net(torch.ones(2, 3)).mean() * math.nan).backward()
+    scaler.step(torch.optim.SGD(net.parameters(), lr=0.1))
+    assert scaler.state_dict()["skipped_steps"] == [0, 1, 1]
+
+
 def test_copies_belong_to_no_training() -> None:
     net = network()
     scaler = LossScaler("cpu", module=net, max_skipped_steps=9)
