@@ -28,6 +28,7 @@ CALLBACKS = {
     "RefuseWithoutReplay": "replay_guard",
     "EvaluationWeights": "evaluation_weights",
     "SpikeRollback": "spike_rollback",
+    "LossScaling": "loss_scaling",
 }
 
 

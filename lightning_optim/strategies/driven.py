@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from lightning_optim.control.schedules.held import HeldSchedules
 from lightning_optim.engines.choice import requested_engine
@@ -192,7 +193,7 @@ class Driven(Undoes, Replays, _Strategy):
 
         drive = self._drive(optimizer)
         inner = stepped(optimizer)
-        waits = module.automatic_optimization and drive.postpones(inner)
+        waits = module.automatic_optimization and drive.postpones(inner) and not self._steps_have_hooks()
         if clip_val <= 0 or gradient_clip_algorithm != "norm" or not waits:
             stock()
         else:
@@ -213,7 +214,14 @@ class Driven(Undoes, Replays, _Strategy):
             or not self._is_stock(trainer.lightning_module, "configure_gradient_clipping")
             or not self._is_stock(trainer.lightning_module, hook)
             or not all(self._is_stock(callback, hook, "Callback") for callback in trainer.callbacks)
+            or self._steps_have_hooks()
         )
+
+    def _steps_have_hooks(self) -> bool:
+        """Whether hooks of the optimizers' own see gradients: with a scaler a step comes after the backward pass."""
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        hooks = (_global_optimizer_pre_hooks, *(stepped(one)._optimizer_step_pre_hooks for one in self.optimizers))
+        return scaler is not None and any(hooks)
 
     def _is_stock(self, owner: Any, hook: str, base: str = "LightningModule") -> bool:
         stock = getattr(getattr(import_module(self.root), base), hook)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
+from lightning_optim.control.loss_scale import PLAIN, LossScaler, combined_flag, has_no_gradients
 from lightning_optim.engines.scaling import LossScale
 from lightning_optim.optimizers.sam import stepped
 from lightning_optim.strategies.drive import Drive
@@ -51,10 +52,20 @@ class InStepScaler(torch.amp.GradScaler):
         """Copy the user's scaler instead: a copy belongs to no training."""
         return _itself, (self.scaler,)
 
+    def __getattr__(self, name: str) -> Any:
+        """What the user's scaler has beyond torch's, such as counts of skipped steps."""
+        if name in InStepScaler.__slots__:  # not set yet
+            raise AttributeError(name)
+        return getattr(self.scaler, name)
+
     @staticmethod
     def accepts(scaler: object) -> bool:
-        """Whether a scaler is one of torch's plain ones: not a subclass, whose methods may do more."""
-        return type(scaler) in (torch.amp.GradScaler, torch.cuda.amp.GradScaler, torch.cpu.amp.GradScaler)
+        """Whether a scaler is one of torch's plain ones, or ours: not another subclass, whose methods may do more."""
+        return type(scaler) in (*PLAIN, LossScaler)
+
+    def scale(self, outputs: Any) -> Any:
+        """Scale as the user's scaler does."""
+        return self.scaler.scale(outputs)
 
     def unscale_(self, optimizer: Optimizer) -> None:
         """Leave the unscaling to the step, if nobody looks at the gradients before."""
@@ -70,13 +81,24 @@ class InStepScaler(torch.amp.GradScaler):
 
         Unlike torch's own ``step``, this reads nothing back from the device, and so does not wait for it.
         """
+        self.found_inf = None
+        result = self._step(optimizer, *args, **kwargs)
+        state = self._per_optimizer_states[id(optimizer)] if self._enabled else {}
+        if state.get("found_inf_per_device"):
+            if self.found_inf is None:
+                self.found_inf = combined_flag(state)
+            if isinstance(self.scaler, LossScaler):
+                self.scaler.count(optimizer, self.found_inf)
+        return result
+
+    def _step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         drive = self.drive_of(optimizer)
         state = self._per_optimizer_states[id(optimizer)] if self._enabled else {}
         if not self._enabled or state["stage"] is OptState.STEPPED:
             return super().step(optimizer, *args, **kwargs)
         flags = state["found_inf_per_device"].values()
         if not drive.postpones(stepped(optimizer)):
-            if flags or not _has_no_gradients(optimizer) or not self.may_be_dropped():
+            if flags or not has_no_gradients(optimizer) or not self.may_be_dropped():
                 return super().step(optimizer, *args, **kwargs)
             state["stage"] = OptState.STEPPED
             return optimizer.step(*args, **kwargs)
@@ -104,7 +126,15 @@ class InStepScaler(torch.amp.GradScaler):
         if new_scale is None and self._enabled and not seen and self.may_be_dropped():
             self._per_optimizer_states.clear()
         else:
-            super().update(new_scale)
+            self.scaler.update(new_scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The user's scaler's state."""
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the user's scaler's state."""
+        self.scaler.load_state_dict(state_dict)
 
     def _maybe_opt_step(self, optimizer: Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Note the flags; torch's own step calls this, and has the host read them."""
@@ -115,7 +145,3 @@ class InStepScaler(torch.amp.GradScaler):
 
 def _itself(scaler: torch.amp.GradScaler) -> torch.amp.GradScaler:
     return scaler
-
-
-def _has_no_gradients(optimizer: Optimizer) -> bool:
-    return all(p.grad is None for group in optimizer.param_groups for p in group["params"])

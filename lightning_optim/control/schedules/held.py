@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from lightning_optim.control.late import LateReader
 
 Schedules = list[Any]
 
@@ -25,7 +26,7 @@ class HeldSchedules:
 
     def __init__(self) -> None:
         self._held: Schedules = []
-        self._awaited: tuple[Tensor, Any, Schedules] | None = None
+        self._flags = LateReader()
         self._restore: Callable[[], None] | None = None
 
     def after_step(self, trainer: Any, found_inf: Tensor) -> None:
@@ -45,25 +46,14 @@ class HeldSchedules:
         """Forget what is held."""
         if self._restore is not None:
             self._restore()
-        self._held, self._awaited = [], None
+        self._held = []
+        self._flags.forget()
 
     def _left_out(self, found_inf: Tensor, due: Schedules) -> Iterator[Schedules]:
         """The schedules of each step that by now is known to have been left out."""
-        if found_inf.device.type != "cuda":
-            if found_inf.item():
-                yield due
-            return
-        before = self._awaited
-        flag = torch.empty_like(found_inf, device="cpu", pin_memory=True)
-        flag.copy_(found_inf, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(found_inf.device))
-        self._awaited = (flag, arrived, due)
-        if before is not None:
-            flag, arrived, due = before
-            arrived.synchronize()
+        for flag, schedules in self._flags.read(found_inf, due):
             if flag.item():
-                yield due
+                yield schedules
 
     def _intercept(self, module: Any, calls: int) -> None:
         """Replace the module's ``lr_scheduler_step``, which is what Lightning calls next, ``calls`` times."""
