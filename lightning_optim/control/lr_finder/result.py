@@ -90,14 +90,16 @@ class RangeTest:
 
     def table(self) -> str:
         """The suggestions as lines of text; the chosen one is marked."""
+        ended = f"; it ended early: {self.stopped}" if self.stopped else ""
+        span = f" from lr={self.lrs[0]:.3g} to lr={self.lrs[-1]:.3g}" if self.lrs else ""
+        head = f"range test: {len(self.lrs)} steps{span}{ended}"
+        if len({found.reason for found in self.suggestions.values()}) == 1:
+            return f"{head}\nno suggestion: {self.reason}"
         rows = [
             (">" if name == self.method else " ", name, "none" if found.lr is None else f"{found.lr:g}", found.reason)
             for name, found in self.suggestions.items()
         ]
-        ended = f"; it ended early: {self.stopped}" if self.stopped else ""
-        span = f" from lr={self.lrs[0]:.3g} to lr={self.lrs[-1]:.3g}" if self.lrs else ""
-        lines = [f"range test: {len(self.lrs)} steps{span}{ended}"]
-        return "\n".join([*lines, *(f"{mark} {name:<9} {lr:>10}  {reason}" for mark, name, lr, reason in rows)])
+        return "\n".join([head, *(f"{mark} {name:<9} {lr:>10}  {reason}" for mark, name, lr, reason in rows)])
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write ``lr_finder.json`` into a folder and, if Matplotlib is installed, ``lr_finder.png``.

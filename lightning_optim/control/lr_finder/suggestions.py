@@ -13,9 +13,8 @@ METHODS: tuple[Method, ...] = get_args(Method)
 #: Points without which no curve can be seen.
 LEAST_POINTS = 10
 
-#: How far a descent has to go, in standard errors of a mean over a tenth of the points. The curve's lowest tenth is
-#: chosen among all of them: of pure noise, the lowest of 10 lies 1.5 below the mean, and the difference of the two 2 to
-#: 3 standard errors now and then; beyond 5 it does not happen in 10,000 trials.
+#: How far a descent has to go, in standard errors of a mean over a tenth of the points. The lowest of all such means is
+#: below the first one for pure noise, too: with 3, one test of noise in six suggests something; with 5, one in a hundred.
 SIGNIFICANT = 5.0
 
 #: The shares of a valley's depth that do not count, at its top and at its bottom. With less at the top, noise on the
