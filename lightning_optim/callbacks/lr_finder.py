@@ -37,7 +37,7 @@ class LRFinder(Callback):
         max_lr: The last learning rate.
         steps: How many optimizer steps are made, each of a whole accumulation window.
         apply: Whether to train with the suggestion; False only reports it.
-        method: ``"valley"``, ``"steepest"`` or ``"minimum"``: see
+        method: ``"steepest"``, ``"minimum"`` or ``"valley"``: see
             :func:`~lightning_optim.control.lr_finder.suggestions.suggest`.
         mode: ``"exponential"``: equal ratios between the learning rates; ``"linear"``: equal differences.
         at_epochs: The epochs at whose beginning there is a range test, counted from 0.
@@ -71,7 +71,7 @@ class LRFinder(Callback):
         max_lr: float = 10.0,
         steps: int = 100,
         apply: bool = True,
-        method: Method = "valley",
+        method: Method = "steepest",
         mode: Mode = "exponential",
         at_epochs: Sequence[int] = (0,),
         smoothing: float = 0.8,

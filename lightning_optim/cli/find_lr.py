@@ -15,7 +15,7 @@ _DESCRIPTION = """\
 Find a learning rate for a training by a range test: the learning rate rises from step to step, and the curve of the
 losses suggests one. Nothing is trained or saved.
 
-All other arguments are those of `lightning-optim fit`: --config FILE, --model CLASS, --optimizer NAME, --trainer.max_steps N, ...
+All other arguments are those of `lightning-optim fit`: --config FILE, --model CLASS, --optimizer NAME, ...
 """
 
 _EPILOG = """\

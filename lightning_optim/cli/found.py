@@ -71,7 +71,9 @@ class FindLRCLI(OptimCLI):
         trainer.num_sanity_val_steps = 0
         trainer.fit(cli.model, datamodule=cli.datamodule)
         if finder.test is None:
-            raise ValueError("no batch was trained; valid: a training of at least one step, without --trainer.fast_dev_run")
+            raise ValueError(
+                "no batch was trained; valid: a training of at least one step, without --trainer.fast_dev_run"
+            )
         return cli
 
     def after_instantiate_classes(self) -> None:
@@ -97,7 +99,6 @@ class FindLRCLI(OptimCLI):
             }
             if found:
                 lines[key] = {"class_path": spec.class_path, "init_args": found}
-        return (
-            f"# By a range test of {len(test.lrs)} steps ({test.method}: {test.reason}).\n"
-            + yaml.safe_dump(lines, sort_keys=False)
+        return f"# By a range test of {len(test.lrs)} steps ({test.method}: {test.reason}).\n" + yaml.safe_dump(
+            lines, sort_keys=False
         )

@@ -29,7 +29,7 @@ def find_lr(
     max_lr: float = 10.0,
     steps: int = 100,
     mode: Mode = "exponential",
-    method: Method = "valley",
+    method: Method = "steepest",
     smoothing: float = 0.8,
     divergence: float | None = 4.0,
     apply: bool = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,7 @@ def plot(test: RangeTest, path: str | Path) -> None:
         chosen = name == test.method
         label = f"{name}: lr = {found.lr:g}" + (" (suggested)" if chosen else "")
         axes.axvline(found.lr, color=_COLORS[name], linewidth=2 if chosen else 1, linestyle="-" if chosen else ":")
-        nearest = min(range(len(test.lrs)), key=lambda i: abs(test.lrs[i] - found.lr))  # noqa: B023 # used at once
+        nearest = min(range(len(test.lrs)), key=_distance(test.lrs, found.lr))
         axes.plot(
             [found.lr],
             [test.smoothed[nearest]],
@@ -74,3 +75,8 @@ def plot(test: RangeTest, path: str | Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
+
+
+def _distance(lrs: list[float], lr: float) -> Callable[[int], float]:
+    """How far each point is from a learning rate."""
+    return lambda i: abs(lrs[i] - lr)

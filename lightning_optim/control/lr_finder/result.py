@@ -40,7 +40,7 @@ class RangeTest:
         ...         break
         >>> test = RangeTest.of(sweep, reference=0.1)
         >>> test.suggestion, test.stopped
-        (0.000858, 'the loss diverged at lr=0.794')
+        (0.00158, 'the loss diverged at lr=0.398')
         >>> RangeTest.from_dict(test.as_dict()) == test
         True
     """
@@ -51,11 +51,11 @@ class RangeTest:
     reference: float
     mode: Mode = "exponential"
     stopped: str | None = None
-    method: Method = "valley"
+    method: Method = "steepest"
     suggestions: dict[Method, Suggestion] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, sweep: Sweep, reference: float, mode: Mode = "exponential", method: Method = "valley") -> RangeTest:
+    def of(cls, sweep: Sweep, reference: float, mode: Mode = "exponential", method: Method = "steepest") -> RangeTest:
         """The result of a sweep.
 
         Args:
@@ -66,7 +66,9 @@ class RangeTest:
         """
         found = suggest(sweep.lrs, sweep.losses, sweep.smoothed, stopped=sweep.stopped is not None)
         curve = (sweep.lrs, sweep.losses, sweep.smoothed)
-        return cls(*map(list, curve), reference, mode, sweep.stopped, check_choice("", "method", method, METHODS), found)
+        return cls(
+            *map(list, curve), reference, mode, sweep.stopped, check_choice("", "method", method, METHODS), found
+        )
 
     @property
     def suggestion(self) -> float | None:

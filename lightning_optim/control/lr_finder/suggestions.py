@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
-Method = Literal["valley", "steepest", "minimum"]
+Method = Literal["steepest", "minimum", "valley"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 #: Points without which no curve can be seen.
 LEAST_POINTS = 10
 
 #: How far a descent has to go, in standard errors of a mean over a tenth of the points. The lowest of all such means is
-#: below the first one for pure noise, too: with 3, one test of noise in six suggests something; with 5, one in a hundred.
+#: below the first one for pure noise, too: with 3, one test of noise in six suggests something; with 5, one in 100.
 SIGNIFICANT = 5.0
 
 #: The shares of a valley's depth that do not count, at its top and at its bottom. With less at the top, noise on the
@@ -43,10 +44,10 @@ def suggest(
 ) -> dict[Method, Suggestion]:
     """What each method suggests.
 
-    - ``"valley"``: the losses are fitted by a curve that falls and then rises, otherwise of any form (an isotonic
-      regression). The suggestion lies halfway down its descent, on the axis of log learning rates.
     - ``"steepest"``: where the smoothed loss falls fastest by the log of the learning rate.
     - ``"minimum"``: a tenth of the learning rate at which the smoothed loss is lowest.
+    - ``"valley"``: the losses are fitted by a curve that falls and then rises, otherwise of any form (isotonic
+      regression). The suggestion lies halfway down its descent, on the axis of log learning rates.
 
     Args:
         lrs: The learning rates, rising.
@@ -58,7 +59,7 @@ def suggest(
         >>> lrs = [10.0 ** (k / 10) for k in range(-60, 1)]
         >>> losses = [2 - lr / (lr + 1e-3) + 20 * lr for lr in lrs]
         >>> {name: found.lr for name, found in suggest(lrs, losses, losses, stopped=True).items()}
-        {'valley': 0.000858, 'steepest': 0.000794, 'minimum': 0.000631}
+        {'steepest': 0.000794, 'minimum': 0.000631, 'valley': 0.000631}
 
     References:
         Smith, Cyclical Learning Rates for Training Neural Networks, arXiv:1506.01186.
@@ -67,9 +68,9 @@ def suggest(
     if reason is not None:
         return dict.fromkeys(METHODS, Suggestion(None, reason))
     return {
-        "valley": _valley(lrs, losses),
         "steepest": _steepest(lrs, smoothed),
         "minimum": _minimum(lrs, smoothed),
+        "valley": _valley(lrs, losses),
     }
 
 
@@ -94,7 +95,7 @@ def _why_none(losses: Sequence[float], smoothed: Sequence[float], stopped: bool)
     width = max(3, count // 10)
     means = [sum(losses[i : i + width]) / width for i in range(count - width + 1)]
     # From differences of neighbors, so that the trend does not count; their median, so that the divergence does not.
-    steps = sorted(abs(b - a) for a, b in zip(losses, losses[1:], strict=False))
+    steps = sorted(abs(b - a) for a, b in pairwise(losses))
     noise = steps[len(steps) // 2] / (0.6745 * math.sqrt(2))
     drop, least = means[0] - min(means), SIGNIFICANT * noise / math.sqrt(width)
     if drop <= max(least, 1e-6 * abs(means[0])):
@@ -127,8 +128,10 @@ def _steepest(lrs: Sequence[float], smoothed: Sequence[float]) -> Suggestion:
     reach = max(2, len(lrs) // 20)  # a slope over several points, since that between two of them is noise
     end = smoothed.index(min(smoothed)) + 1
     logs = [math.log10(lr) for lr in lrs]
-    slopes = {i: _slope(logs[i - reach : i + reach + 1], smoothed[i - reach : i + reach + 1])
-              for i in range(reach, min(end, len(lrs) - reach))}
+    slopes = {
+        i: _slope(logs[i - reach : i + reach + 1], smoothed[i - reach : i + reach + 1])
+        for i in range(reach, min(end, len(lrs) - reach))
+    }
     if not slopes:
         return Suggestion(None, "the loss is lowest within the first points: lower min_lr")
     best = min(slopes, key=lambda i: slopes[i])

@@ -65,9 +65,9 @@ class Sweep:
     """The losses of a range test so far, and whether it goes on.
 
     The losses are smoothed by an exponential moving average with correction of its bias. The test ends early where the
-    loss is not finite, or where the smoothed loss has risen above its best value by ``divergence - 1`` times that value,
-    or that many times what it had fallen by before, whichever is more. (The second makes the rule right for losses near
-    zero, and below it.)
+    loss is not finite, or where the smoothed loss has risen above its best value by ``divergence - 1`` times that
+    value, or that many times what it had fallen by before, whichever is more. (The second makes the rule right for
+    losses near zero, and below it.)
 
     Args:
         smoothing: Decay rate of the average; 0: the losses as they are.
