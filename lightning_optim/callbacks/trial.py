@@ -51,8 +51,7 @@ class Trial:
     def __enter__(self) -> Trial:
         trainer, strategy = self._trainer, self._trainer.strategy
         with ExitStack() as undo:  # undone at once if anything here fails
-            if (publish := getattr(strategy, "_publish", None)) is not None:
-                publish()  # the weights of the last step may be under way
+            self._await_weights()
             loader = _copied(trainer.fit_loop._combined_loader)
             state = TrainingState([trainer.lightning_module], strategy.optimizers, self._extra_tensors)
             undo.callback(state.release)
@@ -142,8 +141,14 @@ class Trial:
                 if (drive := self._drive(optimizer)) is not None:
                     then.callback(drive.undone, stepped(optimizer))
             then.callback(state.put_back)
+            then.callback(self._await_weights)
             for optimizer in self._trainer.strategy.optimizers:
                 optimizer.zero_grad()
+
+    def _await_weights(self) -> None:
+        """Wait for the weights of the last step, which some of our strategies bring to the device later."""
+        if (publish := getattr(self._trainer.strategy, "_publish", None)) is not None:
+            publish()
 
     def _keep_precision(self, undo: ExitStack) -> None:
         plugin = self._trainer.precision_plugin
