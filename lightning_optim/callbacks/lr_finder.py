@@ -131,7 +131,8 @@ class LRFinder(Callback):
             info("LRFinder: no range test with fast_dev_run")
             return
         self.test = self._range_test(trainer)
-        info(f"LRFinder, epoch {epoch}: {self.test.table()}")
+        if self.talks:
+            info(f"LRFinder, epoch {epoch}: {self.test.table()}")
         if self.folder is not None and trainer.is_global_zero:
             self.test.save(Path(self.folder) if epoch == self.at_epochs[0] else Path(self.folder) / f"epoch_{epoch}")
         if self.apply:
@@ -153,11 +154,19 @@ class LRFinder(Callback):
 
     # -- ours ---------------------------------------------------------------------------------------------------
 
+    #: Whether the result is logged, as a line for people.
+    talks = True
+
+    def _has_bar(self, trainer: Any) -> bool:
+        """Whether there is a bar for the steps of a range test: where the Trainer has one."""
+        bar = trainer.progress_bar_callback
+        return bar is not None and bar.is_enabled and trainer.is_global_zero
+
     def _range_test(self, trainer: Any) -> RangeTest:
         sweep = Sweep(self.smoothing, self.divergence)
         rates = GroupRates(trainer.optimizers[0], "LRFinder")
         try:
-            with _progress(trainer, len(self.lr_range)) as report, Trial(trainer, self, _root(self)) as trial:
+            with _progress(self._has_bar(trainer), len(self.lr_range)) as report, Trial(trainer, self, _root(self)) as trial:
                 self._trial = trial
                 run_sweep(self.lr_range, sweep, rates, trial.step, report)
         finally:
@@ -194,10 +203,9 @@ def _root(callback: Any) -> str:
 
 
 @contextmanager
-def _progress(trainer: Any, steps: int) -> Iterator[Report | None]:
-    """A bar for the steps of a range test, where the Trainer has one."""
-    bar = trainer.progress_bar_callback
-    if bar is None or not bar.is_enabled or not trainer.is_global_zero:
+def _progress(has_bar: bool, steps: int) -> Iterator[Report | None]:
+    """What is told of the steps of a range test, and shows them by a bar."""
+    if not has_bar:
         yield None
         return
     from tqdm.auto import tqdm

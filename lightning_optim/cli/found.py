@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -22,7 +22,17 @@ _RATES = ("lr", "base_lr", "max_lr", "min_lr", "eta_min", "swa_lr")
 
 
 class OnlyFinds(LRFinder):
-    """A range test after which the fit ends, in the way in which Lightning's tuners end one."""
+    """A range test after which the fit ends, in the way in which Lightning's tuners end one.
+
+    Attributes:
+        shows: Whether there is a progress bar. The Trainer's own is about a training, and not there.
+    """
+
+    talks = False  # the command prints the result
+    shows = False
+
+    def _has_bar(self, trainer: Trainer) -> bool:
+        return self.shows and trainer.is_global_zero
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Make the test, and end the fit."""
@@ -65,7 +75,9 @@ class FindLRCLI(OptimCLI):
                 f"valid: --{OPTIMIZER}, or no --write"
             )
         trainer = cli.trainer
-        others = [one for one in trainer.callbacks if not isinstance(one, Checkpoint | LRFinder)]
+        finder.shows = trainer.progress_bar_callback is not None
+        left_out = Checkpoint | LRFinder | ProgressBar | ModelSummary
+        others = [one for one in trainer.callbacks if not isinstance(one, left_out)]
         trainer.callbacks = [*others, finder]
         trainer.loggers = [DummyLogger() for _ in trainer.loggers]
         trainer.num_sanity_val_steps = 0
