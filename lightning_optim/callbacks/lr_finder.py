@@ -166,7 +166,10 @@ class LRFinder(Callback):
         sweep = Sweep(self.smoothing, self.divergence)
         rates = GroupRates(trainer.optimizers[0], "LRFinder")
         try:
-            with _progress(self._has_bar(trainer), len(self.lr_range)) as report, Trial(trainer, self, _root(self)) as trial:
+            with (
+                _progress(self._has_bar(trainer), len(self.lr_range)) as report,
+                Trial(trainer, self, _root(self)) as trial,
+            ):
                 self._trial = trial
                 run_sweep(self.lr_range, sweep, rates, trial.step, report)
         finally:
@@ -208,7 +211,7 @@ def _progress(has_bar: bool, steps: int) -> Iterator[Report | None]:
     if not has_bar:
         yield None
         return
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # type: ignore[import-untyped] # it comes with Lightning
 
     with tqdm(total=steps, desc="LRFinder", leave=False, dynamic_ncols=True) as shown:
 

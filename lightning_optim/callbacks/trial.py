@@ -102,7 +102,7 @@ class Trial:
         losses = torch.stack([torch.as_tensor(loss).reshape(()).float() for loss in self._losses])
         # Lightning has divided each loss of a window by the length of the window; manual losses are the module's own.
         mean = losses.mean() * (trainer.accumulate_grad_batches if module.automatic_optimization else 1)
-        return trainer.strategy.reduce(mean.to(trainer.strategy.root_device), reduce_op="mean")  # type: ignore[no-any-return]
+        return trainer.strategy.reduce(mean.to(trainer.strategy.root_device), reduce_op="mean")
 
     # -- ours ---------------------------------------------------------------------------------------------------
 

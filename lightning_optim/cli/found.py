@@ -74,7 +74,7 @@ class FindLRCLI(OptimCLI):
                 f"--write with an optimizer of {type(cli.model).__name__}'s own: only its code can change its lr; "
                 f"valid: --{OPTIMIZER}, or no --write"
             )
-        trainer = cli.trainer
+        trainer: Any = cli.trainer
         finder.shows = trainer.progress_bar_callback is not None
         left_out = Checkpoint | LRFinder | ProgressBar | ModelSummary
         others = [one for one in trainer.callbacks if not isinstance(one, left_out)]

@@ -42,10 +42,11 @@ class Restless(model_class()):  # type: ignore[misc]
         import torchmetrics
 
         torch.manual_seed(3)
-        self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 1))
+        self.net: Any = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 1))
         self.teacher = nn.Linear(6, 1).requires_grad_(False)
         self.metric = torchmetrics.MeanMetric()
-        self.seen, self.history, self.noted = 0, [], {"last": torch.zeros(())}
+        self.seen, self.noted = 0, {"last": torch.zeros(())}
+        self.history: list[float] = []
         self.loader = {"batch_size": 4, "shuffle": True} | loader
         self.schedule: Any = falling
 

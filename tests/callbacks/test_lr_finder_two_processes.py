@@ -74,7 +74,7 @@ def _rank(rank: int, folder: Path) -> None:
                 if finder is not None:
                     assert finder.test is not None
                     found[f"{kind}, {case}"] = finder.test.losses
-            assert_identical(*results, f"{kind}, {case}")
+            assert_identical(results[0], results[1], f"{kind}, {case}")
     torch.save(found, folder / f"{rank}.pt")
     leave()
 

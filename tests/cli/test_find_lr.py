@@ -132,7 +132,8 @@ def test_the_callback_by_flags(tmp_path: Path) -> None:
         "--trainer.callbacks.method=valley",
         model="Model",
     )
-    (finder,) = (one for one in cli.trainer.callbacks if isinstance(one, LRFinder))
+    trainer: Any = cli.trainer
+    (finder,) = (one for one in trainer.callbacks if isinstance(one, LRFinder))
     assert (finder.lr_range.max_lr, finder.lr_range.steps, finder.apply) == (0.5, 12, False)
     assert (finder.at_epochs, finder.method) == ([0, 2], "valley")
     assert finder.test is not None

@@ -200,6 +200,7 @@ class Restless(nn.Module):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
         self.frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.count: Tensor
         self.register_buffer("count", torch.zeros(()))
         self.steps, self.last = 0, torch.zeros(())
         self.losses: dict[str, Any] = {"all": [], "few": deque([0.0], maxlen=2), "pair": (torch.ones(2), 1)}
@@ -227,7 +228,7 @@ class Counting(torch.optim.SGD):
         super().__init__(params, lr=0.1, momentum=0.9)
         self.calls = 0
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         self.calls += 1
         self.extra = self.calls
         return super().step(closure)
@@ -323,7 +324,7 @@ def test_a_failure_puts_everything_back() -> None:
 def test_the_learning_rates_of_groups_keep_their_ratios_whatever_a_schedule_does() -> None:
     params = [nn.Parameter(torch.ones(1)) for _ in range(3)]
     groups = [{"params": [p], "lr": lr} for p, lr in zip(params, (1.0, 4.0, 2.0), strict=True)]
-    optimizer = torch.optim.SGD(groups, lr=1.0)  # type: ignore[arg-type] # lists of dicts are fine
+    optimizer = torch.optim.SGD(groups, lr=1.0)
     torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 0.0, lambda _: 0.5, lambda _: 1.0])
     assert [group["lr"] for group in optimizer.param_groups] == [0.0, 2.0, 2.0]
     rates = GroupRates(optimizer)

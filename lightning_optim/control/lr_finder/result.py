@@ -65,10 +65,9 @@ class RangeTest:
             method: See :attr:`method`.
         """
         found = suggest(sweep.lrs, sweep.losses, sweep.smoothed, stopped=sweep.stopped is not None)
-        curve = (sweep.lrs, sweep.losses, sweep.smoothed)
-        return cls(
-            *map(list, curve), reference, mode, sweep.stopped, check_choice("", "method", method, METHODS), found
-        )
+        check_choice("", "method", method, METHODS)
+        lrs, losses, smoothed = list(sweep.lrs), list(sweep.losses), list(sweep.smoothed)
+        return cls(lrs, losses, smoothed, reference, mode, sweep.stopped, method, found)
 
     @property
     def suggestion(self) -> float | None:

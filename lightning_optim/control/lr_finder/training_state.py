@@ -57,7 +57,9 @@ class TrainingState:
     ) -> None:
         self._parts = list({id(part): part for module in modules for part in module.modules()}.values())
         self._optimizers = list(optimizers)
-        tensors = {id(t): t for part in self._parts for t in part._parameters.values() if t is not None}
+        tensors: dict[int, Tensor] = {
+            id(t): t for part in self._parts for t in part._parameters.values() if t is not None
+        }
         tensors |= {id(p): p for o in self._optimizers for group in all_groups(o) for p in group["params"]}
         self._noise = RandomStates({t.device for t in tensors.values()})
         self._gradients = [(t, *_kept(t.grad)) for t in tensors.values()]
