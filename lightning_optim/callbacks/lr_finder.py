@@ -44,14 +44,15 @@ class LRFinder(Callback):
         smoothing: Decay rate of the moving average of the losses.
         divergence: The test ends early where the loss is so many times the best one: see
             :class:`~lightning_optim.control.lr_finder.sweep.Sweep`. None: it does not.
-        folder: Where ``lr_finder.json`` and the picture ``lr_finder.png`` are written; None: nowhere.
+        folder: Where ``lr_finder.json`` and the picture ``lr_finder.png`` are written, those of later epochs in folders
+            ``epoch_1`` and so on within it; None: nowhere.
 
     Attributes:
         test: The result of the last range test; None: there was none.
 
     Raises:
         ValueError: An option is out of its range; or (when a fit starts) the training cannot be tested: several
-            optimizers, one without a learning rate, DeepSpeed, recorded steps.
+            optimizers, one without a learning rate, DeepSpeed, FSDP 1, recorded steps.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -188,6 +189,11 @@ def why_no_trial(trainer: Any) -> str | None:
         return f"{len(optimizers)} optimizers, and a range test is of one learning rate; valid: one optimizer"
     if strategy.handles_gradient_accumulation:
         return f"{type(strategy).__name__}'s engine keeps state that cannot be put back; valid: another strategy"
+    if "FSDPStrategy" in (cls.__name__ for cls in type(strategy).__mro__):
+        return (
+            f"{type(strategy).__name__} replaces weights by views of others while it runs, which cannot be put back; "
+            "valid: ModelParallelStrategy, or strategy='in_graph_fsdp2'"
+        )
     if getattr(strategy, "capture", False):
         return "capture=True: recorded steps keep the learning rates' places, not their values; valid: capture=False"
     if getattr(getattr(strategy, "options", None), "delay_one_step", False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers.logger import DummyLogger
 from strategies.common import known_warnings, make_trainer
 from torch import Tensor
@@ -93,6 +100,80 @@ def test_other_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "train_dataloader", lambda: DataLoader(Once(), batch_size=4))
     with pytest.raises(TypeError, match="the training data is a Once, an iterator, which a range test would use up"):
         run(model, "auto", LRFinder(**QUICK), limit_train_batches=3)
+
+
+class Stream(IterableDataset[Any]):
+    """Never ends, and is another one each time."""
+
+    def __iter__(self) -> Any:
+        generator = torch.Generator().manual_seed(int(torch.randint(1000, ())))
+        while True:
+            yield torch.randn(6, generator=generator), torch.ones(1)
+
+
+class Endless(Restless):
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Stream(), batch_size=4)
+
+
+class ByItself(Restless):
+    """Fetches its batches itself."""
+
+    def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override] # Lightning looks at the name
+        (x, y), *_ = next(dataloader_iter)
+        return (self.net(x) - y).square().mean()
+
+
+class Validated(Restless):
+    """Schedule-Free: its weights are others in a validation. Two loaders, one of which is cycled."""
+
+    def __init__(self) -> None:
+        super().__init__(partial(lightning_optim.ScheduleFreeAdamW, lr=0.01))
+
+    def train_dataloader(self) -> Any:
+        return {"a": super().train_dataloader(), "b": DataLoader(torch.arange(10), batch_size=7, shuffle=True)}
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return super().train_dataloader()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch["a"], batch_idx) * (1 + batch["b"].float().mean() / 100)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("validation", self.net(batch[0]).mean())
+
+
+class Cut(Restless):
+    """Leaves the end of each epoch out."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 4 else None
+
+
+def busy() -> dict[str, Any]:
+    callbacks = [EarlyStopping("loss", patience=1), GradientAccumulationScheduler({0: 2, 1: 3})]
+    averaging = StochasticWeightAveraging(0.01, swa_epoch_start=1)
+    return {"callbacks": [*callbacks, LearningRateMonitor("step"), averaging], "logger": DummyLogger(), "max_epochs": 4}
+
+
+TRAININGS: dict[str, tuple[Any, str, Callable[[], dict[str, Any]]]] = {
+    "endless": (Endless, "in_graph", lambda: {"limit_train_batches": 5}),
+    "fetches by itself": (ByItself, "auto", dict),
+    "evaluates elsewhere": (Validated, "auto", dict),
+    "evaluates elsewhere, detached": (Validated, "detached", dict),
+    "leaves batches out": (Cut, "auto", dict),
+    "many callbacks": (Restless, "auto", busy),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(dataloader_iter|shuffling enabled|ambiguous collection|SWA is currently)")
+@pytest.mark.parametrize("name", TRAININGS)
+def test_other_trainings(name: str) -> None:
+    model, strategy, options = TRAININGS[name]
+    finder = LRFinder(apply=False, at_epochs=[0, 1], **QUICK)
+    found = left_behind(*run(model(), strategy, finder, **({"max_epochs": 2} | options())))
+    assert finder.state_dict()["tested"] == [0, 1]
+    assert_identical(found, left_behind(*run(model(), strategy, **({"max_epochs": 2} | options()))))
 
 
 class Noisy(Callback):

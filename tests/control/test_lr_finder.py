@@ -317,6 +317,20 @@ def test_a_failure_puts_everything_back() -> None:
         find_lr(optimizer, step, modules=[model])
     assert torch.equal(model.weight, before)
     assert optimizer.param_groups[0]["lr"] == 0.1
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+
+    def scaled() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(3, 2)).square().mean()
+        scaler.scale(loss * 1e3).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss
+
+    state = scaler.state_dict()
+    find_lr(optimizer, scaled, modules=[model], stateful=[scaler])
+    assert scaler.state_dict() == state
+    assert torch.equal(model.weight, before)
     with pytest.raises(TypeError, match="returned no loss"):
         find_lr(optimizer, lambda: None, modules=[model])
 

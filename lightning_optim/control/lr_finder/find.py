@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from copy import deepcopy
 from typing import Any
 
 from torch import nn
@@ -34,6 +36,7 @@ def find_lr(
     divergence: float | None = 4.0,
     apply: bool = False,
     schedules: Iterable[object] = (),
+    stateful: Iterable[Any] = (),
     report: Report | None = None,
 ) -> RangeTest:
     """Raise the learning rate step by step, see what becomes of the loss, and put everything back.
@@ -58,6 +61,8 @@ def find_lr(
             :class:`~lightning_optim.control.lr_finder.sweep.Sweep`. None: it does not.
         apply: Whether to train on with the suggestion, if there is one.
         schedules: The optimizer's schedules, which go on from a learning rate that is applied.
+        stateful: Other things that ``step`` changes and that have a ``state_dict`` and a ``load_state_dict``, such as a
+            loss scaler: their state is put back.
         report: Called after each step.
 
     Raises:
@@ -90,13 +95,14 @@ def find_lr(
     check_choice("find_lr", "method", method, METHODS)
     check_switch("find_lr", "apply", apply)
     rates = GroupRates(optimizer, "find_lr")
-    state = TrainingState(modules, [optimizer])
-    try:
+    with ExitStack() as then:  # the last one first, whatever becomes of the others
+        state = TrainingState(modules, [optimizer])
+        then.callback(state.release)
+        then.callback(state.put_back)
+        then.callback(rates.put_back)
+        for one in stateful:
+            then.callback(one.load_state_dict, deepcopy(one.state_dict()))
         run_sweep(lr_range, sweep, rates, step, report)
-    finally:
-        rates.put_back()
-        state.put_back()
-        state.release()
     test = RangeTest.of(sweep, rates.reference, mode, method)
     if apply:
         apply_suggestion(test, optimizer, schedules, "find_lr")
