@@ -16,6 +16,7 @@ TRAINER_COMMANDS = {
 OWN_COMMANDS = {
     "list": "show the optimizers and schedules",
     "doctor": "show what this machine can do, and which engine is chosen",
+    "find-lr": "find a learning rate for a training by a range test",
     "plan": "choose where the optimizer's step runs: on the device, or in host memory",
 }
 

@@ -29,6 +29,7 @@ CALLBACKS = {
     "EvaluationWeights": "evaluation_weights",
     "SpikeRollback": "spike_rollback",
     "LossScaling": "loss_scaling",
+    "LRFinder": "lr_finder",
 }
 
 

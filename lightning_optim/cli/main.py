@@ -58,6 +58,8 @@ def _run_own(command: str | None, arguments: list[str]) -> int:
         from lightning_optim.cli.listing import main as run
     elif command == "doctor":
         from lightning_optim.cli.doctor import main as run
+    elif command == "find-lr":
+        from lightning_optim.cli.find_lr import main as run
     elif command == "plan":
         from lightning_optim.cli.plan import main as run
     else:

@@ -1,0 +1,1 @@
+"""The callbacks, under a Trainer."""
