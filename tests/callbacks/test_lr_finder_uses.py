@@ -131,7 +131,8 @@ class Validated(Restless):
         super().__init__(partial(lightning_optim.ScheduleFreeAdamW, lr=0.01))
 
     def train_dataloader(self) -> Any:
-        return {"a": super().train_dataloader(), "b": DataLoader(torch.arange(10), batch_size=7, shuffle=True)}
+        numbers: Any = torch.arange(10)  # all that a dataset has to be
+        return {"a": super().train_dataloader(), "b": DataLoader(numbers, batch_size=7, shuffle=True)}
 
     def val_dataloader(self) -> DataLoader[Any]:
         return super().train_dataloader()
