@@ -105,6 +105,17 @@ def test_a_second_fit_and_one_that_fails() -> None:
     assert pickle.loads(pickle.dumps(rollback)).records == rollback.records  # noqa: S301 # of our own making
 
 
+def test_a_copy_of_a_training_that_goes_on_judges_nothing() -> None:
+    class Copying(Poisoned):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if self.number == 3:
+                self.copied = deepcopy(self.trainer.strategy)
+
+    fit(model := Copying(OPTIMIZERS["ours"], {5: 1e4}), "auto", callbacks=[SpikeRollback(**POLICY)])
+    for name in REPLACED:
+        assert getattr(model.copied, name).__func__ is getattr(type(model.copied), name)
+
+
 @pytest.mark.parametrize("after_cap", ["stop", "raise"])
 def test_after_the_last_undo(after_cap: Any) -> None:
     poison = {5: 1e4, 7: 1e4}

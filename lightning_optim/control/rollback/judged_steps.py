@@ -75,7 +75,7 @@ class JudgedSteps:
         self._before = {method: self._strategy.__dict__.get(method) for method in REPLACED}
         self._stock = {method: getattr(self._strategy, method) for method in REPLACED}
         for method in REPLACED:
-            setattr(self._strategy, method, getattr(self, f"_{method}"))
+            setattr(self._strategy, method, _Replaced(self._strategy, method, getattr(self, f"_{method}")))
 
     def remove(self) -> None:
         """Give the strategy its own methods back, and free the snapshots."""
@@ -190,6 +190,19 @@ class JudgedSteps:
             self._trainer.should_stop = True
         else:
             raise LossSpikeError(message)
+
+
+class _Replaced:
+    """A function in the place of a strategy's method; a copy of the strategy, which nobody judges, gets its own."""
+
+    def __init__(self, strategy: Any, method: str, function: Callable[..., Any]) -> None:
+        self._strategy, self._method, self._function = strategy, method, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._strategy, self._method)
 
 
 def check_undo(trainer: Any, owner: Owner) -> None:
