@@ -11,6 +11,7 @@ where they are installed. Each part's results say on which machine they were mea
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON and the Markdown")
     parser.add_argument("--docs", action="store_true", help="also put the tables into docs/offload.md")
     args = parser.parse_args()
+    gc.freeze()  # collections between the runs, of which there are many, need not look at what is imported
     if "gpu" in args.parts and not args.rehearse and not torch.cuda.is_available():
         parser.error("--parts gpu: no CUDA device; valid: --rehearse, which gives no figures")
 

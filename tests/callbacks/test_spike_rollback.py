@@ -153,7 +153,7 @@ def test_three_spikes_and_the_loss_at_the_end() -> None:
         model.hurts, model.net = hurts, nn.Linear(6, 1)
         nn.init.zeros_(model.net.weight)
         rollback = SpikeRollback(**POLICY, recover_steps=10)
-        fit(model, "auto", callbacks=[rollback], max_epochs=600)
+        fit(model, "auto", callbacks=[rollback], max_epochs=250)
         x, y = dataset().tensors
         losses.append(float(nn.functional.mse_loss(model.net(x), y).detach()))
         assert len(rollback.records) == (3 if hurts else 0)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import references
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -33,6 +34,13 @@ known_warnings = [
 ]
 
 each = pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+
+#: What differs for those who train with an optimizer, beside what differs for engines: weights for evaluation,
+#: questions about the loss, and numbers that all parameters share.
+KINDS = {*references.REPRESENTATIVES, "prodigy", "schedulefreeadamw", "sophia"}
+
+#: For cells that are the same for all optimizers of a kind.
+each_kind = pytest.mark.matrix(unless=lambda name: name in KINDS)
 
 USUAL: dict[str, Any] = {"lr": 0.05, "adamw_lr": 0.05, "weight_decay": 0.1, "momentum": 0.9}
 # float64 in another order of operations

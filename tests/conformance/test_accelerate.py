@@ -20,6 +20,7 @@ from .common import (
     by_gradient,
     by_hand,
     dataset,
+    each_kind,
     known_warnings,
     maker,
 )
@@ -52,6 +53,7 @@ def test_nobody_answers_there(name: str) -> None:
         optimizer.step()
 
 
+@each_kind
 @by_gradient
 @pytest.mark.usefixtures("_fresh_accelerate")
 def test_accelerate(name: str, tmp_path: Path) -> None:

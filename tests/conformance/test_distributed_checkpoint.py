@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from lightning_optim import param_groups
 from lightning_optim.optimizers.base import RuleOptimizer
 
-from .common import Make, Net, assert_close, assert_same_state, each, known_warnings, maker, train
+from .common import KINDS, Make, Net, assert_close, assert_same_state, each, known_warnings, maker, train
 
 pytestmark = known_warnings
 
@@ -31,7 +31,7 @@ def _several_groups(make: Make, net: nn.Module) -> RuleOptimizer:
     return make(param_groups(net, lr=0.05, weight_decay=0.1, layer_decay=0.5))
 
 
-@pytest.mark.matrix(unless=lambda name, flatten: flatten or references.representative(name))
+@pytest.mark.matrix(unless=lambda name, flatten: name in KINDS and (flatten or references.representative(name)))
 @each
 @pytest.mark.parametrize("groups", ["one group", "several groups"])
 @pytest.mark.parametrize("flatten", [False, True])

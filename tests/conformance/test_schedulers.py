@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .common import Net, assert_close, each, known_warnings, maker
+from .common import Net, assert_close, each, each_kind, known_warnings, maker
 
 pytestmark = known_warnings
 
@@ -18,6 +18,7 @@ def loss_of(net: Net, x: Tensor) -> Tensor:
     return net(x).sum()
 
 
+@each_kind
 @each
 @pytest.mark.parametrize("kind", ["LambdaLR", "OneCycleLR"])
 def test_torch_schedulers(name: str, kind: str) -> None:

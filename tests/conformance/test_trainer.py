@@ -25,6 +25,7 @@ from .common import (
     changed,
     contents,
     each,
+    each_kind,
     fit,
     known_warnings,
     maker,
@@ -45,6 +46,7 @@ def test_trainer(name: str, tmp_path: Path) -> None:
     )
 
 
+@each_kind
 @each
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "rounding": "stochastic", "state_dtype": "bfloat16"}])
 def test_exact_resume(name: str, options: dict[str, Any], tmp_path: Path) -> None:
@@ -59,6 +61,7 @@ def test_exact_resume(name: str, options: dict[str, Any], tmp_path: Path) -> Non
     assert_same_state(rest.optimizers[0].state_dict(), whole.optimizers[0].state_dict())
 
 
+@each_kind
 @each
 def test_clipping(name: str, tmp_path: Path) -> None:
     """The Trainer's ``gradient_clip_val`` is honoured, and is what ``max_grad_norm`` does inside the step."""
@@ -73,6 +76,7 @@ def test_clipping(name: str, tmp_path: Path) -> None:
     assert_close(inside.net.state_dict(), clipped.state_dict())
 
 
+@each_kind
 @each
 def test_clipping_changes_what_a_norm_can_change(name: str, tmp_path: Path) -> None:
     """The cell above would be empty if the gradients' norm never exceeded the limit."""
@@ -82,6 +86,7 @@ def test_clipping_changes_what_a_norm_can_change(name: str, tmp_path: Path) -> N
     assert max(norms.seen) > 0.6
 
 
+@each_kind
 @each
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_clipping_beside_mixed_precision(name: str, precision: str, tmp_path: Path) -> None:
@@ -95,6 +100,7 @@ def test_clipping_beside_mixed_precision(name: str, precision: str, tmp_path: Pa
     assert any(not torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
 
 
+@each_kind
 @each
 def test_accumulation(name: str, tmp_path: Path) -> None:
     """Two micro-batches of two are one batch of four."""
@@ -114,6 +120,7 @@ class Overflowing(Model):
         return loss * 1e30 if batch_idx == 2 else loss
 
 
+@each_kind
 @each
 def test_fp16_scaler(name: str, tmp_path: Path) -> None:
     """With a GradScaler: unscaled before the step, and a step that overflows is left out altogether."""
@@ -130,6 +137,7 @@ def test_fp16_scaler(name: str, tmp_path: Path) -> None:
     assert_close(overflowing.seen[0], plain.seen[0], rtol=0, atol=1e-3)
 
 
+@each_kind
 @each
 def test_bf16_true(name: str, tmp_path: Path) -> None:
     """Weights in bfloat16, state in float32, also across a checkpoint."""
