@@ -63,7 +63,7 @@ class GradientClipping(Callback):
         clipper = self._new_clipper()
         self.max_norm, self.agc, self.adagc = clipper.max_norm, clipper.agc, clipper.adagc
         self.error_if_nonfinite = clipper.error_if_nonfinite
-        self.log = check_switch("GradientClipping", "log", log)
+        self._logs = check_switch("GradientClipping", "log", log)  # Lightning puts a method at `log`
         self._forget()
 
     def _forget(self) -> None:
@@ -74,8 +74,9 @@ class GradientClipping(Callback):
         self._differentiated = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for copies: without the parameters of a training."""
-        return {**self.__dict__, "_names": {}, "_last": {}}
+        """The state for copies: without the parameters of a training, and methods of its module (``log``)."""
+        state = {**self.__dict__, "_names": {}, "_last": {}}
+        return {name: value for name, value in state.items() if name not in ("log", "log_dict")}
 
     @property
     def clips_in_step(self) -> bool:
@@ -125,14 +126,14 @@ class GradientClipping(Callback):
                 self._clippers[index] = clipper = self._new_clipper()
                 if index in self._loaded:
                     clipper.load_state_dict(self._loaded.pop(index))
-            measure = self.log and trainer._logger_connector.should_update_logs
+            measure = self._logs and trainer._logger_connector.should_update_logs
             clipped = self._clippers[index].clip(optimizer, scaler=scaler, names=self._names, measure=measure)
             if clipped is not None:
                 self._last[index] = clipped
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Log what the last steps clipped, at the steps that are logged."""
-        if self.log and self._last and trainer._logger_connector.should_update_logs:
+        if self._logs and self._last and trainer._logger_connector.should_update_logs:
             for index, optimizer in enumerate(trainer.optimizers):
                 if (clipped := self._clipped(trainer, index, optimizer)) is not None:
                     prefix = f"gradient_clipping/{index}" if len(trainer.optimizers) > 1 else "gradient_clipping"

@@ -18,6 +18,7 @@ from lightning_optim.control.clipping.gradients import (
     Gradient,
     clamp,
     gradients_of,
+    nonfinite,
     norm_of_units,
     scale,
     scale_each,
@@ -208,9 +209,7 @@ class GradientClipper:
     def _check(self, total: Tensor, gradients: Sequence[Gradient], skipped: bool) -> None:
         if not self.error_if_nonfinite or skipped or math.isfinite(total.item()):
             return
-        norms = tensor_norms(gradients).tolist()
-        named = [g.key for g, norm in zip(gradients, norms, strict=True) if not math.isfinite(norm)]
-        if not named:
+        if not (named := nonfinite(gradients)):
             raise NonfiniteGradientError("the gradients are finite, but the sum of their squares is not")
         more = f" and {len(named) - 10} more" if len(named) > 10 else ""
         raise NonfiniteGradientError(

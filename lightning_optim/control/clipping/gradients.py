@@ -146,6 +146,13 @@ def share(counts: Sequence[Tensor], shards: Sequence[Shards], of: int) -> Tensor
     return stacked(_summed(counts, shards)).sum().float() / of
 
 
+def nonfinite(gradients: Sequence[Gradient]) -> list[str]:
+    """The keys of gradients that are infinite or NaN somewhere, on any process; this waits for the device."""
+    counts = [(~gradient.values.isfinite()).sum() for gradient in gradients]
+    found = stacked(_summed(counts, [gradient.shards for gradient in gradients])).tolist()
+    return [gradient.key for gradient, count in zip(gradients, found, strict=True) if count]
+
+
 def scale(gradients: Sequence[Gradient], factor: Tensor) -> None:
     """Multiply all gradients by one number, which stays on its device."""
     values = [gradient.values for gradient in gradients]
