@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pickle
 from importlib import import_module
+from typing import Any
 
 import pytest
 
 from lightning_optim import callbacks
 from lightning_optim.callbacks.roots import CALLBACKS, ROOTS, callback_class
+
+#: What callbacks need to be given.
+OPTIONS: dict[str, dict[str, Any]] = {"GradientClipping": {"max_norm": 1.0}}
 
 
 @pytest.mark.parametrize("root", ROOTS)
@@ -20,9 +24,10 @@ def test_each_callback_is_one_of_each_root(name: str, root: str) -> None:
     assert cls is getattr(import_module(ROOTS[root]), name)
     assert (cls.__name__, cls.__qualname__) == (name, name)
     assert len(cls.__doc__ or "") > 100
-    assert type(pickle.loads(pickle.dumps(cls()))) is cls  # noqa: S301 # as a Trainer's start method does
+    made = cls(**OPTIONS.get(name, {}))
+    assert type(pickle.loads(pickle.dumps(made))) is cls  # noqa: S301 # as a Trainer's start method does
     # What names it in Lightning's checkpoints.
-    assert cls().state_key == name
+    assert made.state_key == name
 
 
 def test_the_package_offers_them_by_name() -> None:

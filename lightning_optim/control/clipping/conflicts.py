@@ -50,7 +50,7 @@ def settings_conflict(trainer: Any, module: Any, clipping: Clipping) -> str | No
             f"{bases[0]}: DeepSpeed keeps the gradients to itself; valid: Trainer(gradient_clip_val=...), by which it "
             "clips them"
         )
-    if "FSDPStrategy" in bases and clipping.max_norm is None:
+    if _is_fsdp1(strategy) and clipping.max_norm is None:
         return (
             f"{bases[0]} (FSDP1), in whose flat parameters neither units nor tensors are known; valid: max_norm=..., "
             "or FSDP2 (ModelParallelStrategy)"
@@ -85,6 +85,12 @@ def optimizer_conflict(trainer: Any, optimizer: Optimizer, clipping: Clipping) -
         )
     if fsdp1(trainer) is not None and len(trainer.optimizers) > 1:
         return f"FSDP1 and {len(trainer.optimizers)} optimizers, as its norm is that of all parameters; valid: one"
+    if _is_fsdp1(trainer.strategy) and fsdp1(trainer) is None:
+        return (
+            f"{type(trainer.strategy).__name__} (FSDP1) and a module that wraps parts of itself: only a whole that "
+            "is wrapped knows its global norm; valid: wrapping by the strategy (auto_wrap_policy=...), or FSDP2 "
+            "(ModelParallelStrategy)"
+        )
     return None
 
 
@@ -92,3 +98,7 @@ def fsdp1(trainer: Any) -> Any:
     """The model of a Lightning Trainer, if FSDP1 has wrapped it; only its own method knows its global norm."""
     model = trainer.strategy.model
     return model if hasattr(type(model), "clip_grad_norm_") else None
+
+
+def _is_fsdp1(strategy: Any) -> bool:
+    return any(cls.__name__ == "FSDPStrategy" for cls in type(strategy).__mro__)
