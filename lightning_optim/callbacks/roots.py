@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,3 +48,13 @@ def callback_class(name: str, root: str) -> type[Any]:
     ours = getattr(import_module(f"lightning_optim.callbacks.{CALLBACKS[name]}"), name)
     theirs = import_module(root).Callback
     return type(name, (ours, theirs), {"__doc__": ours.__doc__, "__module__": ROOTS[root]})
+
+
+def make_known(cli: ModuleType) -> None:
+    """Make the classes of one root, as a LightningCLI finds by their bare names those callbacks that are there.
+
+    Args:
+        cli: The module ``cli`` of that root.
+    """
+    for name in CALLBACKS:
+        callback_class(name, cli.__name__.removesuffix(".cli"))

@@ -29,8 +29,12 @@ class Averages:
     def __init__(self, options: AdaGC) -> None:
         self.options = options
         self._steps: Tensor | None = None
-        self._averages: dict[str, Tensor] = {}  # NaN: no gradient other than zero has been seen
-        self._floors: tuple[tuple[str, ...], Tensor] | None = None  # for the parameters of the last step
+        self._known: dict[str, Tensor] = {}
+        # Of the parameters of the last step, which most often are those of the next one: averages, in place of those
+        # in the dict, and floors. An average is NaN until there is a gradient other than zero.
+        self._keys: tuple[str, ...] = ()
+        self._averages: Tensor | None = None
+        self._floors: Tensor | None = None
 
     def factors(self, gradients: Sequence[Gradient], norms: Tensor, total: Tensor) -> Tensor:
         """The factor of each gradient; the averages follow.
@@ -45,11 +49,13 @@ class Averages:
         if self._steps is None:
             self._steps = torch.zeros((), dtype=torch.int64, device=device)
         steps = self._steps = self._steps.to(device)
-        unseen = torch.full((), math.nan, dtype=norms.dtype, device=device)
-        old = torch.stack([self._averages.get(key, unseen).to(norms) for key in keys])
+        if keys != self._keys or self._averages is None or self._floors is None:
+            self._prepare(keys, gradients, norms)
+        assert self._averages is not None and self._floors is not None  # noqa: S101, PT018 # `_prepare` has made them
+        old = self._averages
 
         warms_up, seen = steps < o.warmup_steps, ~old.isnan()
-        average = torch.maximum(old, self._floor(keys, gradients, norms))  # NaN stays
+        average = torch.maximum(old, self._floors)  # NaN stays
         bound = torch.where(seen, o.ratio * average, o.max_norm)
         own = torch.where(norms > bound, bound / (norms + EPS), 1.0)
         factors = torch.where(warms_up, (o.max_norm / (total + EPS)).clamp(max=1.0), own)
@@ -60,26 +66,33 @@ class Averages:
         new = torch.where(warms_up, least, moved)
         # A gradient of zero tells nothing of its tensor's scale; one that is not finite, nothing of any.
         finite = total.isfinite()
-        new = torch.where(finite & (norms > 0), new, old)
-        self._averages.update(zip(keys, new.unbind(), strict=True))
+        self._averages = torch.where(finite & (norms > 0), new, old)
         self._steps = steps + finite
         return factors
 
-    def _floor(self, keys: tuple[str, ...], gradients: Sequence[Gradient], norms: Tensor) -> Tensor:
-        if self._floors is None or self._floors[0] != keys or self._floors[1].device != norms.device:
-            sizes = [gradient.param.numel() for gradient in gradients]
-            shares = [self.options.floor * self.options.max_norm * math.sqrt(n / (sum(sizes) or 1)) for n in sizes]
-            # One by one, as a list is copied to a device only when that has finished its work.
-            floors = [torch.full((), share, dtype=norms.dtype, device=norms.device) for share in shares]
-            self._floors = (keys, torch.stack(floors))
-        return self._floors[1]
+    def _prepare(self, keys: tuple[str, ...], gradients: Sequence[Gradient], norms: Tensor) -> None:
+        """Gather the averages and the floors of other parameters than those of the last step."""
+        averages = self._all()
+        unseen = torch.full((), math.nan, dtype=norms.dtype, device=norms.device)
+        sizes = [gradient.param.numel() for gradient in gradients]
+        shares = [self.options.floor * self.options.max_norm * math.sqrt(size / (sum(sizes) or 1)) for size in sizes]
+        # One by one, as a list is copied to a device only when that has finished its work.
+        self._floors = torch.stack([torch.full_like(unseen, share) for share in shares])
+        self._averages = torch.stack([averages.get(key, unseen).to(norms) for key in keys])
+        self._keys, self._known = keys, averages
+
+    def _all(self) -> dict[str, Tensor]:
+        """The average of every parameter that has had a gradient."""
+        last = () if self._averages is None else self._averages.unbind()
+        return self._known | dict(zip(self._keys, last, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """The count of steps, and the average of each parameter that has one."""
+        """The count of steps, and the average of each parameter that has had a gradient."""
         steps = torch.zeros((), dtype=torch.int64) if self._steps is None else self._steps.clone()
-        return {"steps": steps, "averages": {key: average.clone() for key, average in self._averages.items()}}
+        return {"steps": steps, "averages": {key: average.clone() for key, average in self._all().items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""
         self._steps = state["steps"].clone()
-        self._averages = {key: average.clone() for key, average in state["averages"].items()}
+        self._known = {key: average.clone() for key, average in state["averages"].items()}
+        self._keys, self._averages, self._floors = (), None, None

@@ -233,19 +233,24 @@ class GradientClipper:
         units = unit_norms([gradient.values for gradient in gradients], gradients)
         total = norm_of_units(units, gradients)
         self._check(total, gradients, skipped)
-        factors = []
+        # All units in one tensor, as there are many tensors, and of units there are few.
+        sizes, here = [unit.numel() for unit in units], total.device
         weights = unit_norms([gradient.weights for gradient in gradients], gradients)
-        for gradient, unit, weight in zip(gradients, units, weights, strict=True):
-            limit = math.inf if gradient.key in excluded else agc.clip_factor * weight.clamp(min=agc.eps)
-            factors.append(torch.where(unit > limit, limit / unit.clamp(min=UNIT_EPS), 1.0))
-        broadcast = [
-            factor.reshape([-1, *[1] * (g.values.ndim - 1)] if g.values.ndim else [])
-            for factor, g in zip(factors, gradients, strict=True)
-        ]
-        scale_each(gradients, broadcast)
-        after = norm_of_units([unit * factor for unit, factor in zip(units, factors, strict=True)], gradients)
-        counts = [(factor < 1).sum() for factor in factors]
-        return Clipped(total, after, share(counts, [g.row_shards for g in gradients], sum(g.units for g in gradients)))
+        unit, weight = (torch.cat([norms.to(here, non_blocking=True) for norms in all_]) for all_ in (units, weights))
+        limit = agc.clip_factor * weight.clamp(min=agc.eps)
+        factor = torch.where(unit > limit, limit / unit.clamp(min=UNIT_EPS), 1.0)
+        factors = list(factor.split(sizes))
+        for index, gradient in enumerate(gradients):
+            if gradient.key in excluded:
+                factors[index].fill_(1.0)
+        scale_each(gradients, [_broadcast(part, g.values) for part, g in zip(factors, gradients, strict=True)])
+        after = norm_of_units((unit * factor).split(sizes), gradients)
+        if any(gradient.row_shards for gradient in gradients):
+            counts = [(part < 1).sum() for part in factors]
+            clipped = share(counts, [g.row_shards for g in gradients], sum(g.units for g in gradients))
+        else:
+            clipped = (factor < 1).float().mean()
+        return Clipped(total, after, clipped)
 
     def _names_excluded(self, agc: AGC, names: Mapping[Tensor, str]) -> set[str]:
         if not agc.exclude:
@@ -284,3 +289,8 @@ def _listed(params: Params) -> tuple[list[Tensor], dict[Tensor, str]]:
     else:
         pairs = [p if isinstance(p, tuple) else ("", p) for p in ([params] if isinstance(params, Tensor) else params)]
     return [p for _, p in pairs], {p: name for name, p in pairs if name}
+
+
+def _broadcast(units: Tensor, values: Tensor) -> Tensor:
+    """A number for each unit, in a shape by which values are multiplied."""
+    return units.reshape([-1, *[1] * (values.ndim - 1)] if values.ndim else [])

@@ -102,11 +102,7 @@ def tensor_norms(gradients: Sequence[Gradient]) -> Tensor:
     Args:
         gradients: At least one gradient.
     """
-    norms: list[Tensor] = [gradient.values for gradient in gradients]
-    for indices in _kinds(norms):
-        values = [norms[index] for index in indices]
-        for index, norm in zip(indices, torch._foreach_norm(values, 2, dtype=_math(values[0])), strict=True):
-            norms[index] = norm
+    norms = _norms([gradient.values for gradient in gradients])
     return stacked(_over_shards(norms, [gradient.shards for gradient in gradients]))
 
 
@@ -131,8 +127,9 @@ def norm_of_units(units: Sequence[Tensor], gradients: Sequence[Gradient]) -> Ten
         units: The norms of each gradient's units.
         gradients: The gradients.
     """
-    norms = [torch.linalg.vector_norm(norms) for norms in units]
-    return torch.linalg.vector_norm(stacked(_over_shards(norms, [gradient.row_shards for gradient in gradients])))
+    return torch.linalg.vector_norm(
+        stacked(_over_shards(_norms(units), [gradient.row_shards for gradient in gradients]))
+    )
 
 
 def share(counts: Sequence[Tensor], shards: Sequence[Shards], of: int) -> Tensor:
@@ -187,6 +184,16 @@ def _kinds(tensors: Sequence[Tensor]) -> list[list[int]]:
     for index, tensor in enumerate(tensors):
         kinds.setdefault((tensor.device, tensor.dtype), []).append(index)
     return list(kinds.values())
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each tensor, as this process has it."""
+    norms = list(tensors)
+    for indices in _kinds(tensors):
+        kind = [tensors[index] for index in indices]
+        for index, norm in zip(indices, torch._foreach_norm(kind, 2, dtype=_math(kind[0])), strict=True):
+            norms[index] = norm
+    return norms
 
 
 def _over_shards(norms: Sequence[Tensor], shards: Sequence[Shards]) -> list[Tensor]:
