@@ -75,8 +75,8 @@ def test_against_a_reference_over_many_steps(way: str, dtype: torch.dtype) -> No
             if p.grad is not None:
                 torch.testing.assert_close(p.grad, q.grad, **CLOSE)
                 with torch.no_grad():
-                    p -= 0.1 * p.grad
-                    q -= 0.1 * q.grad  # type: ignore[operator]
+                    for one in (p, q):
+                        one.sub_(0.1 * one.grad)  # type: ignore[operator]
     assert len(shares) > 1  # it clipped, and not always the same
 
 

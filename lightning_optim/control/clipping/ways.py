@@ -27,8 +27,8 @@ class AGC:
         ValueError: An option is out of its range.
 
     Example:
-        >>> AGC(exclude=["head.*"]).excluded(["body.weight", "head.weight", "head.bias"])
-        {'head.weight', 'head.bias'}
+        >>> sorted(AGC(exclude=["head.*"]).excluded(["body.weight", "head.weight", "head.bias"]))
+        ['head.bias', 'head.weight']
 
     References:
         Brock et al., High-Performance Large-Scale Image Recognition Without Normalization, arXiv:2102.06171.
