@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from importlib import import_module
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,9 @@ from lightning_optim.callbacks.roots import CALLBACKS, ROOTS, callback_class
 
 #: Names in Lightning's checkpoints that are not the class's own: that of an option of strategies, which came first.
 KEYS = {"SpikeRollback": "lightning_optim.Undo"}
+
+#: What callbacks need to be given.
+OPTIONS: dict[str, dict[str, Any]] = {"GradientClipping": {"max_norm": 1.0}}
 
 
 @pytest.mark.parametrize("root", ROOTS)
@@ -23,8 +27,10 @@ def test_each_callback_is_one_of_each_root(name: str, root: str) -> None:
     assert cls is getattr(import_module(ROOTS[root]), name)
     assert (cls.__name__, cls.__qualname__) == (name, name)
     assert len(cls.__doc__ or "") > 100
-    assert type(pickle.loads(pickle.dumps(cls()))) is cls  # noqa: S301 # as a Trainer's start method does
-    assert cls().state_key == KEYS.get(name, name)
+    made = cls(**OPTIONS.get(name, {}))
+    assert type(pickle.loads(pickle.dumps(made))) is cls  # noqa: S301 # as a Trainer's start method does
+    # What names it in Lightning's checkpoints.
+    assert made.state_key == KEYS.get(name, name)
 
 
 def test_the_package_offers_them_by_name() -> None:

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from lightning_optim.after_import import after_import
-from lightning_optim.callbacks.roots import ROOTS, callback_class
+from lightning_optim.callbacks.roots import ROOTS, callback_class, make_known
 
 #: Where each root of Lightning calls its callbacks.
 CALLS = {f"{root}.trainer.call": root for root in ROOTS}
@@ -23,9 +23,14 @@ _log = logging.getLogger(__name__)
 
 
 def join_trainings() -> None:
-    """Make each fit get the callbacks that it needs, under each root of Lightning that is imported, now or later."""
+    """Make each fit get the callbacks that it needs, under each root of Lightning that is imported, now or later.
+
+    And each LightningCLI know ours by their names.
+    """
     for name in CALLS:
         after_import(name, wrap_calls)
+    for root in ROOTS:
+        after_import(f"{root}.cli", make_known)
 
 
 def wrap_calls(call: ModuleType) -> None:

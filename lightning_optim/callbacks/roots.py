@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ CALLBACKS = {
     "SpikeRollback": "spike_rollback",
     "LossScaling": "loss_scaling",
     "LRFinder": "lr_finder",
+    "GradientClipping": "gradient_clipping",
 }
 
 
@@ -49,3 +51,14 @@ def callback_class(name: str, root: str) -> type[Any]:
     ours = getattr(import_module(f"lightning_optim.callbacks.{CALLBACKS[name]}"), name)
     theirs = import_module(root).Callback
     return type(name, (ours, theirs), {"__doc__": ours.__doc__, "__module__": ROOTS[root], "root": root})
+    return type(name, (ours, theirs), {"__doc__": ours.__doc__, "__module__": ROOTS[root]})
+
+
+def make_known(cli: ModuleType) -> None:
+    """Make the classes of one root, as a LightningCLI finds by their bare names those callbacks that are there.
+
+    Args:
+        cli: The module ``cli`` of that root.
+    """
+    for name in CALLBACKS:
+        callback_class(name, cli.__name__.removesuffix(".cli"))

@@ -149,7 +149,7 @@ class Auto(OnOneDevice, DetachedBase):
     def _choose(self, optimizer: Optimizer, trainer: Any) -> Plan:
         module = trainer.lightning_module
         conditions = Conditions(
-            clips=bool(trainer.gradient_clip_val) or getattr(trainer.precision_plugin, "scaler", None) is not None,
+            clips=self._max_norm is not None or getattr(trainer.precision_plugin, "scaler", None) is not None,
             accumulates=trainer.accumulate_grad_batches > 1,
             activation_bytes=None if self.activation_gb is None else int(self.activation_gb * 1e9),
             resident_bytes=sum(t.nbytes for t in (*module.parameters(), *module.buffers())),

@@ -198,7 +198,7 @@ class DetachedBase(Driven):
     def _overlaps(self) -> bool:
         """Whether gradients may leave their places before the step, because nobody looks for them there."""
         trainer, module = self._trainer, self.lightning_module
-        hooks = ("on_after_backward", "on_before_zero_grad", "on_before_optimizer_step")
+        hooks = ("on_after_backward", "on_before_zero_grad")
         return (
             self.gradients_are_local
             and module.automatic_optimization
@@ -233,7 +233,7 @@ class DetachedBase(Driven):
         scaler = getattr(self.precision_plugin, "scaler", None)
         if self.options.clip == "exact":
             return None, None
-        return (scaler.get_scale() if scaler is not None else None), self._trainer.gradient_clip_val or None
+        return (scaler.get_scale() if scaler is not None else None), self._max_norm
 
     def _load_masters(self, optimizer: Optimizer, masters: Mapping[str, Tensor], by_name: Mapping[str, Tensor]) -> None:
         detached = self._detached_of(optimizer)

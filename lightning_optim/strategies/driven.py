@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
@@ -110,6 +111,29 @@ class Driven(Undoes, Replays, _Strategy):
         finally:
             super().teardown()
 
+    # -- what callbacks of ours call ----------------------------------------------------------------------------
+
+    def clip_in_step(self, optimizer: Optimizer, max_norm: float) -> bool:
+        """Clip the global norm inside of the step that is going on, if it is ours.
+
+        Args:
+            optimizer: The optimizer, whose step has been called, and has its gradients.
+            max_norm: The limit.
+
+        Returns:
+            Whether it will be done; if not, the gradients are final and unscaled in ``p.grad``.
+        """
+        drive, inner = self._drive(optimizer), stepped(optimizer)
+        if not drive.postpones(inner) or self._steps_have_hooks():
+            return False
+        drive.clip(inner, max_norm, lambda: None, has_its_own_way=False)
+        return True
+
+    def norm_in_step(self, optimizer: Optimizer) -> Tensor | None:
+        """The global norm of the gradients of the last step, unscaled and not yet clipped; None if none was needed."""
+        scaling = self._drive(optimizer).stepper(stepped(optimizer)).scaling
+        return None if scaling is None else scaling.norm()
+
     # -- ours ---------------------------------------------------------------------------------------------------
 
     def report(self) -> str:
@@ -129,9 +153,13 @@ class Driven(Undoes, Replays, _Strategy):
         return f"{name} is stepped by: " + "\n  ".join(map(str, decisions))
 
     def _scales_gradients(self) -> bool:
-        return bool(self._trainer.gradient_clip_val) or isinstance(
-            getattr(self.precision_plugin, "scaler", None), InStepScaler
-        )
+        return self._max_norm is not None or isinstance(getattr(self.precision_plugin, "scaler", None), InStepScaler)
+
+    @property
+    def _max_norm(self) -> float | None:
+        """The limit of the global norm that steps are given: the Trainer's, or that of a callback of ours."""
+        limits = (callback.max_norm for callback in self._trainer.callbacks if _clips_in_step(callback))
+        return self._trainer.gradient_clip_val or next(limits, None)
 
     @property
     def _trainer(self) -> Any:
@@ -213,7 +241,9 @@ class Driven(Undoes, Replays, _Strategy):
             (trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value")
             or not self._is_stock(trainer.lightning_module, "configure_gradient_clipping")
             or not self._is_stock(trainer.lightning_module, hook)
-            or not all(self._is_stock(callback, hook, "Callback") for callback in trainer.callbacks)
+            or not all(
+                _clips_in_step(callback) or self._is_stock(callback, hook, "Callback") for callback in trainer.callbacks
+            )
             or self._steps_have_hooks()
         )
 
@@ -226,6 +256,11 @@ class Driven(Undoes, Replays, _Strategy):
     def _is_stock(self, owner: Any, hook: str, base: str = "LightningModule") -> bool:
         stock = getattr(getattr(import_module(self.root), base), hook)
         return getattr(getattr(owner, hook), "__func__", None) is stock
+
+
+def _clips_in_step(callback: Any) -> bool:
+    """Whether a callback leaves gradients alone, and has them clipped inside of the step."""
+    return bool(getattr(callback, "clips_in_step", False))
 
 
 class OnOneDevice(_Strategy):
