@@ -11,6 +11,7 @@ from lightning_optim.callbacks.roots import CALLBACKS, callback_class
 
 if TYPE_CHECKING:
     from lightning_optim.callbacks.evaluation_weights import EvaluationWeights as EvaluationWeights
+    from lightning_optim.callbacks.gradient_accumulation import GradientAccumulation as GradientAccumulation
     from lightning_optim.callbacks.replay_guard import RefuseWithoutReplay as RefuseWithoutReplay
     from lightning_optim.callbacks.schedule_totals import FillTotalSteps as FillTotalSteps
 else:

@@ -27,6 +27,7 @@ CALLBACKS = {
     "FillTotalSteps": "schedule_totals",
     "RefuseWithoutReplay": "replay_guard",
     "EvaluationWeights": "evaluation_weights",
+    "GradientAccumulation": "gradient_accumulation",
 }
 
 
