@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import cache, wraps
 from typing import Any, Literal
 
@@ -59,8 +59,7 @@ class GradientAccumulation(Callback):
         weigh: Callable[[Any], Any] | str | None = None,
         across_epochs: bool = False,
     ) -> None:
-        self.accumulator = Accumulator(windows, by, weigh, across_epochs)
-        self.accumulator.name = "GradientAccumulation"
+        self.accumulator = Accumulator(windows, by, weigh, across_epochs, name="GradientAccumulation")
         self._awaited = False  # whether the present batch has not been evaluated yet
         self._put_in_place: ExitStack | None = None
 
@@ -84,7 +83,7 @@ class GradientAccumulation(Callback):
         """Check the training, and take over: before the optimizers and their schedules are made."""
         if stage != "fit":
             return
-        _check(trainer, pl_module, self)
+        _check(trainer, pl_module)
         self.accumulator.reset()
         self.accumulator.distributed = trainer.world_size > 1
         before, cls, loop = trainer.accumulate_grad_batches, type(trainer), trainer.fit_loop.epoch_loop
@@ -174,7 +173,8 @@ class GradientAccumulation(Callback):
             batch = next(iter((*args, *kwargs.values())), None)
             if self._awaited:
                 self._awaited = False
-                self.accumulator.contribute(loss, batch, _trained(trainer))
+                with getattr(trainer.strategy, "rescaling", nullcontext)():
+                    self.accumulator.contribute(loss, batch, _trained(trainer))
             elif loss is not None:
                 self.accumulator.again(loss, batch)
             return output
@@ -214,7 +214,7 @@ class Window(int):
         return int, (int(self),)
 
 
-def _check(trainer: Any, module: Any, accumulation: Any) -> None:
+def _check(trainer: Any, module: Any) -> None:
     """Refuse trainings whose windows are, or would be, made by something else."""
     who, strategy = "GradientAccumulation", trainer.strategy
     if not module.automatic_optimization:
@@ -226,8 +226,8 @@ def _check(trainer: Any, module: Any, accumulation: Any) -> None:
         raise ValueError(
             f"{who} with Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}); valid: one of them"
         )
-    others = [one for one in trainer.callbacks if one is not accumulation]
-    if any(hasattr(one, "get_accumulate_grad_batches") or hasattr(one, "open_rest") for one in others):
+    # Lightning's own; a second one of ours no Trainer takes.
+    if any(hasattr(callback, "get_accumulate_grad_batches") for callback in trainer.callbacks):
         raise ValueError(f"{who} with another callback that accumulates; valid: one of them")
     if strategy.handles_gradient_accumulation:
         raise ValueError(

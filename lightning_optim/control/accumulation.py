@@ -44,12 +44,12 @@ class Accumulator:
             batch has it, as a key or an attribute. None: all batches weigh the same.
         across_epochs: Whether windows run on over the ends of epochs. If not, an epoch's last batch ends its window.
         distributed: Whether weights are summed over the processes of torch's default group; None: if there is one.
+        name: Who it is in errors.
 
     Attributes:
         steps: Whether the present batch ends its window, so that the optimizer is to step after its backward pass.
         length: The number of batches in the present window, by which a loss is to be divided.
         position: How many batches of the window are over.
-        name: Who it is in errors.
 
     Raises:
         ValueError, WrongTypeError: An option is not valid.
@@ -79,8 +79,9 @@ class Accumulator:
         across_epochs: bool = False,
         *,
         distributed: bool | None = None,
+        name: str = "Accumulator",
     ) -> None:
-        self.name = type(self).__name__
+        self.name = name
         self.windows = Windows.checked(self.name, windows, by, across_epochs)
         if not (weigh is None or callable(weigh) or (isinstance(weigh, str) and weigh)):
             valid = "None, a function of a batch, or the name under which a batch has its weight"
@@ -327,14 +328,16 @@ def scale_gradients(params: Iterable[Tensor], factor: Tensor | float) -> None:
             grad = local(p.grad)
             alike.setdefault((grad.device, grad.dtype), []).append(grad)
     for (device, dtype), grads in alike.items():
-        if not isinstance(factor, Tensor):
-            torch._foreach_mul_(grads, factor)
-        elif dtype.itemsize >= 4:
-            torch._foreach_mul_(grads, factor.to(device, dtype, non_blocking=True))
-        else:  # a factor of the gradients' own, short type would be off by as much as a percent
-            exact = factor.to(device, torch.float32, non_blocking=True)
-            for grad in grads:
-                grad.copy_(grad.float().mul_(exact))
+        short = dtype.itemsize < 4  # rounded to such a type, a factor could be off by half a percent
+        if isinstance(factor, Tensor):
+            factor_here: Any = factor.to(device, torch.float32 if short else dtype, non_blocking=True)
+        else:
+            factor_here = factor
+        if not short:
+            torch._foreach_mul_(grads, factor_here)
+            continue
+        for grad in grads:
+            grad.copy_(grad.float().mul_(factor_here))
 
 
 def _power_of_two(mean: Tensor, otherwise: Tensor) -> Tensor:
