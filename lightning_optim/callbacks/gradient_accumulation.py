@@ -235,7 +235,9 @@ def _check(trainer: Any, module: Any) -> None:
             "Trainer(accumulate_grad_batches=...), or another strategy"
         )
     if option := getattr(strategy, "step_in_backward", False):
-        raise ValueError(f"{who} with step_in_backward={option!r}, which frees gradients; valid: step_in_backward=False")
+        raise ValueError(
+            f"{who} with step_in_backward={option!r}, which frees gradients; valid: step_in_backward=False"
+        )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise ValueError(
             f"{who} with training_step(dataloader_iter), whose batches are not known beforehand; valid: "

@@ -250,7 +250,9 @@ class Accumulator:
             return getattr(batch, name)
         else:
             has = f"is a {type(batch).__name__} without such an attribute"
-        raise ValueError(f"{self.name}: weigh={name!r}, and a batch {has}; valid: one of those, or a function of a batch")
+        raise ValueError(
+            f"{self.name}: weigh={name!r}, and a batch {has}; valid: one of those, or a function of a batch"
+        )
 
     def _end(self, params: Iterable[Tensor]) -> None:
         """Find the factors of the window, and multiply what was accumulated before its last batch."""

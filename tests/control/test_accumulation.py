@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -106,11 +107,11 @@ def test_each_step_is_the_mean_of_its_window(case: str, loader: Callable[..., An
     options, lengths, windows = SCHEDULES[case]
     ragged = batches(*(1 + 5 * (i % 4) for i in range(sum(lengths))))
     bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    epochs = [loader(ragged[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    epochs = [loader(ragged[a:b]) for a, b in itertools.pairwise(bounds)]
     accumulator = Accumulator(**options, weigh=len if weighted else None)
     found = accumulated(accumulator, epochs)
     ends = [sum(windows[:i]) for i in range(len(windows) + 1)]
-    expected = of_windows([ragged[a:b] for a, b in zip(ends, ends[1:], strict=False)], weighted)
+    expected = of_windows([ragged[a:b] for a, b in itertools.pairwise(ends)], weighted)
     assert_close(found, expected)
     assert (accumulator.step, accumulator.epoch, accumulator.rest) == (len(windows), len(lengths), 0)
 
