@@ -23,9 +23,9 @@ from lightning_optim.warnings import warn_once
 class GradientAccumulation(Callback):
     """Accumulate gradients over windows of batches, whose gradient is the mean over what they really have.
 
-    In place of the Trainer's ``accumulate_grad_batches`` and of ``GradientAccumulationScheduler``. The last window of an
-    epoch is divided by its own length; with ``weigh``, a step follows the gradient of the mean over all tokens (or
-    whatever is counted) of the window, on all processes. ``estimated_stepping_batches`` and our schedules know the
+    It takes the place of the Trainer's ``accumulate_grad_batches`` and of ``GradientAccumulationScheduler``. An epoch's
+    last window is divided by its own length; with ``weigh``, a step follows the gradient of the mean over all tokens
+    (or whatever is counted) of the window, on all processes. ``estimated_stepping_batches`` and our schedules know the
     steps that there will be.
 
     Checkpoints have no gradients. A run that is resumed in the middle of a window makes the window's step with the

@@ -326,7 +326,9 @@ def scale_gradients(params: Iterable[Tensor], factor: Tensor | float) -> None:
         return
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for p in dict.fromkeys(params):
-        if p.grad is not None:
+        if (kept := getattr(p.grad, "kept", None)) is not None:  # a stand-in: the gradient has left for the host
+            kept.multiply(factor)
+        elif p.grad is not None:
             grad = local(p.grad)
             alike.setdefault((grad.device, grad.dtype), []).append(grad)
     for (device, dtype), grads in alike.items():

@@ -74,6 +74,16 @@ def test_data_whose_length_is_not_known(across: bool, weigh: str | None, strateg
     assert_steps(noted, by_hand(windows, OPTIMIZERS["ours"], weighted=weigh is not None), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("options", [{"clip": "speculative"}, {"clip": "none"}, {"wait": "forward"}], ids=str)
+def test_detached_in_every_way(options: dict[str, Any]) -> None:
+    """Also where masters are updated before the backward pass has ended."""
+    strategy = lightning_optim.strategies.DetachedStrategy(**options)
+    accumulation = GradientAccumulation(3, weigh="tokens")
+    run, noted = fit(Ragged(), strategy, callbacks=[accumulation], max_epochs=2)
+    assert "gradients stay" not in run.strategy.report()
+    assert_steps(noted, by_hand(divided(ragged() * 2, *[3, 3, 2] * 2), weighted=True))
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("weigh", [None, "tokens"], ids=["alike", "weighted"])
 def test_mixed_precisions(weigh: str | None, strategy: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,8 +57,9 @@ class Resumable(Ragged):
                 return 8
 
             def __iter__(self) -> Iterator[Any]:
-                for self.next in range(self.next % 8 + 1, 9):
-                    yield ragged()[self.next - 1]
+                for index in range(self.next % 8, 8):
+                    self.next = index + 1
+                    yield ragged()[index]
 
             def state_dict(self) -> dict[str, int]:
                 return {"next": self.next % 8}
@@ -93,7 +96,7 @@ def test_resuming_between_windows_is_exact(options: dict[str, Any], batch: int, 
 
 @pytest.mark.parametrize("options", [{"windows": 3}, {"windows": 5, "across_epochs": True}], ids=str)
 def test_resuming_in_a_window_steps_with_the_rest_of_it(options: dict[str, Any], tmp_path: Any) -> None:
-    """Stock divides what is left by a whole window's length; ours by its own, and says so. Steps stay where they were."""
+    """Lightning divides what is left by a whole window's length. Here it is by its own; steps come where they did."""
     path, across = tmp_path / "kept.ckpt", "across_epochs" in options
     batch, epochs = (8, 2) if across else (4, 1)
     callbacks = [KeepAfter(batch, path), GradientAccumulation(**options)]
@@ -150,14 +153,14 @@ def test_all_is_as_it_was_after_an_error() -> None:
     class Failing(Ragged):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if batch_idx == 4 and self.fails:
-                raise RuntimeError("no")
+                raise RuntimeError("not this batch")
             return super().training_step(batch, batch_idx)
 
     accumulation, model = GradientAccumulation(3, across_epochs=True), Failing()
     model.fails = True
     trainer = make_trainer(callbacks=[accumulation])
     cls = type(trainer)
-    with pytest.raises(RuntimeError, match="^no$"):
+    with pytest.raises(RuntimeError, match="not this batch"):
         trainer.fit(model)
     assert type(trainer.accumulate_grad_batches) is int
     assert type(trainer) is cls
@@ -329,3 +332,16 @@ def test_a_wrong_flag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         LightningCLI(Ragged, args=[*arguments, "--trainer.callbacks.by=batch"], run=False)
     assert "epoch" in capsys.readouterr().err
+
+
+def test_the_yaml_of_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lightning.pytorch.cli import LightningCLI
+
+    page = Path(__file__).parents[2] / "docs" / "gradient_accumulation.md"
+    (block,) = re.findall(r"^```yml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "block.yaml").write_text(block)
+    monkeypatch.setattr("sys.argv", ["fit"])
+    cli = LightningCLI(Ragged, args=["--config", str(tmp_path / "block.yaml"), "--trainer.logger=false"], run=False)
+    (found,) = (one for one in cli.trainer.callbacks if type(one).__name__ == "GradientAccumulation")
+    assert dict(found.schedule.lengths) == {0: 1, 2000: 2, 6000: 4}
+    assert (found.schedule.by, found.accumulator.weigh) == ("step", "tokens")

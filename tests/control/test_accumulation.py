@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_optim.checks import WrongTypeError
 from lightning_optim.control.accumulation import Accumulator, scale_gradients
+from lightning_optim.offload import Detached
+from lightning_optim.offload.away import Away
 
 
 @pytest.fixture(autouse=True)
@@ -269,6 +271,27 @@ def test_a_factor_is_not_rounded_to_the_type_of_short_gradients() -> None:
         p.grad = torch.tensor([1.9921875], dtype=torch.bfloat16)
         scale_gradients([p], factor)
         assert p.grad.item() == torch.tensor(1.9921875 * 1.0035).bfloat16().item() != 1.9921875
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_gradients_that_have_left_for_the_host_are_multiplied_there(seen: bool) -> None:
+    net, window, accumulator = model(), batches(1, 9, 2), Accumulator(3, weigh=len)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    detached = Detached(optimizer)
+    before = [p.detach().clone() for p in net.parameters()]
+    for batch in accumulator.batches(window):
+        detached.last = accumulator.steps
+        loss = accumulator.share(loss_of(net, batch), batch, net.parameters())
+        if accumulator.position != 1:  # after the first batch, or the second
+            assert all((p.grad.kept._value is None) != seen for p in net.parameters() if isinstance(p.grad, Away))
+        loss.backward()
+        assert all(isinstance(p.grad, Away) != accumulator.steps for p in net.parameters())
+        if seen and not accumulator.steps:
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    detached.step()
+    detached.close()
+    steps = [old - p.detach() for old, p in zip(before, net.parameters(), strict=True)]
+    assert_close([steps], of_windows([window], weighted=True))
 
 
 # ---------------------------------------------------------------- resuming
