@@ -11,9 +11,10 @@ from lightning_optim.callbacks.roots import CALLBACKS, callback_class
 
 if TYPE_CHECKING:
     from lightning_optim.callbacks.evaluation_weights import EvaluationWeights as EvaluationWeights
+    from lightning_optim.callbacks.gradient_accumulation import GradientAccumulation as GradientAccumulation
+    from lightning_optim.callbacks.gradient_clipping import GradientClipping as GradientClipping
     from lightning_optim.callbacks.loss_scaling import LossScaling as LossScaling
     from lightning_optim.callbacks.lr_finder import LRFinder as LRFinder
-    from lightning_optim.callbacks.gradient_clipping import GradientClipping as GradientClipping
     from lightning_optim.callbacks.replay_guard import RefuseWithoutReplay as RefuseWithoutReplay
     from lightning_optim.callbacks.schedule_totals import FillTotalSteps as FillTotalSteps
     from lightning_optim.callbacks.spike_rollback import SpikeRollback as SpikeRollback

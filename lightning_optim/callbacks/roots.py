@@ -32,6 +32,7 @@ CALLBACKS = {
     "LossScaling": "loss_scaling",
     "LRFinder": "lr_finder",
     "GradientClipping": "gradient_clipping",
+    "GradientAccumulation": "gradient_accumulation",
 }
 
 

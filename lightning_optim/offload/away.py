@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from lightning_optim.stepping.shards import local
+
 if TYPE_CHECKING:
     from lightning_optim.offload.buckets import OffloadBucket
 
@@ -34,19 +36,36 @@ class Kept:
             RuntimeError: The gradient was forgotten.
         """
         if self._value is None:
-            bucket, p = self._bucket(), self._param()
-            if bucket is None or p is None or bucket.away_of(p) is not self:
-                raise RuntimeError(
-                    "detached: this gradient was in host memory, and has been forgotten since; valid: a copy of it, "
-                    "made while it was there (p.grad.clone())"
-                )
             with torch.inference_mode(False), torch.no_grad():
-                for job in bucket.arrivals:
-                    job.result()
-                value = bucket.gradient(bucket.number_of[p])
+                p, value = self._on_host()
                 self._value = torch.empty_like(p, requires_grad=False).copy_(value)
                 self._seen = self._value._version
         return self._value
+
+    def multiply(self, factor: Tensor | float) -> None:
+        """Multiply the gradient: on the host, unless it has come back to the device already.
+
+        Args:
+            factor: A number, or a tensor with one element, for which the host waits.
+        """
+        if self._value is not None:
+            self._value.mul_(factor)
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            _, value = self._on_host()
+            local(value).mul_(factor.cpu() if isinstance(factor, Tensor) else factor)
+
+    def _on_host(self) -> tuple[Tensor, Tensor]:
+        """The parameter, and the gradient in host memory, once it is there."""
+        bucket, p = self._bucket(), self._param()
+        if bucket is None or p is None or bucket.away_of(p) is not self:
+            raise RuntimeError(
+                "detached: this gradient was in host memory, and has been forgotten since; valid: a copy of it, "
+                "made while it was there (p.grad.clone())"
+            )
+        for job in bucket.arrivals:
+            job.result()
+        return p, bucket.gradient(bucket.number_of[p])
 
     def changed(self) -> Tensor | None:
         """The gradient, if somebody may have changed it on the device."""

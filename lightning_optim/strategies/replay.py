@@ -141,6 +141,12 @@ class Replays(_Strategy):
         self._window = None
         super().teardown()
 
+    # -- what callbacks call ------------------------------------------------------------------------------------
+
+    def rescaling(self) -> AbstractContextManager[None]:
+        """A context in which the window's gradients are multiplied: see :meth:`Window.rescaling`."""
+        return nullcontext() if self._window is None else self._window.rescaling()
+
     # -- ours ---------------------------------------------------------------------------------------------------
 
     def _is_recording(self) -> bool:

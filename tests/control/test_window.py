@@ -233,3 +233,30 @@ def test_muting_what_an_instance_has_of_its_own() -> None:
     assert talking.say is replaced
     talking.say("yes")
     assert talking.said == ["YES"]
+
+
+def test_rescaling_hides_nothing_but_itself() -> None:
+    """Gradients that are multiplied as a replay multiplies losses need no repeating; those that were dropped do."""
+    for drops in (False, True):
+        weight = nn.Parameter(torch.tensor(1.0))
+        module = nn.Module()
+        module.weight = weight
+        window = Window(module, lambda output: output)
+        for factor in (1.0, 2.0):
+            window.run(lambda factor=factor, weight=weight: weight * factor)
+            window.before_backward()
+            (weight * factor).backward()
+            window.after_backward()
+            if factor == 1.0:
+                if drops:
+                    assert weight.grad is not None
+                    weight.grad.zero_()
+                with window.rescaling(), torch.no_grad():
+                    assert weight.grad is not None
+                    weight.grad.mul_(3)
+        window.end()
+        assert window.touched == drops
+        weight.grad = None
+        window.replay(lambda loss: loss.backward())
+        assert weight.grad is not None
+        assert weight.grad.item() == (2.0 if drops else 3.0)

@@ -144,6 +144,18 @@ class Window:
         """Note which gradients there are after a backward pass."""
         self._marks = marks_of(self._params())
 
+    @contextmanager
+    def rescaling(self) -> Iterator[None]:
+        """A context in which gradients are multiplied, if replays give the losses the same factors.
+
+        That is no writing to gradients of which anything would have to be repeated; any other still is.
+        """
+        known, before = set(self._marks or ()), marks_of(self._params())
+        yield
+        if self._marks is not None:
+            after = marks_of(self._params())
+            self._marks += [new for old, new in zip(before, after, strict=True) if old in known]
+
     def end(self) -> None:
         """Note which gradients are left at the end. May be called again, should more have been dropped."""
         if self._marks is not None:

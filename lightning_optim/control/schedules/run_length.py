@@ -8,9 +8,12 @@ imports no trainer.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from lightning_optim.control.schedules.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,13 @@ class RunProgress:
         epochs: Epochs that are over.
         batches: Batches of the next epoch that are over.
         steps: Optimizer steps made in all.
+        rest: Batches that an open accumulation window still needs. Only :attr:`RunLength.windows` need it.
     """
 
     epochs: int = 0
     batches: int = 0
     steps: int = 0
+    rest: int = 0
 
     @classmethod
     def of_trainer(cls, trainer: Any) -> RunProgress:
@@ -43,7 +48,8 @@ class RunProgress:
             # A checkpoint at the very end of an epoch, which Lightning counts in some cases as over.
             counted = loop.epoch_loop.restarted_on_train_batch_end and batch.is_last_batch
             epochs, batches = epochs if counted else epochs + 1, 0
-        return cls(epochs, batches, trainer.global_step)
+        rest = next((one.open_rest for one in trainer.callbacks if hasattr(one, "open_rest")), 0)
+        return cls(epochs, batches, trainer.global_step, rest)
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class RunLength:
         accumulate: Batches in an optimizer step, as a mapping from the epoch at which a value begins to hold;
             ``{0: 4}`` is a constant 4.
         steps_on_last_batch: An epoch's last batch makes an optimizer step even if its window is not full.
+        windows: Windows that depend on optimizer steps, or go on over the ends of epochs; they replace ``accumulate``.
     """
 
     max_epochs: int = -1
@@ -64,28 +71,34 @@ class RunLength:
     batches: int | None = None
     accumulate: Mapping[int, int] = field(default_factory=lambda: {0: 1})
     steps_on_last_batch: bool = True
+    windows: Windows | None = None
 
     @classmethod
     def of_trainer(cls, trainer: Any) -> RunLength:
         """Read the bounds from a Lightning ``Trainer`` whose training data is set up.
 
-        ``GradientAccumulationScheduler`` is followed. A loader that changes its length between epochs is
-        taken to keep its first one.
+        ``GradientAccumulationScheduler`` and our ``GradientAccumulation`` are followed. A loader that changes its
+        length between epochs is taken to keep its first one.
 
         Args:
             trainer: ``lightning.pytorch.Trainer`` or ``pytorch_lightning.Trainer``.
         """
-        accumulate = {0: trainer.accumulate_grad_batches}
+        accumulate, windows = {0: int(trainer.accumulate_grad_batches)}, None
         for callback in trainer.callbacks:
-            # The callback is found by its method, because each root of Lightning has its own class.
+            # Callbacks are found by what they have, because each root of Lightning has its own classes.
             if hasattr(callback, "get_accumulate_grad_batches"):
                 accumulate = {0: 1, **callback.scheduling}
+            elif hasattr(callback, "open_rest"):
+                windows = callback.schedule
+        if windows is not None and windows.by == "epoch" and not windows.across_epochs:
+            accumulate, windows = dict(windows.lengths), None
         return cls(
             max_epochs=trainer.max_epochs,
             max_steps=trainer.max_steps,
             batches=None if math.isinf(trainer.num_training_batches) else int(trainer.num_training_batches),
             accumulate=accumulate,
             steps_on_last_batch=not trainer.strategy.handles_gradient_accumulation,
+            windows=windows,
         )
 
     def schedule_steps(self, interval: str = "step", frequency: int = 1, done: RunProgress = RunProgress()) -> int:
@@ -122,8 +135,11 @@ class RunLength:
             raise ValueError(f"interval={interval!r} must be 'step' or 'epoch'")
         if self.max_epochs == -1 and self.max_steps == -1:
             raise ValueError("the run has no end (max_epochs=-1 and max_steps=-1)")
-        if self.batches is None:
+        if self.batches is None and (self.windows is None or interval == "epoch" or self.max_steps == -1):
             return self._steps_without_length(interval, frequency, done)
+        if self.windows is not None:
+            return self._steps_of_windows(self.windows, interval, frequency, done)
+        assert self.batches is not None  # noqa: S101 # it was handled above
         return self._steps_with_length(self.batches, interval, frequency, done)
 
     def _steps_without_length(self, interval: str, frequency: int, done: RunProgress) -> int:
@@ -168,6 +184,36 @@ class RunLength:
             return max(0, calls) + 1
         raise AssertionError("the last stretch has no end, so that the loop returns")
 
+    def _steps_of_windows(self, windows: Windows, interval: str, frequency: int, done: RunProgress) -> int:
+        """Like :meth:`schedule_steps`, going through the run from one change of the windows to the next."""
+        batches = sys.maxsize if self.batches is None else self.batches
+        most_steps = math.inf if self.max_steps == -1 else self.max_steps
+        last_epoch = math.inf if self.max_epochs == -1 else self.max_epochs
+        if batches == 0:
+            return 1
+        epoch, batch, step, last = done.epochs, done.batches, done.steps, done.epochs
+        rest = done.rest if batch or windows.across_epochs else 0
+        calls, calls_at_last = 0, 0  # steps of the schedule: in all, and at the last optimizer step so far
+        while epoch < last_epoch and step < most_steps:
+            goes_on = windows.across_epochs and epoch + 1 < last_epoch
+            while batch < batches and step < most_steps:
+                length = rest or windows.at(epoch, step)
+                if goes_on and batch + length > batches:
+                    rest, batch = batch + length - batches, batches
+                    continue
+                # Windows of one length, as many as there are: of an open or a shortened one there is one.
+                many = int(min((batches - batch) // length, most_steps - step, windows.change_after(step) - step))
+                count = 1 if rest else max(1, many)
+                calls += _multiples(batch, length, count - 1, frequency)
+                batch = min(batch + length * count, batches)
+                calls_at_last = batch % frequency == 0
+                calls += calls_at_last
+                step, rest, last = step + count, 0, epoch
+            epoch, batch = epoch + 1, 0
+        if interval == "epoch":
+            return last // frequency - done.epochs // frequency + 1
+        return calls - calls_at_last + 1
+
     def _window(self, epoch: int) -> int:
         """Batches in an optimizer step of an epoch."""
         return self.accumulate[max(begin for begin in self.accumulate if begin <= epoch)]
@@ -179,3 +225,10 @@ class RunLength:
             steps += 1
             calls += batches % frequency == 0
         return steps, calls
+
+
+def _multiples(begin: int, stride: int, count: int, of: int) -> int:
+    """How many of the numbers ``begin + stride``, ``begin + 2 * stride``, ... (``count`` of them) are multiples."""
+    period = of // math.gcd(stride, of)
+    first = next((n for n in range(1, period + 1) if (begin + stride * n) % of == 0), None)
+    return 0 if first is None or first > count else (count - first) // period + 1
