@@ -50,6 +50,9 @@ class GradientClipping(Callback):
         1
     """
 
+    #: It takes part in range tests of the learning rate: see :class:`~lightning_optim.callbacks.lr_finder.LRFinder`.
+    part_of_steps = True
+
     def __init__(
         self,
         max_norm: float | None = None,

@@ -310,7 +310,7 @@ def weigh_batch(batch: dict[str, Any]) -> int:
         (["windows={0: 4, 10: 2}", "by=step", "weigh=tokens"], ({0: 4, 10: 2}, "step", "tokens")),
         ([f"weigh={__name__}.weigh_batch", "across_epochs=true"], ({0: 1}, "epoch", weigh_batch)),
     ],
-    ids=str,
+    ids=["windows", "by step", "a function"],
 )
 def test_flags(flags: list[str], expected: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     from lightning.pytorch.cli import LightningCLI
