@@ -146,7 +146,7 @@ def test_the_example_with_deepspeed_says_what_it_needs(monkeypatch: pytest.Monke
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with what the commands of the documents take for granted."""
     (tmp_path / "my.py").write_text(
         "from lightning.pytorch import LightningDataModule, LightningModule\n\n\n"
@@ -159,7 +159,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "machine.json").write_text(machine[1])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("my", None)
 
 
 def _introduced(path: Path) -> dict[str, Any]:

@@ -86,7 +86,8 @@ class GradientAccumulation(Callback):
         _check(trainer, pl_module)
         self.accumulator.reset()
         self.accumulator.distributed = trainer.world_size > 1
-        before, cls, loop = trainer.accumulate_grad_batches, type(trainer), trainer.fit_loop.epoch_loop
+        cls: type = type(trainer)
+        before, loop = trainer.accumulate_grad_batches, trainer.fit_loop.epoch_loop
         self._put_in_place = stack = ExitStack()
         stack.callback(setattr, trainer, "accumulate_grad_batches", before)
         stack.callback(setattr, trainer, "__class__", cls)

@@ -45,7 +45,7 @@ class Stream(IterableDataset[Any]):
         return iter(self.items)
 
 
-class Ragged(Model):  # type: ignore[misc, valid-type]
+class Ragged(Model):
     """Trains on ragged batches, and notes what its steps are like."""
 
     def __init__(self, make: Any = SGD, count: int = 8, stream: bool = False) -> None:

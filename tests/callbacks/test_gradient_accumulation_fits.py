@@ -208,7 +208,7 @@ class Manual(Ragged):
 
 
 class Iterating(Ragged):
-    def training_step(self, dataloader_iter: Any) -> None:
+    def training_step(self, dataloader_iter: Any) -> None:  # type: ignore[override]
         """Never called."""
 
 
@@ -318,7 +318,7 @@ def test_flags(flags: list[str], expected: Any, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("sys.argv", ["fit"])
     arguments = ["--trainer.callbacks+=lightning_optim.callbacks.GradientAccumulation"]
     arguments += [f"--trainer.callbacks.{flag}" for flag in flags]
-    cli = LightningCLI(Ragged, args=[*arguments, "--trainer.logger=false"], run=False)
+    cli: Any = LightningCLI(Ragged, args=[*arguments, "--trainer.logger=false"], run=False)
     (found,) = (one for one in cli.trainer.callbacks if type(one).__name__ == "GradientAccumulation")
     assert (dict(found.schedule.lengths), found.schedule.by, found.accumulator.weigh) == expected
     assert found.schedule.across_epochs == ("across_epochs=true" in flags)
@@ -341,7 +341,9 @@ def test_the_yaml_of_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     (block,) = re.findall(r"^```yml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     (tmp_path / "block.yaml").write_text(block)
     monkeypatch.setattr("sys.argv", ["fit"])
-    cli = LightningCLI(Ragged, args=["--config", str(tmp_path / "block.yaml"), "--trainer.logger=false"], run=False)
+    cli: Any = LightningCLI(
+        Ragged, args=["--config", str(tmp_path / "block.yaml"), "--trainer.logger=false"], run=False
+    )
     (found,) = (one for one in cli.trainer.callbacks if type(one).__name__ == "GradientAccumulation")
     assert dict(found.schedule.lengths) == {0: 1, 2000: 2, 6000: 4}
     assert (found.schedule.by, found.accumulator.weigh) == ("step", "tokens")

@@ -256,7 +256,7 @@ def test_a_device_is_not_waited_for() -> None:
 
 def test_gradients_of_every_kind_are_multiplied() -> None:
     factor = torch.tensor(1 + 2**-12, dtype=torch.float64)
-    sparse = torch.sparse_coo_tensor([[1]], [2.0], (3,), check_invariants=True)
+    sparse = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([2.0]), (3,), check_invariants=True)
     for grad in (torch.full((3,), 2.0), torch.full((3,), 2.0 + 1j), torch.full((3,), 2.0).double(), sparse):
         p = nn.Parameter(torch.zeros(3, dtype=grad.dtype))
         p.grad = grad.clone()

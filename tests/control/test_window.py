@@ -243,7 +243,7 @@ def test_rescaling_hides_nothing_but_itself() -> None:
         module.weight = weight
         window = Window(module, lambda output: output)
         for factor in (1.0, 2.0):
-            window.run(lambda factor=factor, weight=weight: weight * factor)
+            window.run(partial(torch.mul, weight, factor))
             window.before_backward()
             (weight * factor).backward()
             window.after_backward()
