@@ -99,10 +99,13 @@ class Trial:
             raise ValueError(
                 f"{type(module).__name__}.training_step returned no loss; valid: return the loss, or a dict with 'loss'"
             )
-        losses = torch.stack([torch.as_tensor(loss).reshape(()).float() for loss in self._losses])
+        device = trainer.strategy.root_device
+        losses = torch.stack(
+            [torch.as_tensor(loss, dtype=torch.float32, device=device).view(()) for loss in self._losses]
+        )
         # Lightning has divided each loss of a window by the length of the window; manual losses are the module's own.
         mean = losses.mean() * (trainer.accumulate_grad_batches if module.automatic_optimization else 1)
-        return trainer.strategy.reduce(mean.to(trainer.strategy.root_device), reduce_op="mean")
+        return trainer.strategy.reduce(mean, reduce_op="mean")
 
     # -- ours ---------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ class SkippedSteps:
     """
 
     def __init__(self, consecutive: int = 0, total: int = 0) -> None:
-        self.counts = torch.tensor([consecutive, total], device="cpu")
+        self.counts = torch.tensor([consecutive, total], dtype=torch.int64, device="cpu")
         self.consecutive = consecutive
         self.watch: BackwardWatch | None = None
         self._reader = LateReader()

@@ -88,7 +88,8 @@ class Averages:
 
     def state_dict(self) -> dict[str, Any]:
         """The count of steps, and the average of each parameter that has had a gradient."""
-        steps = torch.zeros((), dtype=torch.int64) if self._steps is None else self._steps.clone()
+        none = torch.zeros((), dtype=torch.int64, device="cpu")
+        steps = none if self._steps is None else self._steps.clone()
         return {"steps": steps, "averages": {key: average.clone() for key, average in self._all().items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
