@@ -121,12 +121,24 @@ def test_strategies_that_are_refused() -> None:
     with pytest.raises(ValueError, match=r"DeepSpeed keeps the gradients to itself; valid: Trainer\(gradient_clip_val"):
         GradientClipping(max_norm=1.0).setup(trainer(DeepSpeedStrategy()), module, "fit")
     conflict = partial(optimizer_conflict, optimizer=optimizer, clipping=GradientClipping(max_norm=1.0))
-    parts = SimpleNamespace(strategy=FSDPStrategy(), optimizers=[optimizer], lightning_module=module)
+    plain: Any = {"lightning_module": module, "precision_plugin": SimpleNamespace(scaler=None)}
+    parts = SimpleNamespace(strategy=FSDPStrategy(), optimizers=[optimizer], **plain)
     assert "a module that wraps parts of itself" in str(conflict(parts))
     whole = FSDPStrategy()
     whole.model = type("Wrapped", (), {"clip_grad_norm_": None})()
-    two = SimpleNamespace(strategy=whole, optimizers=[optimizer, optimizer], lightning_module=module)
+    two = SimpleNamespace(strategy=whole, optimizers=[optimizer, optimizer], **plain)
     assert "FSDP1 and 2 optimizers" in str(conflict(two))
+    # With a loss scaler, FSDP1's own method would be called for steps that are skipped, and for scaled gradients.
+    scales = SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))
+    scaled = trainer(FSDPStrategy())
+    scaled._accelerator_connector.precision_plugin = scaled.strategy.precision_plugin = scales
+    with pytest.raises(ValueError, match=r"error_if_nonfinite=True under FSDPStrategy.*valid: error_if_nonfinite=Fals"):
+        GradientClipping(max_norm=1.0, error_if_nonfinite=True).setup(scaled, module, "fit")
+    fused = torch.optim.SGD(module.parameters(), lr=0.1, fused=True)
+    parts = SimpleNamespace(strategy=whole, optimizers=[fused], lightning_module=module, precision_plugin=scales)
+    clipping = GradientClipping(max_norm=1.0)
+    assert "fused=True" in str(optimizer_conflict(parts, fused, clipping))
+    assert optimizer_conflict(parts, optimizer, clipping) is None
 
 
 def test_bad_options_and_two_of_them() -> None:

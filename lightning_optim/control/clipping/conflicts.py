@@ -14,6 +14,7 @@ class Clipping(Protocol):
     """What is asked about the callback."""
 
     max_norm: float | None
+    error_if_nonfinite: bool
 
     @property
     def clips_in_step(self) -> bool:
@@ -55,6 +56,11 @@ def settings_conflict(trainer: Any, module: Any, clipping: Clipping) -> str | No
             f"{bases[0]} (FSDP1), in whose flat parameters neither units nor tensors are known; valid: max_norm=..., "
             "or FSDP2 (ModelParallelStrategy)"
         )
+    if _is_fsdp1(strategy) and clipping.error_if_nonfinite and _scales(trainer):
+        return (
+            f"error_if_nonfinite=True under {bases[0]} (FSDP1) with a loss scaler, whose skipped steps would raise the "
+            "error; valid: error_if_nonfinite=False, precision='bf16-mixed', or FSDP2 (ModelParallelStrategy)"
+        )
     return None
 
 
@@ -85,6 +91,11 @@ def optimizer_conflict(trainer: Any, optimizer: Optimizer, clipping: Clipping) -
         )
     if fsdp1(trainer) is not None and len(trainer.optimizers) > 1:
         return f"FSDP1 and {len(trainer.optimizers)} optimizers, as its norm is that of all parameters; valid: one"
+    if fsdp1(trainer) is not None and _scales(trainer) and getattr(optimizer, "_step_supports_amp_scaling", False):
+        return (
+            f"{name}(fused=True) under FSDP1 with a loss scaler, which leaves the gradients scaled for its step; "
+            "valid: fused=False, precision='bf16-mixed', or FSDP2 (ModelParallelStrategy)"
+        )
     if _is_fsdp1(trainer.strategy) and fsdp1(trainer) is None:
         return (
             f"{type(trainer.strategy).__name__} (FSDP1) and a module that wraps parts of itself: only a whole that "
@@ -98,6 +109,11 @@ def fsdp1(trainer: Any) -> Any:
     """The model of a Lightning Trainer, if FSDP1 has wrapped it; only its own method knows its global norm."""
     model = trainer.strategy.model
     return model if hasattr(type(model), "clip_grad_norm_") else None
+
+
+def _scales(trainer: Any) -> bool:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler is not None and bool(scaler.is_enabled())
 
 
 def _is_fsdp1(strategy: Any) -> bool:
