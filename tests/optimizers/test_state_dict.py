@@ -85,6 +85,7 @@ def test_loading_keeps_the_groups_keys(name: str) -> None:
     assert set(copy.deepcopy(optimizer).param_groups[0]) == keys
 
 
+@references.common_to_all
 @each
 @pytest.mark.parametrize("state_dtype", [None, "bfloat16", "float64", torch.float32])
 def test_state_type_under_low_precision_weights(name: str, state_dtype: Any) -> None:

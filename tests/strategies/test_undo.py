@@ -49,6 +49,7 @@ def in_graph(**policy: Any) -> InGraphStrategy:
     return InGraphStrategy(undo=POLICY | policy)
 
 
+@pytest.mark.matrix(unless=lambda name, value: name in ("ours", "foreign") or (name == "SAM" and value == 1e4))
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", MAKES)
 @pytest.mark.parametrize("value", [1e4, math.nan])

@@ -39,7 +39,11 @@ from .common import (
     unless=lambda name, case, engine: (
         case == "default"
         if engine == references.FASTEST
-        else engine == "foreach" and (references.representative(name) or case in references.REFERENCES[name].variants)
+        else engine == "foreach"
+        and (
+            (references.representative(name) and case in references.TELLING)
+            or case in references.REFERENCES[name].variants
+        )
     )
 )
 @ENGINE

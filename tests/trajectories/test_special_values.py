@@ -18,9 +18,8 @@ from .common import ALL_CASES, ENGINE, group_of, inputs_of, known_of, running_en
 
 
 @pytest.mark.matrix(
-    unless=lambda name, case, dtype, rounding: (
-        (dtype == torch.float32 and (case == "default" or references.representative(name)))
-        or (references.representative(name) and case in references.TELLING)
+    unless=lambda name, case, dtype: (
+        case == "default" if dtype == torch.float32 else references.representative(name) and case in references.TELLING
     )
 )
 @pytest.mark.parametrize(("name", "case"), ALL_CASES)

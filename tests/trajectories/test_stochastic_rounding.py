@@ -56,6 +56,7 @@ def test_stochastic_rounding_is_the_same_on_all_engines_bit_for_bit(name: str, s
             assert torch.equal(bits(a), bits(b)), engine
 
 
+@references.common_to_all
 @OPTIMIZER
 def test_stochastic_rounding_differs_only_with_the_float32_value_before_it(name: str) -> None:
     """One rounding of float32 more or less changes the outcome with a chance of 2^-16."""

@@ -36,9 +36,7 @@ FEW_ARRAYS = 4
 
 @pytest.mark.matrix(
     unless=lambda name, layout: (
-        layout == "float32"
-        or name == "adamw"
-        or (references.representative(name.split()[0]) and layout == "stochastic")
+        layout == "float32" or (references.representative(name.split()[0]) and layout == "stochastic")
     )
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
